@@ -1,0 +1,29 @@
+# make demo | make test | make check
+# Needs Linux, Python >= 3.11 and make; everything else goes into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check install
+.DEFAULT_GOAL := demo
+
+install: .venv/installed
+
+# uv is many times faster than pip; where it cannot be had, pip does the same
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9 || echo "uv cannot be had: using pip"
+	if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -r requirements.txt; \
+	else $(BIN)/python -m pip install --quiet -r requirements.txt; fi
+	touch $@
+
+demo: install
+	$(BIN)/python tools/demo.py
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright

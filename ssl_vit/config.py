@@ -1,0 +1,254 @@
+"""YAML and key=value become one typed, frozen, validated object; nothing here knows of vision.
+
+Every scalar is text until pydantic gives it a type: PyYAML's BaseLoader reads a file as text, the command line is text,
+so that `1e-3`, `on`, `007` and `1:30` mean the same in both. Unions are told apart by their `kind`.
+"""
+
+import difflib
+import re
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from ssl_vit.exits import USAGE, Refusal
+
+Tree = dict[str, Any]
+MAX_BYTES = 1 << 20  # a recipe is a page of text; more is a mistake or an attack
+
+
+class Config(BaseModel):
+    """A frozen set of keys; unknown ones are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_text(cls, tree: Any) -> Any:
+        """Give text the shape that the field wants: `none`, comma-separated tuples, the default `kind`."""
+        if not isinstance(tree, dict):
+            return tree
+        tree = dict(tree)
+        for name, field in cls.model_fields.items():
+            if isinstance(tree.get(name), str):
+                tree[name] = _shape(tree[name], field.annotation)
+            elif isinstance(tree.get(name), dict) and field.discriminator:
+                tree[name] = {"kind": field.default.kind, **tree[name]}
+        return tree
+
+
+Schema = TypeVar("Schema", bound=Config)
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The alternatives of a union, or the one type there is."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+
+
+def _shape(text: str, annotation: Any) -> Any:
+    members = _members(annotation)
+    if type(None) in members and text.lower() in ("none", "null", ""):
+        return None
+    if any(get_origin(m) is tuple for m in members) and (int not in members or "," in text):
+        return [part.strip() for part in text.strip("[]() ").split(",") if part.strip()]
+    return text
+
+
+def parse(schema: type[Schema], arguments: list[str], folder: Path) -> Schema:
+    """Read `recipe=NAME key=value ...` against a schema.
+
+    `recipe` names `folder`/NAME.yaml or a path; later keys override earlier ones. Raises Refusal(USAGE) with one line.
+    """
+    pairs = [_split(argument) for argument in arguments]
+    tree: Tree = {}
+    for path, value in pairs:
+        if path == "recipe":
+            tree = read(value, folder, schema)
+            tree.setdefault("run", f"runs/{Path(value).stem}") if "run" in schema.model_fields else None
+    overrides = [(path.split("."), value) for path, value in pairs if path != "recipe"]
+    for path, value in sorted(overrides, key=lambda pair: pair[0][-1] != "kind"):  # kinds first: they drop old keys
+        assign(tree, path, value, schema)
+    return validate(schema, tree)
+
+
+def _split(argument: str) -> tuple[str, str]:
+    path, equals, value = argument.partition("=")
+    if not equals or not path:
+        raise Refusal(USAGE, f"'{argument}' is not key=value; try --help")
+    return path, value
+
+
+def read(name: str, folder: Path, schema: type[Config]) -> Tree:
+    """A recipe file as a tree of text, laid over its `base` (one level deep)."""
+    tree = _load(name, folder)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    below = _load(base, folder)
+    if "base" in below:
+        raise Refusal(USAGE, f"recipe {name}: its base {base} has a base of its own; one level is allowed")
+    for path, value in sorted(leaves(tree), key=lambda leaf: leaf[0][-1] != "kind"):
+        assign(below, list(path), value, schema)
+    return below
+
+
+def _load(name: str, folder: Path) -> Tree:
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise Refusal(USAGE, f"no recipe {path}; there are {', '.join(known)}{_nearest(name, known)}")
+    if path.stat().st_size > MAX_BYTES:
+        raise Refusal(USAGE, f"recipe {path} is larger than {MAX_BYTES} bytes")
+    try:
+        tree = yaml.load(path.read_text(), yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refusal(USAGE, f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise Refusal(USAGE, f"recipe {path} is not a set of keys")
+    return tree
+
+
+def leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value of a tree with its path."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def assign(tree: Tree, path: list[str], value: Any, schema: type[Config]) -> None:
+    """Set one key; a `kind` that changes drops the keys of the old one."""
+    for depth, key in enumerate(path[:-1]):
+        if path[depth + 1 :] == ["kind"] and _kind(tree.get(key), path[: depth + 1], schema) != value:
+            tree[key] = {}
+        if not isinstance(tree.setdefault(key, {}), dict):
+            raise Refusal(USAGE, f"{'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a group of keys")
+        tree = tree[key]
+    tree[path[-1]] = value
+
+
+def _kind(subtree: Any, path: list[str], schema: type[Config]) -> str | None:
+    if isinstance(subtree, dict) and "kind" in subtree:
+        return subtree["kind"]
+    field = schema.model_fields.get(path[0])
+    return getattr(field.default, "kind", None) if field and len(path) == 1 else None
+
+
+def validate(schema: type[Schema], tree: Tree) -> Schema:
+    """The typed object, or Refusal(USAGE) naming every bad key in one line."""
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as errors:
+        raise Refusal(USAGE, "; ".join(_sentence(error, tree, schema) for error in errors.errors())) from None
+
+
+HINTS = {
+    "int_parsing": "give a whole number, like 256",
+    "int_from_float": "give a whole number, like 256",
+    "float_parsing": "give a number, like 1e-3",
+    "bool_parsing": "give true or false",
+    "missing": "it must be given",
+    "model_type": "it is a group of keys, give one of them",
+}
+
+
+def _sentence(error: Any, tree: Tree, schema: type[Config]) -> str:
+    kind = error["type"]
+    path = _path(error["loc"], tree)
+    if kind == "extra_forbidden":
+        return f"unknown key {path}{_nearest(path, [key for key, _ in keys(schema)])}"
+    if kind == "union_tag_invalid":
+        return f"{path}.kind: '{error['ctx']['tag']}' is not one of {error['ctx']['expected_tags']}"
+    if kind == "value_error":
+        return f"{path}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
+    hint = HINTS.get(kind) or error["msg"][0].lower() + error["msg"][1:].replace("Input should be", "it should be")
+    hint = hint.replace("input should", "it should")
+    given = "" if kind == "missing" else f"'{error['input']}': "
+    return f"{path}: {given}{hint}"
+
+
+def _path(location: tuple[Any, ...], tree: Any) -> str:
+    """The dotted key that an error speaks of, without the tags and type names that pydantic puts in between."""
+    parts: list[str] = []
+    for i, part in enumerate(location):
+        if isinstance(tree, dict) and (part in tree or i == len(location) - 1):
+            parts.append(str(part))
+            tree = tree.get(part)
+    return ".".join(parts)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """`; did you mean ...?` where something is near, comparing the last part of a dotted key too."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not near:
+        ends = {key.rsplit(".", 1)[-1]: key for key in known}
+        near = [ends[end] for end in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(ends), n=1, cutoff=0.7)]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def keys(schema: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key of a schema with its field; a union contributes the keys of all its kinds."""
+    for name, field in schema.model_fields.items():
+        groups = [m for m in _members(field.annotation) if isinstance(m, type) and issubclass(m, Config)]
+        for group in groups:
+            yield from keys(group, f"{prefix}{name}.")
+        if not groups:
+            yield prefix + name, field
+
+
+def describe(schema: type[Config]) -> str:
+    """Every key with its type, default and meaning, from the fields themselves."""
+    lines, kind = ["  recipe=NAME  (recipes/NAME.yaml or a path; then any of these keys)"], ""
+    for name, field in keys(schema):
+        if name.endswith(".kind"):
+            kind = field.default
+            lines.append(f"\n  {name}={kind}")
+            continue
+        default = field.default
+        if default is PydanticUndefined:
+            shown = "must be given"
+        else:
+            shown = f"default {','.join(map(str, default)) if isinstance(default, tuple) else default}"
+        lines.append(f"  {name}  ({_type(field.annotation)}; {shown})  {field.description or ''}".rstrip())
+    return "\n".join(lines)
+
+
+def _type(annotation: Any) -> str:
+    names = []
+    for member in _members(annotation):
+        if get_origin(member) is Literal:
+            names.append("|".join(map(str, get_args(member))))
+        elif get_origin(member) is tuple:
+            names.append(",".join("..." if a is Ellipsis else a.__name__ for a in get_args(member)))
+        else:
+            names.append("none" if member is type(None) else member.__name__)
+    return " or ".join(names)
+
+
+def dump(config: Config) -> str:
+    """The whole object as YAML that `parse` reads back to the same object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Tree, new: Tree) -> list[str]:
+    """Dotted keys whose text differs between two dumped objects, as `key: old -> new`."""
+    before, after = ({".".join(p): v for p, v in leaves(t)} for t in (old, new))
+    names = [*before, *(name for name in after if name not in before)]
+    return [
+        f"{name}: {before.get(name, '(unset)')} -> {after.get(name, '(unset)')}"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+
+
+def usage(arguments: list[str]) -> bool:
+    """Whether the command line asks for help."""
+    return any(re.fullmatch(r"-h|--help|help", argument) for argument in arguments)

@@ -1,0 +1,1 @@
+"""Images: folder -> shards -> plan -> batches."""

@@ -1,0 +1,67 @@
+"""From decoded pixels to the network's input size: a random crop and flip, or the central crop, all uint8.
+
+Crops are drawn from the sample's own seed, so they are the same on any world size, worker count and after any resume.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_vit.counter import key, uniforms
+
+RATIO = (3 / 4, 4 / 3)  # width to height of a random crop
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of an image, pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def halved(self) -> "Box":
+        """The same part of the image at half its size."""
+        return Box(self.top // 2, self.left // 2, max(1, self.height // 2), max(1, self.width // 2))
+
+
+def random_box(height: int, width: int, area: tuple[float, float], seed: int) -> Box:
+    """An "inception crop" (paper B.1): a share of the area and a log-uniform aspect ratio, else the central one."""
+    draws = iter(uniforms(key(seed, "crop"), 4 * TRIES).tolist())
+    for _ in range(TRIES):
+        target = height * width * (area[0] + (area[1] - area[0]) * next(draws))
+        low, high = map(math.log, RATIO)
+        aspect = math.exp(low + (high - low) * next(draws))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        y, x = next(draws), next(draws)
+        if 0 < w <= width and 0 < h <= height:
+            return Box(int(y * (height - h + 1)), int(x * (width - w + 1)), h, w)
+    return central_box(height, width, RATIO, 1.0)
+
+
+def central_box(height: int, width: int, ratio: tuple[float, float], share: float) -> Box:
+    """The largest central box whose width/height lies in `ratio`, its sides then taken times `share`."""
+    w = min(width, round(height * ratio[1]))
+    h = min(height, round(w / ratio[0]))
+    h, w = max(1, round(h * share)), max(1, round(w * share))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def flips(seed: int) -> bool:
+    """Whether a sample is mirrored."""
+    return bool(uniforms(key(seed, "flip"), 1)[0] < 0.5)
+
+
+def resized(pixels: np.ndarray, box: Box, size: tuple[int, int], flip: bool) -> Tensor:
+    """Cut a box out of pixels uint8 [H, W, C] and resize it, antialiased -> uint8 [C, h, w]."""
+    part = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+    image = torch.from_numpy(part).permute(2, 0, 1)[None]
+    if image.shape[2:] != size:
+        image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
+    return (image.flip(3) if flip else image)[0]

@@ -1,0 +1,79 @@
+"""Bytes become pixels. Only JPEG, PNG and WebP are ever decoded, and nothing else is even tried.
+
+simplejpeg reads ordinary JPEGs; Pillow is the reference and reads the rest by one written rule each: EXIF orientation
+is applied, an animation gives its first frame, transparency lies on white, 16 bits become the upper 8, any other mode
+becomes RGB.
+"""
+
+import io
+import warnings
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps
+
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+MAX_PIXELS = 64_000_000  # a PNG just below Pillow's own limit took 6 s and 500 MB before it failed
+MAX_SIDE = 20_000
+
+
+class BadImage(ValueError):
+    """Bytes that are not an image we take; the text says why."""
+
+
+def open_image(data: bytes) -> Image.Image:
+    """A Pillow image, its header read and its size within the limits; raises BadImage."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+    except Exception as error:  # Pillow raises many kinds on hostile bytes
+        raise BadImage(f"not a readable JPEG, PNG or WebP ({type(error).__name__})") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise BadImage(f"{width} x {height} pixels is over the limit of {MAX_PIXELS} pixels, {MAX_SIDE} a side")
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An upright RGB image by the rules above; raises BadImage where the pixels cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged EXIF and transparency chunks warn; the pixels are what counts
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert(
+                    "RGB"
+                )
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:
+        raise BadImage(f"damaged pixels ({type(error).__name__}: {error})") from error
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of an ordinary JPEG within the limits, None for anything that only Pillow reads."""
+    if data[:3] != b"\xff\xd8\xff" or b"Exif\0" in data[:4096]:  # EXIF may turn the image
+        return None
+    try:
+        height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
+    except ValueError:
+        return None
+    return (height, width) if height * width <= MAX_PIXELS and max(height, width) <= MAX_SIDE else None
+
+
+def decode(data: bytes, half: bool = False) -> np.ndarray:
+    """Pixels uint8 [H, W, 3]; with `half`, an ordinary JPEG comes at half its size, which its DCT gives nearly free.
+
+    Raises BadImage.
+    """
+    size = jpeg_size(data)
+    if size is not None:
+        height, width, factor = ((size[0] + 1) // 2, (size[1] + 1) // 2, 2) if half else (0, 0, 1)
+        try:
+            return simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, min_factor=factor)
+        except ValueError:
+            pass  # CMYK, or an oddity that only Pillow reads
+    return np.array(to_rgb(open_image(data)))

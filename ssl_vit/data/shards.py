@@ -1,0 +1,287 @@
+"""A folder of images becomes shards.
+
+One shard is a pure function of (job, shard number): any worker may write any shard, in any order, again after a kill,
+and the bytes are the same. The manifest is written last; until then a shard's note says that it is done.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pydantic import Field, model_validator
+from tqdm import tqdm
+
+from ssl_vit.config import Config
+from ssl_vit.counter import key, permutation
+from ssl_vit.data import manifest
+from ssl_vit.data.decode import FORMATS, BadImage, open_image, to_rgb
+from ssl_vit.data.manifest import ENTRY, Manifest, Shard
+from ssl_vit.durable import sha256, write_bytes, writing
+from ssl_vit.exits import CANNOT_CREATE, DATA, Refusal
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+OTHER_IMAGES = {".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"}
+SPLITS = {"train", "val", "valid", "validation", "test"}
+NOTES = ".notes"  # the shards' notes, until the manifest takes their place
+REJECTS = "rejects.jsonl"
+
+
+class MakeShards(Config):
+    """Convert a folder of images to shards."""
+
+    input: str = Field(
+        description="folder of images: class folders of any depth, or flat; split folders are kept apart"
+    )
+    output: str = Field(description="folder for the shards; with splits, one folder each in it")
+    resize: int | None = Field(
+        default=None, ge=1, description="shrink to this short side, pixels (none: original bytes)"
+    )
+    quality: int = Field(default=90, ge=1, le=100, description="JPEG quality of images that are shrunk")
+    val_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="share of images for output/val, chosen by a stable hash"
+    )
+    shard_samples: int = Field(default=1000, ge=1, description="images a shard")
+    workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="processes (default: cores)")
+    seed: int = Field(default=0, description="of the shuffle")
+    quiet: bool = Field(default=False, description="no progress bar")
+
+    @model_validator(mode="after")
+    def _apart(self) -> "MakeShards":
+        source, target = Path(self.input).resolve(), Path(self.output).resolve()
+        if target == source or source in target.parents:
+            raise ValueError(f"output {self.output} lies inside the input; name a folder outside it")
+        return self
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image file of the input."""
+
+    path: str  # relative to the input, with forward slashes
+    size: int
+    changed: int  # modification time, ns
+    label: int  # -1 = none
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that one split's shards are a function of."""
+
+    root: Path
+    folder: Path
+    sources: list[Source]  # in their final order
+    options: dict[str, object]  # what the manifest says of the job
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal jobs over an unchanged input."""
+        listing = json.dumps([asdict(source) for source in self.sources], separators=(",", ":"))
+        return hashlib.sha256((json.dumps(self.options, sort_keys=True) + listing).encode()).hexdigest()
+
+
+def convert(options: MakeShards) -> dict[str, Manifest]:
+    """Write the shards of every split; a split that is complete is left alone, one begun is continued.
+
+    Returns the manifests by split name ("" where there are no splits). Raises Refusal on empty input and where the
+    output belongs to another job.
+    """
+    root = Path(options.input)
+    files = list(_scan(root))
+    unreadable = [name for name, suffix in files if suffix in OTHER_IMAGES]
+    names = [name for name, suffix in files if suffix in SUFFIXES]
+    if not names:
+        raise Refusal(DATA, f"{root}: no images (looked for {', '.join(sorted(SUFFIXES))} in it and below)")
+    splits = _splits(names, options.val_fraction)
+    classes = sorted({_class(name, split) for split, names in splits.items() for name in names} - {""})
+    jobs = {split: _job(options, root, split, names, classes) for split, names in splits.items()}
+    for job in jobs.values():
+        _claim(job)
+    done = {split: _write_split(job, classes, options) for split, job in jobs.items()}
+    if unreadable and not options.quiet:
+        print(f"{len(unreadable)} images of other formats were left out (first: {unreadable[0]}); save them as png")
+    return done
+
+
+def _scan(root: Path) -> Iterator[tuple[str, str]]:
+    """Relative path and lower-case suffix of every file, sorted; hidden ones and links to folders are passed over."""
+    if not root.is_dir():
+        raise Refusal(DATA, f"{root}: no such folder")
+    for folder, below, files in os.walk(root):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield (Path(folder) / name).relative_to(root).as_posix(), Path(name).suffix.lower()
+
+
+def _splits(names: list[str], val_fraction: float) -> dict[str, list[str]]:
+    """Split name -> files: by folders named train, val, ... that stand at the top, else by a hash of the path."""
+    tops = {name.split("/", 1)[0] for name in names if "/" in name}
+    if "train" in tops and tops <= SPLITS and all("/" in name for name in names):
+        if val_fraction:
+            raise Refusal(DATA, f"the input has split folders ({', '.join(sorted(tops))}): leave val_fraction out")
+        return {top: [name for name in names if name.startswith(top + "/")] for top in sorted(tops)}
+    if not val_fraction:
+        return {"": names}
+    limit = int(val_fraction * 2**64)
+    chosen = {name: key("split", name) < limit for name in names}
+    splits = {"train": [n for n in names if not chosen[n]], "val": [n for n in names if chosen[n]]}
+    empty = [split for split, part in splits.items() if not part]
+    if empty:
+        raise Refusal(DATA, f"val_fraction={val_fraction} of {len(names)} images leaves {empty[0]} empty")
+    return splits
+
+
+def _class(name: str, split: str) -> str:
+    """An image's class: the folders between the split and the file; "" for a file in no folder."""
+    inside = name[len(split) + 1 :] if split and name.startswith(split + "/") else name
+    return inside.rpartition("/")[0]
+
+
+def _job(options: MakeShards, root: Path, split: str, names: list[str], classes: list[str]) -> Job:
+    number = {name: i for i, name in enumerate(classes)}
+    order = permutation(key(options.seed, "shuffle", split), len(names))
+    sources = []
+    for i in order:
+        stat = (root / names[i]).stat()
+        label = number.get(_class(names[i], split), -1)
+        sources.append(Source(names[i], stat.st_size, stat.st_mtime_ns, label))
+    settings = {name: getattr(options, name) for name in ("resize", "val_fraction", "shard_samples", "seed")}
+    settings |= {"quality": options.quality if options.resize else None, "split": split}
+    return Job(root, Path(options.output) / split, sources, settings)
+
+
+def _claim(job: Job) -> None:
+    """Make the output folder this job's, or refuse: it may hold this job's shards, and nothing else's."""
+    note = job.folder / NOTES / "job"
+    if (job.folder / "manifest.json").exists():
+        found = manifest.load(job.folder).job
+        old = found.get("digest")
+        changed = [
+            f"{name} {found.get(name)} -> {value}" for name, value in job.options.items() if found.get(name) != value
+        ]
+    elif note.exists():
+        old, changed = note.read_text(), []
+    elif job.folder.exists() and any(job.folder.iterdir()):
+        raise Refusal(CANNOT_CREATE, f"{job.folder}: is not empty and holds no shards; name another output")
+    else:
+        (job.folder / NOTES).mkdir(parents=True, exist_ok=True)
+        write_bytes(note, job.digest.encode())
+        return
+    if old != job.digest:
+        why = ", ".join(changed) or "the input or the options changed"
+        raise Refusal(CANNOT_CREATE, f"{job.folder}: holds the shards of another job ({why}); name another output")
+
+
+def _write_split(job: Job, classes: list[str], options: MakeShards) -> Manifest:
+    if (job.folder / "manifest.json").exists():
+        return manifest.load(job.folder)
+    size = options.shard_samples
+    numbers = range(-(-len(job.sources) // size))
+    bar = tqdm(total=len(job.sources), unit="img", desc=str(job.folder), disable=options.quiet or None)
+    with bar, ProcessPoolExecutor(options.workers) as pool:
+        parts = [job.sources[n * size : (n + 1) * size] for n in numbers]
+        futures = [pool.submit(write_shard, job, n, part, size) for n, part in zip(numbers, parts, strict=True)]
+        notes = []
+        for future, part in zip(futures, parts, strict=True):
+            notes.append(future.result())
+            bar.update(len(part))
+    rejects = [reject for note in notes for reject in note["rejects"]]
+    shards = [Shard(**note["shard"]) for note in notes if note["shard"]["samples"]]
+    if not shards:
+        raise Refusal(DATA, f"{job.root}: not one image could be decoded (first: {rejects[0]})")
+    for note in notes:
+        if not note["shard"]["samples"]:  # every image of it was rejected
+            for suffix in (".tar", ".npy"):
+                (job.folder / note["shard"]["name"]).with_suffix(suffix).unlink(missing_ok=True)
+    if rejects:
+        write_bytes(job.folder / REJECTS, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects).encode())
+    made = Manifest(job.folder, job.options | {"digest": job.digest, "rejects": len(rejects)}, classes, shards)
+    manifest.save(made)
+    shutil.rmtree(job.folder / NOTES)
+    return made
+
+
+def write_shard(job: Job, number: int, sources: list[Source], shard_samples: int) -> dict:
+    """Write shard `number`, its index and then its note; returns the note, at once where it is there already."""
+    tar, note_path = job.folder / f"{number:06d}.tar", job.folder / NOTES / f"{number:06d}.json"
+    with contextlib.suppress(OSError, ValueError):
+        note = json.loads(note_path.read_text())
+        if tar.stat().st_size == note["shard"]["bytes"] and tar.with_suffix(".npy").exists():
+            return note
+    rows, rejects = [], []
+    with writing(tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for place, source in enumerate(sources, start=number * shard_samples):
+            try:
+                data, suffix = load(job.root / source.path, job.options["resize"], job.options["quality"])
+            except BadImage as error:
+                rejects.append({"path": source.path, "reason": str(error)})
+                continue
+            add(archive, f"{place:09d}.{suffix}", data)
+            rows.append((archive.offset - -(-len(data) // 512) * 512, len(data), source.label, zlib.crc32(data)))
+            if source.label >= 0:
+                add(archive, f"{place:09d}.cls", str(source.label).encode())
+            add(archive, f"{place:09d}.json", json.dumps({"path": source.path}, ensure_ascii=False).encode())
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(rows, dtype=ENTRY), allow_pickle=False)
+    write_bytes(tar.with_suffix(".npy"), buffer.getvalue())
+    shard = Shard(name=tar.name, samples=len(rows), bytes=tar.stat().st_size, sha256=sha256(tar))
+    note = {"shard": shard.model_dump(), "rejects": rejects}
+    write_bytes(note_path, json.dumps(note, ensure_ascii=False).encode())
+    return note
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append a member whose header says nothing but its name and size, so that equal input gives equal bytes."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def load(path: Path, resize: object, quality: object) -> tuple[bytes, str]:
+    """An image file's bytes and suffix, decoded once to be sure; shrunk where asked. Raises BadImage."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror}") from error
+    image = open_image(data)
+    suffix = FORMATS[str(image.format)]
+    pixels = to_rgb(image)
+    if not isinstance(resize, int) or min(pixels.size) <= resize:
+        return data, suffix
+    scale = resize / min(pixels.size)
+    size = (max(resize, round(pixels.width * scale)), max(resize, round(pixels.height * scale)))
+    buffer = io.BytesIO()
+    pixels.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue(), "jpg"
+
+
+def resolve(path: str, cache: Path) -> Manifest:
+    """The manifest of a folder of shards; a folder of images is converted first, into a folder under `cache`.
+
+    Raises Refusal(DATA) where the folder is missing, or has tars but no manifest.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or (folder / "manifest.json").exists() or any(folder.glob("*/manifest.json")):
+        return manifest.load(folder)
+    if any(folder.glob("*.tar")):
+        raise Refusal(
+            DATA, f"{folder}: has tars but no manifest.json; its conversion did not end: run make_shards again"
+        )
+    target = cache / f"{folder.resolve().name}-{key(str(folder.resolve())):016x}"
+    print(f"{folder} is a folder of images: converting it to {target}", flush=True)
+    made = convert(MakeShards(input=path, output=str(target)))
+    if "" not in made:
+        names = ", ".join(str(target / name) for name in made)
+        raise Refusal(DATA, f"{folder}: holds split folders; name one, such as {folder / 'train'} (converted: {names})")
+    return made[""]

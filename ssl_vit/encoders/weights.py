@@ -1,0 +1,172 @@
+"""Where an encoder's weights come from and go to.
+
+The exported folder is `model.safetensors` under timm's names and a `config.json` that both timm
+(`timm.create_model("local-dir:FOLDER", pretrained=True)`) and `load_encoder` read.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ssl_vit.encoders import positions
+from ssl_vit.encoders.vit import SIZES, Vit, VitEncoder
+from ssl_vit.exits import DATA, Refusal
+
+ARCHITECTURES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
+Weights = dict[str, Tensor]
+
+
+def load_encoder(path: str | Path) -> VitEncoder:
+    """An encoder in eval mode from a run folder, its encoder/ folder, or a weights file (safetensors, or .pth).
+
+    Raises Refusal(DATA) where there is nothing to load or the weights do not fit.
+    """
+    config, weights = read(str(path))
+    encoder = config.build()
+    fill(encoder, config, weights, str(path))
+    return encoder.eval()
+
+
+def read(source: str) -> tuple[Vit, Weights]:
+    """The architecture and the weights of a source: a path as in `load_encoder`, or `timm:NAME`."""
+    if source.startswith("timm:"):
+        return _read_timm(source.removeprefix("timm:"))
+    path = Path(source)
+    if path.is_dir():
+        folder = next((f for f in (path / "encoder", path) if (f / "model.safetensors").is_file()), None)
+        if folder is None:
+            raise Refusal(DATA, f"{path}: no encoder/model.safetensors in it (a run exports its encoder when it ends)")
+        path = folder / "model.safetensors"
+    if not path.is_file():
+        raise Refusal(DATA, f"{path}: no such run, folder or weights file")
+    weights = _tensors(path)
+    beside = path.with_name("config.json")
+    if beside.is_file():
+        try:
+            config = json.loads(beside.read_text()).get("ssl_vit")
+            if config is not None:
+                return Vit.model_validate(config), weights
+        except (ValidationError, ValueError, AttributeError) as error:
+            raise Refusal(DATA, f"{beside}: not an encoder's config ({' '.join(str(error).split())[:200]})") from error
+    return infer(weights, str(path)), weights
+
+
+def _tensors(path: Path) -> Weights:
+    """A file's tensors; a pickle is read with weights_only, and never in any other way."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
+        raise Refusal(DATA, f"{path}: cannot be read as weights: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # torch raises pickle's own errors on what weights_only forbids
+        raise Refusal(DATA, f"{path}: refused, it holds more than tensors ({type(error).__name__})") from error
+    for name in ("model", "state_dict"):
+        tree = tree.get(name, tree) if isinstance(tree, dict) else tree
+    if not isinstance(tree, dict) or not all(isinstance(value, Tensor) for value in tree.values()):
+        raise Refusal(DATA, f"{path}: not a set of named tensors")
+    return {name.removeprefix("module."): value for name, value in tree.items()}
+
+
+def _read_timm(name: str) -> tuple[Vit, Weights]:
+    import timm
+
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # timm and its hub client raise many kinds
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise Refusal(DATA, f"timm:{name} cannot be had ({text}); without a network give a local file") from error
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    config = infer(model.state_dict(), f"timm:{name}")
+    update = {key: tuple(cfg[key]) for key in ("mean", "std") if key in cfg}
+    heads = getattr(getattr(model.blocks[0], "attn", None), "num_heads", config.numbers[2])  # type: ignore[index]
+    return config.model_copy(update={**update, "heads": heads}), model.state_dict()
+
+
+def infer(weights: Weights, source: str) -> Vit:
+    """The architecture of a plain ViT from its tensors' shapes; raises Refusal(DATA) where it is not one."""
+    try:
+        width, channels, patch, _ = weights["patch_embed.proj.weight"].shape
+        depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+        mlp = weights["blocks.0.mlp.fc1.weight"].shape[0]
+        tokens = weights["pos_embed"].shape[1] if "pos_embed" in weights else None
+    except (KeyError, ValueError) as error:
+        raise Refusal(DATA, f"{source}: not a plain ViT under timm's names (no {error})") from error
+    heads = next((row[2] for row in SIZES.values() if row[0] == width), max(1, width // 64))
+    size = next((name for name, row in SIZES.items() if row[0] == width), "B")
+    side = patch * round(((tokens or 2) - 1) ** 0.5)
+    return Vit.model_validate(
+        {"size": size, "patch": patch, "image": side, "channels": channels, "width": width, "depth": depth}
+        | {"heads": heads, "mlp": mlp, "positions": "1d" if tokens else "none"}
+    )
+
+
+def fill(encoder: VitEncoder, config: Vit, weights: Weights, source: str) -> None:
+    """Load weights that were made for `config` by name; positions are interpolated to the encoder's grid.
+
+    What only the source has (its head) is left; what only the encoder has, or another shape, is a Refusal(DATA) that
+    lists it: nothing stays at its random start unnoticed.
+    """
+    wanted = encoder.state_dict()
+    weights = dict(weights)
+    if "pos_embed" in weights and encoder.pos_embed is not None:
+        table = weights["pos_embed"]
+        if table.shape[1] != encoder.prefix + config.grid[0] * config.grid[1]:
+            raise Refusal(DATA, f"{source}: {table.shape[1]} positions do not fit its grid of {config.grid} patches")
+        weights["pos_embed"] = positions.resize(table, config.grid, encoder.grid, encoder.prefix)
+    missing = [name for name in wanted if name not in weights]
+    unlike = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
+    if missing or unlike:
+        kinds = {"missing": missing, "of another shape": unlike}
+        text = "; ".join(f"{len(n)} tensors {kind} ({', '.join(n[:3])} ...)" for kind, n in kinds.items() if n)
+        raise Refusal(DATA, f"{source}: does not fit the encoder: {text}")
+    encoder.load_state_dict({name: weights[name] for name in wanted})
+
+
+def export(encoder: VitEncoder, folder: Path) -> None:
+    """Write `model.safetensors` and `config.json` for timm and for `load_encoder`."""
+    config = encoder.config
+    width, depth, heads, mlp = config.numbers
+    height, side = config.image_hw
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = {
+        "img_size": [height, side],
+        "patch_size": config.patch,
+        "in_chans": config.channels,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": mlp / width,
+        "global_pool": "token" if config.pool == "class" else "avg",
+        "fc_norm": False,  # the final norm stays before pooling, as it was trained
+        "num_classes": 0,
+    } | ({} if config.positions == "1d" else {"pos_embed": "none"})
+    preparation = {
+        "input_size": [config.channels, height, side],
+        "mean": list(config.mean * (config.channels // len(config.mean))),
+        "std": list(config.std * (config.channels // len(config.std))),
+        "interpolation": "bilinear",
+        "crop_pct": 0.875,
+        "fixed_input_size": True,
+        "num_classes": 0,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    content = {
+        "architecture": f"vit_{ARCHITECTURES[config.size]}_patch{14 if config.size == 'H' else 16}_224",
+        "num_classes": 0,
+        "num_features": width,
+        "global_pool": arguments["global_pool"],
+        "model_args": arguments,
+        "pretrained_cfg": preparation,
+        "ssl_vit": config.model_dump(mode="json"),
+    }
+    weights = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")

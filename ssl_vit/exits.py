@@ -1,0 +1,61 @@
+"""How a process ends: one exit code and one closing line (sysexits values)."""
+
+import errno
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+USAGE = 64  # unknown key, bad value
+DATA = 65  # missing, damaged or foreign data
+INTERNAL = 70  # a defect of ours, or out of memory
+CANNOT_CREATE = 73  # the output cannot be made, or another process holds it
+DISK = 74  # disk full, I/O error
+PREEMPTED = 75  # stopped by a signal; a checkpoint is on disk, the same command goes on
+INTEGRITY = 76  # no checkpoint verifies
+MISMATCH = 78  # the recipe differs from the one the run was started with
+
+
+class Refusal(Exception):
+    """An end that is foreseen: `message` says in one line what is wrong and how to mend it."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def verdict(error: BaseException) -> Refusal:
+    """The exit code and closing line that an exception deserves."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return Refusal(DISK, f"{error.strerror}: {error.filename or 'writing'}; free some space and start again")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return Refusal(CANNOT_CREATE, f"{error.strerror}: {error.filename}")
+    if isinstance(error, KeyboardInterrupt):
+        return Refusal(PREEMPTED, "interrupted; the same command goes on from the last checkpoint")
+    if type(error).__name__ == "OutOfMemoryError":
+        return Refusal(INTERNAL, "out of memory: halve micro_batch (the batch stays what it is) and start again")
+    return Refusal(INTERNAL, f"{type(error).__name__}: {error}")
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """Call `main` with the command line and end the process with its exit code.
+
+    A foreseen end prints its one line; anything else its traceback first, then the line.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        end = verdict(error)
+        if end.code == INTERNAL:
+            traceback.print_exception(error)
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {end}", file=sys.stderr, flush=True)
+        code = end.code
+    sys.exit(code)

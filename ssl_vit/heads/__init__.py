@@ -1,0 +1,15 @@
+"""Heads: each owns its targets, its loss and what it reports. The unions are the registry.
+
+A head module has `forward(encoder, batch) -> Output`, `report(sums, weight) -> dict of numbers` and, where there is
+something to see, `panel(encoder, batch) -> uint8 [3, h, w]`; its config has `build(encoder, classes)`.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from ssl_vit.heads.classifier import Classifier
+from ssl_vit.heads.mean_color import MeanColor
+from ssl_vit.heads.transfer import Transfer
+
+Head = Annotated[MeanColor | Classifier | Transfer, Field(discriminator="kind")]

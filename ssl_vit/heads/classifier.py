@@ -1,0 +1,61 @@
+"""Supervised pretraining: an MLP with one hidden tanh layer on the pooled tokens (paper D.3)."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_vit.config import Config
+from ssl_vit.model import Batch, Encoder, Output, mean_over, pooled
+
+
+class Classifier(Config):
+    """Classify images while pretraining."""
+
+    kind: Literal["classifier"] = "classifier"
+    hidden: int | None = Field(default=None, ge=1, description="width of the tanh layer (none: the encoder's)")
+    loss: Literal["softmax", "sigmoid"] = Field(
+        default="softmax", description="cross-entropy: softmax, or a sigmoid a class"
+    )
+
+    def build(self, encoder: Encoder, classes: int) -> "ClassificationHead":
+        """The head for an encoder and a number of classes."""
+        hidden = self.hidden or encoder.width
+        layers = nn.Sequential(nn.Linear(encoder.width, hidden), nn.Tanh(), nn.Linear(hidden, classes))
+        return ClassificationHead(layers, self.loss)
+
+
+class ClassificationHead(nn.Module):
+    """Pooled tokens [B, D] -> logits [B, classes], with the last layer starting at zero (paper B.1.1)."""
+
+    def __init__(self, layers: nn.Sequential, loss: Literal["softmax", "sigmoid"]):
+        super().__init__()
+        self.layers = layers
+        self.loss = loss
+        last = layers[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, encoder: Encoder, batch: Batch) -> Output:
+        """The loss of each labelled image; an image without label (-1) carries none."""
+        logits = self.layers(pooled(encoder, batch["image"])).float()
+        label, valid = batch["label"].clamp(min=0), batch["valid"] & (batch["label"] >= 0)
+        if self.loss == "softmax":
+            loss = F.cross_entropy(logits, label, reduction="none")
+        else:
+            target = F.one_hot(label, logits.shape[1]).float()
+            loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
+        with torch.no_grad():
+            # ties count against: a head that still gives every class the same score is right for none
+            own = logits.gather(1, label[:, None])
+            rank = (logits >= own).sum(1) - 1
+            sums = {"loss": loss, "top1": (rank < 1).float(), "top5": (rank < 5).float()}
+            sums = {name: (value * valid).sum() for name, value in sums.items()}
+        return Output(mean_over(valid, loss), sums, valid.sum())
+
+    def report(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
+        """Means over the images that were counted."""
+        return {name: float(value) / weight for name, value in sums.items()}

@@ -1,0 +1,19 @@
+"""Small pictures made of tensors."""
+
+import torch
+from torch import Tensor
+
+
+def outline(side: int, device: torch.device) -> Tensor:
+    """The border of a square, bool [side * side] in raster order."""
+    edge = torch.ones(side, side, dtype=torch.bool, device=device)
+    edge[1:-1, 1:-1] = False
+    return edge.flatten()
+
+
+def grid(columns: list[Tensor], gap: int = 2) -> Tensor:
+    """Columns of images, each uint8 [B, 3, h, w], side by side and one row an image -> uint8 [3, H, W]."""
+    cells = torch.stack(columns, dim=1)  # [B, columns, 3, h, w]
+    cells = torch.nn.functional.pad(cells, (gap, 0, gap, 0), value=255)
+    b, n, c, h, w = cells.shape
+    return cells.permute(2, 0, 3, 1, 4).reshape(c, b * h, n * w)

@@ -1,0 +1,84 @@
+"""The contract between batches, encoders and heads.
+
+Legend, for every tensor file: B images, H x W pixels, C channels, N patches, P prefix tokens (class token and
+registers), T = P + N tokens, D width, K corrupted patches. `image` is uint8 [B, C, H, W]; `pixels` are the encoder's
+normalised floats; `patches` [B, N, D] are patch embeddings before positions; `tokens` are encoder output.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+"""image uint8 [B,C,H,W], label int64 [B] (-1 = none), seed int64 [B], valid bool [B] (False = padding)."""
+
+Edit = Callable[[Tensor], Tensor]
+"""Maps patches [B, N, D] to patches of the same shape."""
+
+
+class Output(NamedTuple):
+    """What a head returns: the loss to step on, sums over the batch to report, and how much was summed."""
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+    weight: Tensor
+
+
+class Encoder(Protocol):
+    """image uint8 [B, C, H, W] -> tokens [B, P + N, D], or [B, S, D] with `select`."""
+
+    width: int
+    channels: int
+    stride: int
+    prefix: int
+    pool: str
+
+    def __call__(self, image: Tensor, edit: Edit | None = None, select: Tensor | None = None) -> Tensor:
+        """`edit` is applied to the patches before positions; `select` int64 [B, S] names the token positions wanted."""
+        ...
+
+
+class Model(nn.Module):
+    """An encoder and a head: the one module that is compiled, wrapped, stepped and saved."""
+
+    encoder: Any  # an nn.Module that is an Encoder
+    head: Any  # an nn.Module as ssl_vit.heads says
+
+    def __init__(self, encoder: nn.Module, head: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, batch: Batch, tokens: bool = False, panel: bool = False):
+        """The head's Output; or with `tokens` the encoder's tokens; or with `panel` a picture uint8 [3, h, w].
+
+        All three go through one call, because DDP, FSDP2 and ZeRO-3 act on `__call__` of the outer module only.
+        """
+        if tokens:
+            return self.encoder(batch["image"])
+        if panel:
+            return self.head.panel(self.encoder, batch)
+        return self.head(self.encoder, batch)
+
+
+def mean_over(valid: Tensor, values: Tensor) -> Tensor:
+    """The mean of the per-image `values` [B] over the images that count."""
+    return (values * valid).sum() / valid.sum().clamp(min=1)
+
+
+def pooled(encoder: Encoder, image: Tensor) -> Tensor:
+    """One vector an image, [B, D]: the class token, or the mean of the patch tokens, as `encoder.pool` says."""
+    tokens = encoder(image)
+    return tokens[:, 0] if encoder.pool == "class" else tokens[:, encoder.prefix :].mean(1)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """How many numbers a module learns."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters live."""
+    return next(module.parameters()).device

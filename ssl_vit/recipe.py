@@ -1,0 +1,245 @@
+"""Recipes: the parts' configs put together, checked against each other, and run."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from ssl_vit import config, cost
+from ssl_vit.data import shards
+from ssl_vit.data.manifest import Manifest
+from ssl_vit.data.stream import Data, EvaluationStream, Samples, Share, TrainingStream
+from ssl_vit.encoders import Encoder, weights
+from ssl_vit.encoders.vit import Vit, VitEncoder
+from ssl_vit.evaluate.accuracy import HeldOut
+from ssl_vit.exits import DATA, INTERNAL, USAGE, Refusal, verdict
+from ssl_vit.heads import Head
+from ssl_vit.heads.mean_color import MeanColor
+from ssl_vit.heads.panel import grid
+from ssl_vit.heads.transfer import Transfer
+from ssl_vit.model import Batch, Model, count_parameters
+from ssl_vit.train.checkpoint import publish
+from ssl_vit.train.distributed import from_main, start, total, world
+from ssl_vit.train.loop import Loop, Task, fit, shared
+from ssl_vit.train.optim import AdamW, Optim, Sgd
+from ssl_vit.train.run import Run
+from ssl_vit.train.tracker import write_png
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+PANEL = 8  # images in a picture
+FREE_OF_SOURCE = {"kind", "image", "pool", "dropout"}  # what a source of weights leaves open
+
+
+class Train(Loop):
+    """What pretraining and fine-tuning share."""
+
+    run: str = Field(default="runs/run", description="output folder (default: runs/RECIPE)")
+    dry_run: bool = Field(default=False, description="say what would be done, draw the first batch, and stop")
+    init: str = Field(
+        default="none", description="weights to start from: a run, an encoder folder, a weights file, timm:NAME, none"
+    )
+    data: Data = Data()
+    encoder: Encoder = Vit()
+
+
+class Pretrain(Train):
+    """Pretrain an encoder: by masked patch prediction, or supervised with head.kind=classifier."""
+
+    head: Head = MeanColor()
+    optim: Optim = AdamW()
+
+
+class Finetune(Train):
+    """Fine-tune a pretrained encoder to classify images, or train one from scratch with init=none."""
+
+    head: Head = Transfer()
+    optim: Optim = Sgd()
+
+
+Recipe = Pretrain | Finetune
+
+
+def resolve(recipe: Recipe) -> tuple[Recipe, weights.Weights | None, Vit | None]:
+    """The recipe with its encoder's config complete, and where `init` names a source, its weights and config.
+
+    A source's architecture is the encoder's; Refusal(USAGE) names encoder keys that contradict it.
+    """
+    given, source, tensors = recipe.encoder, None, None
+    encoder = given.model_copy(update={"image": recipe.data.image_size})
+    if "image" in given.model_fields_set and given.image_hw != encoder.image_hw:
+        raise Refusal(USAGE, f"encoder.image: leave it out, it follows data.image_size={recipe.data.image_size}")
+    if recipe.init != "none":
+        source, tensors = weights.read(recipe.init)
+        _agree(given, source, recipe.init)
+        free = {name: getattr(given, name) for name in ("pool", "dropout") if name in given.model_fields_set}
+        encoder = source.model_copy(update={"image": recipe.data.image_size, **free})
+    try:
+        with torch.device("meta"):
+            encoder.build()
+    except ValueError as error:
+        raise Refusal(USAGE, f"data.image_size={recipe.data.image_size}: {error}") from error
+    return recipe.model_copy(update={"encoder": encoder}), tensors, source
+
+
+def _agree(given: Vit, source: Vit, name: str) -> None:
+    """Refuse encoder keys that were given and say something else than the source of the weights."""
+    said = given.model_fields_set - FREE_OF_SOURCE
+    numbers = ("width", "depth", "heads", "mlp")
+    mine = dict(zip(numbers, given.numbers, strict=True)) | {k: getattr(given, k) for k in said - {"size", *numbers}}
+    theirs = source.model_dump() | dict(zip(numbers, source.numbers, strict=True))
+    if "size" not in said:
+        mine = {key: value for key, value in mine.items() if key in said}
+    wrong = [f"encoder.{key} {value}, not {theirs[key]}" for key, value in mine.items() if value != theirs[key]]
+    if wrong:
+        raise Refusal(USAGE, f"init={name} is another encoder: {'; '.join(wrong)}; leave encoder keys out")
+
+
+def build(recipe: Recipe, classes: int, tensors: weights.Weights | None = None, source: Vit | None = None) -> Model:
+    """The model of a resolved recipe: weights drawn from its seed, the encoder's from the source where there is one."""
+    torch.manual_seed(recipe.seed)
+    encoder = recipe.encoder.build()
+    if tensors is not None and source is not None:
+        weights.fill(encoder, source, tensors, recipe.init)
+    return Model(encoder, recipe.head.build(encoder, classes))
+
+
+def manifests(recipe: Recipe) -> tuple[Manifest, Manifest | None]:
+    """The training and evaluation data, complete; images are converted first, beside the run."""
+    if recipe.data.train is None:
+        raise Refusal(USAGE, "data.train: it must be given: a folder of shards, or of images")
+    supervised = not isinstance(recipe.head, MeanColor)
+    if isinstance(recipe, Finetune) and recipe.data.val is None:
+        raise Refusal(USAGE, "data.val: it must be given: fine-tuning is judged on it")
+    cache = Path(recipe.run).parent / "shards"
+    found = [shards.resolve(path, cache) for path in (recipe.data.train, recipe.data.val) if path is not None]
+    for made in found:
+        made.check()
+    train, val = found[0], found[1] if len(found) > 1 else None
+    if supervised and not train.classes:
+        raise Refusal(DATA, f"{train.folder}: has no classes, and head.kind={recipe.head.kind} needs labels")
+    if supervised and val is not None and val.classes != train.classes:
+        raise Refusal(DATA, f"{val.folder}: its classes are not those of {train.folder}; convert both in one go")
+    return train, val
+
+
+def run(recipe: Recipe) -> int:
+    """Do what the recipe says, from the checkpoint where there is one; returns the exit code."""
+    recipe, tensors, source = resolve(recipe)
+    if recipe.dry_run:
+        return preview(recipe, tensors, source)
+    folder = Run(Path(recipe.run))
+    micro = recipe.micro(world())
+    accelerator = start(recipe.precision, max(1, recipe.batch // world() // micro), recipe.tracker, folder.folder)
+    try:
+        share = shared(recipe, accelerator)
+        from_main(accelerator, lambda: folder.claim(recipe))
+        train, val = from_main(accelerator, lambda: manifests(recipe))
+        model = build(recipe, len(train.classes), tensors, source)
+        task = _task(recipe, model, train, val, share, accelerator.device, partial(total, accelerator))
+        row = fit(folder, accelerator, recipe, task)
+        from_main(accelerator, lambda: _finish(recipe, folder, model, row))
+        _end(folder, 0, "done", accelerator)
+    except BaseException as error:
+        end = verdict(error)
+        _end(folder, end.code, end.message, accelerator)
+        raise
+    finally:
+        folder.release()
+        accelerator.end_training()
+    return 0
+
+
+def _task(
+    recipe: Recipe, model: Model, train: Manifest, val: Manifest | None, share: Share, device: torch.device, total: Any
+) -> Task:
+    stream = TrainingStream(train, recipe.data, recipe.seed, recipe.batch)
+    evaluators = []
+    if val is not None:
+        held_out = EvaluationStream(val, recipe.data, share.micro_batch)
+        evaluators.append(HeldOut(held_out, share, device, total, model.head.report))  # type: ignore[arg-type]
+    panel = None
+    if hasattr(model.head, "panel"):
+        drawn = first_images(val or train, recipe.data)
+        panel = {name: value.to(device) for name, value in drawn.items()}
+    return Task(model, stream, recipe.optim, evaluators, panel, flops(recipe))
+
+
+def first_images(manifest: Manifest, data: Data) -> Batch:
+    """The first few images of a split as evaluation sees them."""
+    samples = Samples(manifest, data, seed=0, training=False)
+    batch = samples.__getitems__([(0, i) for i in range(min(PANEL, manifest.samples))])
+    if isinstance(batch, Refusal):
+        raise batch
+    return batch
+
+
+def flops(recipe: Recipe) -> int:
+    """FLOPs of training on an image, by formula."""
+    macs = cost.encoder_macs(recipe.encoder)
+    if isinstance(recipe.head, MeanColor):
+        macs += cost.mean_color_macs(recipe.encoder, recipe.head.ratio, recipe.head.bits)
+    return cost.training_flops(macs)
+
+
+def _finish(recipe: Recipe, folder: Run, model: Model, row: dict[str, Any]) -> None:
+    """Export the encoder and write results.json."""
+    encoder = model.encoder
+    assert isinstance(encoder, VitEncoder)
+    publish(folder.folder / "encoder", lambda draft: weights.export(encoder, draft))
+    judged = {name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}
+    protocol = {
+        "init": recipe.init,
+        "head": recipe.head.kind,
+        "data.train": recipe.data.train,
+        "data.val": recipe.data.val,
+        "data.subset": recipe.data.subset,
+        "image_size": recipe.data.image_size,
+        "pool": recipe.encoder.pool,
+        "optim": recipe.optim.model_dump(),
+        "steps": recipe.steps,
+        "batch": recipe.batch,
+        "seed": recipe.seed,
+    }
+    trained = {f"train_{name}": row[name] for name in ("loss", "unigram_entropy") if name in row}
+    folder.write_results({**judged, **trained, "step": row["step"], "protocol": protocol})
+    if not recipe.quiet:
+        shown = {
+            name: value for name, value in judged.items() if name in ("loss", "accuracy", "top1", "top5", "samples")
+        }
+        text = "".join(
+            f", {name} {value:.4f}" if name != "samples" else f" on {value}" for name, value in shown.items()
+        )
+        print(f"{folder.folder}: done, {row['step']} steps{text}; encoder in {folder.folder / 'encoder'}")
+
+
+def _end(folder: Run, code: int, reason: str, accelerator: Any) -> None:
+    """Leave exit.json: the main process always, another one where it failed on its own."""
+    if folder.folder.is_dir() and (accelerator.is_main_process or code == INTERNAL):
+        folder.write_exit(code, folder.step, reason, accelerator.process_index)
+
+
+def preview(recipe: Recipe, tensors: weights.Weights | None, source: Vit | None) -> int:
+    """Say what a run would do and draw its first batch, corrupted where the head does that; trains nothing."""
+    train, val = manifests(recipe)
+    model = build(recipe, len(train.classes), tensors, source)
+    stream = TrainingStream(train, recipe.data, recipe.seed, recipe.batch)
+    epochs = recipe.steps * recipe.batch / stream.epoch_samples
+    print(config.dump(recipe))
+    rows = {
+        "parameters": f"encoder {count_parameters(model.encoder):,}, head {count_parameters(model.head):,}",
+        "FLOPs an image": f"{flops(recipe):,} (forward and backward)",
+        "length": f"{recipe.steps:,} steps of {recipe.batch:,} images: {epochs:.1f} epochs of {stream.epoch_samples:,}",
+        "data": f"{train.folder}: {train.samples:,} samples, {len(train.classes)} classes, {len(train.shards)} shards",
+        "evaluation": f"{val.folder}: {val.samples:,} samples" if val is not None else "none",
+    }
+    picture = Path(recipe.run) / "first_batch.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    batch = stream.samples.__getitems__(next(stream.keys(0, Share(micro_batch=min(PANEL, recipe.batch)))))
+    if isinstance(batch, Refusal):
+        raise batch
+    write_png(model(batch, panel=True) if hasattr(model.head, "panel") else grid([batch["image"]]), picture)
+    rows["first batch"] = str(picture)
+    print("\n".join(f"{name:<16}{text}" for name, text in rows.items()))
+    return 0

@@ -1,0 +1,117 @@
+"""Processes: starting them as Accelerate sees them, and agreeing among them."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssl_vit.exits import USAGE, Refusal, verdict
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Precision = Literal["auto", "fp32", "bf16"]
+Value = TypeVar("Value")
+
+
+def start(precision: Precision, accumulate: int, tracker: str, folder: Path) -> "Accelerator":
+    """Accelerate's handle on device and processes; refuses set-ups that would train something else than was asked."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
+
+    bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_available())
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN at ViT's lengths (pytorch#169849)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    accelerator = Accelerator(
+        mixed_precision="bf16" if bf16 else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False),
+        log_with=None if tracker == "none" else tracker,
+        project_dir=folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+    )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != accelerator.num_processes:
+        cure = "set ACCELERATE_USE_CPU=1 for processes without GPU"
+        raise Refusal(USAGE, f"{asked} processes were started but accelerate sees {accelerator.num_processes}: {cure}")
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise Refusal(USAGE, f"{accelerator.distributed_type.value} is not supported yet; launch one process, or DDP")
+    return accelerator
+
+
+def world() -> int:
+    """How many processes the launcher started, known before Accelerate is."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def from_main(accelerator: "Accelerator", make: Callable[[], Value]) -> Value:
+    """What `make` returns on the main process, on every process; where it fails there, all raise the same Refusal."""
+    box: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            box = [make()]
+        except Exception as error:
+            if accelerator.num_processes == 1:
+                raise
+            box = [verdict(error)]
+    if accelerator.num_processes > 1:
+        dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], Refusal):
+        raise box[0]
+    return box[0]
+
+
+def total(accelerator: "Accelerator", sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over all processes, as tensors on the CPU."""
+    if accelerator.num_processes > 1:
+        for name in sorted(sums):
+            sums[name] = sums[name].clone()
+            dist.all_reduce(sums[name])
+    return {name: value.detach().cpu() for name, value in sums.items()}
+
+
+class StopSignal:
+    """Whether to stop: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to any process stops all after the same step.
+
+    The handler only sets a flag. The flags are summed by an asynchronous all-reduce on the CPU that is started in one
+    step and read in the next, so no step waits for it. A second signal ends the process at once.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self, accelerator: "Accelerator"):
+        self.raised = 0
+        self._several = accelerator.num_processes > 1
+        self._group: Any = dist.new_group(backend="gloo") if self._several else None
+        self._pending: tuple[Any, Tensor] | None = None
+        self._before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
+
+    def _handle(self, number: int, frame: object) -> None:
+        del frame
+        if self.raised:
+            os._exit(128 + number)
+        self.raised = number
+
+    def agreed(self) -> bool:
+        """Called once a step by every process: True on all of them in the same step."""
+        if not self._several:
+            return bool(self.raised)
+        stop = False
+        if self._pending is not None:
+            work, votes = self._pending
+            work.wait()
+            stop = bool(votes)
+        votes = torch.tensor(float(self.raised))
+        self._pending = dist.all_reduce(votes, group=self._group, async_op=True), votes
+        return stop
+
+    def close(self) -> None:
+        """Give the signals back to whoever had them."""
+        if self._pending is not None:
+            self._pending[0].wait()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,265 @@
+"""The one loop: pretraining, supervised pretraining and fine-tuning differ by what they pass in."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ssl_vit.config import Config
+from ssl_vit.counter import WORD, key
+from ssl_vit.data.stream import Share, TrainingStream
+from ssl_vit.evaluate.accuracy import Evaluator
+from ssl_vit.exits import DATA, MISMATCH, PREEMPTED, USAGE, Refusal
+from ssl_vit.model import Batch, Model
+from ssl_vit.train import checkpoint
+from ssl_vit.train.distributed import Precision, StopSignal, from_main, total
+from ssl_vit.train.optim import Optim, set_rate
+from ssl_vit.train.run import Run
+from ssl_vit.train.tracker import Tracker, TrackerName
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # 2.7 s, which --help does not wait for
+
+
+class Loop(Config):
+    """How long, how large, how often."""
+
+    steps: int = Field(default=1000, ge=1, description="optimizer steps")
+    batch: int = Field(default=256, ge=1, description="global images an optimizer step")
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="images a process takes at once (none: all its share)"
+    )
+    seed: int = Field(default=0, description="of weights, order, crops and masks")
+    log_every: int = Field(default=50, ge=1, description="steps between rows of metrics")
+    save_every: int = Field(default=1000, ge=1, description="steps between checkpoints")
+    eval_every: int | None = Field(default=None, ge=1, description="steps between evaluations (none: at the end)")
+    keep: int = Field(default=2, ge=1, description="checkpoints kept")
+    precision: Precision = Field(default="auto", description="auto is bf16 on a GPU, fp32 on CPU")
+    compile: bool | None = Field(default=None, description="torch.compile the encoder's blocks (none: on a GPU only)")
+    tracker: TrackerName = Field(default="tensorboard", description="where metrics go beside metrics.jsonl")
+    quiet: bool = Field(default=False, description="no progress")
+
+    def micro(self, world: int) -> int:
+        """Images a process takes at once."""
+        return self.micro_batch or self.batch // world
+
+
+class Stop(Protocol):
+    """Asked once a step by every process, with the same answer on all."""
+
+    def agreed(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Task:
+    """What a loop needs beside its config, built by the recipe."""
+
+    model: Model
+    stream: TrainingStream
+    optim: Optim
+    evaluators: Sequence[Evaluator] = ()
+    panel: Batch | None = None  # a few fixed images to draw at every evaluation
+    flops: int = 0  # of training, an image
+
+
+class Window:
+    """What was summed since the last row of metrics.
+
+    The sums travel in the checkpoint, so that a row is the same whether or not the run was stopped within it; the
+    clocks do not, so that speed is that of this process.
+    """
+
+    def __init__(self, sums: dict[str, Tensor] | None = None):
+        self.sums: dict[str, Tensor] = sums or {}
+        self.began = time.monotonic()
+        self.waited = 0.0
+        self.images = 0
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        """Add sums, wherever they are; nothing is read from the device."""
+        for name, value in sums.items():
+            value = value.detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+
+    def report(self, accelerator: "Accelerator", task: Task) -> dict[str, Any]:
+        """The row of metrics of these sums: what the head says of its own, then the loop's."""
+        sums = total(accelerator, self.sums)
+        own = {name: sums.pop(name) for name in list(sums) if name.startswith("_")}
+        seconds, updates = time.monotonic() - self.began, float(own["_updates"])
+        speed = self.images * accelerator.num_processes / seconds
+        return {
+            **task.model.head.report(sums, max(1.0, float(own["_weight"]))),  # type: ignore[operator]
+            "grad_norm": float(own["_norm"]) / updates,
+            "images_per_second": round(speed, 2),
+            "tflops": round(speed * task.flops / 1e12, 6),
+            "data_wait": round(self.waited / seconds, 4),
+            "skipped_updates": round(float(own["_skipped"]) / accelerator.num_processes),
+            "samples_digest": f"{int(own['_digest']) & WORD:016x}",  # of the (epoch, sample) pairs, in any order
+            "updates": round(updates / accelerator.num_processes),
+        }
+
+
+def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop | None = None) -> dict[str, Any]:
+    """Train to `loop.steps`, going on from the newest checkpoint of the run; returns the last row of metrics.
+
+    Raises Refusal: PREEMPTED after a signal, with a checkpoint on disk; DATA where the numbers cannot be cured.
+    """
+    share = shared(loop, accelerator)
+    model, optimizer = task.model.to(accelerator.device), task.optim.build(task.model)
+    run.step, window = resume(run, accelerator, task, optimizer)
+    if run.step >= loop.steps:
+        return last_row(run)
+    if loop.compile or (loop.compile is None and accelerator.device.type == "cuda"):
+        for block in getattr(model.encoder, "blocks", ()):
+            block.compile()
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    batches = task.stream.batches(run.step * loop.batch, share, accelerator.device)
+    tracker = Tracker(accelerator, run.folder, run.step, loop.steps, loop.quiet)
+    stop = stop or StopSignal(accelerator)
+    row: dict[str, Any] = {}
+    began, first = time.monotonic(), run.step
+    try:
+        while run.step < loop.steps:
+            rate = task.optim.rate(run.step, loop.steps)
+            set_rate(optimizer.param_groups, rate)
+            update(accelerator, loop, task, wrapped, prepared, batches, window, run.step)
+            run.step += 1
+            tracker.advance()
+            judge = run.step == loop.steps or (loop.eval_every and run.step % loop.eval_every == 0)
+            if judge or run.step % loop.log_every == 0:
+                left = (time.monotonic() - began) / (run.step - first) * (loop.steps - run.step)
+                row = {"step": run.step, "samples_seen": run.step * loop.batch, "lr": rate}
+                row |= window.report(accelerator, task)
+                check_numbers(row)
+                row |= evaluate(wrapped, task, tracker, run) if judge else {}
+                tracker.row(row, left)
+                window = Window()
+            stopping = stop.agreed()
+            if stopping or run.step == loop.steps or run.step % loop.save_every == 0:
+                save(run, accelerator, loop, task, optimizer, window)
+            if stopping and run.step < loop.steps:
+                raise Refusal(PREEMPTED, f"stopped at step {run.step} of {loop.steps}; the same command goes on")
+    finally:
+        stop.close()
+        tracker.close()
+    return row
+
+
+def shared(loop: Loop, accelerator: "Accelerator") -> Share:
+    """This process's part of a batch; raises Refusal(USAGE) where processes or micro batches do not divide it."""
+    world = accelerator.num_processes
+    if loop.batch % world:
+        allowed = ", ".join(str(n) for n in range(1, loop.batch + 1) if loop.batch % n == 0 and n <= 4 * world)
+        raise Refusal(USAGE, f"batch={loop.batch} cannot be shared by {world} processes; these can: {allowed}")
+    micro = loop.micro(world)
+    if (loop.batch // world) % micro:
+        text = (
+            f"micro_batch={micro} does not divide the {loop.batch // world} images that each of {world} processes takes"
+        )
+        raise Refusal(USAGE, text)
+    return Share(accelerator.process_index, world, micro)
+
+
+def update(
+    accelerator: "Accelerator",
+    loop: Loop,
+    task: Task,
+    model: nn.Module,
+    optimizer: Any,
+    batches: Iterator[Batch],
+    window: Window,
+    step: int,
+) -> None:
+    """One optimizer step over its micro batches.
+
+    Where the gradient's norm is not finite, the fused optimizer skips the update by a flag that stays on the device.
+    The norm is taken after the gradients were averaged, so every process skips the same updates.
+    """
+    for micro in range(accelerator.gradient_accumulation_steps):
+        asked = time.monotonic()
+        batch = next(batches)
+        window.waited += time.monotonic() - asked
+        window.images += len(batch["image"])
+        torch.manual_seed(key(loop.seed, "dropout", step, micro, accelerator.process_index))
+        with accelerator.accumulate(model):
+            output = model(batch)
+            accelerator.backward(output.loss)
+            window.add({**output.sums, "_weight": output.weight, "_digest": batch["seed"].sum()})
+            if accelerator.sync_gradients:
+                norm = clip(model, task.optim.clip)
+                broken = (~norm.isfinite()).float()
+                optimizer.optimizer.found_inf = broken
+                safe = torch.where(norm.isfinite(), norm, torch.zeros_like(norm))
+                window.add({"_norm": safe, "_skipped": broken, "_updates": torch.ones_like(norm)})
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def clip(model: nn.Module, limit: float | None) -> Tensor:
+    """Scale all gradients jointly to a global norm of at most `limit`; returns the norm before."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    return nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+
+
+def check_numbers(row: dict[str, Any]) -> None:
+    """Stop where every update of a window was skipped: waiting longer cures nothing."""
+    if row["skipped_updates"] and row["skipped_updates"] == row["updates"]:
+        steps = f"steps {row['step'] - row['updates'] + 1} to {row['step']}"
+        raise Refusal(DATA, f"gradients were not finite in all of {steps}; lower optim.lr, or look at the data")
+
+
+def evaluate(model: nn.Module, task: Task, tracker: Tracker, run: Run) -> dict[str, float]:
+    """Every evaluator's values under `val_`, and the panel's picture, by the wrapped model in eval mode."""
+    values: dict[str, float] = {}
+    model.eval()
+    with torch.no_grad():
+        for evaluator in task.evaluators:
+            values |= {f"val_{name}": value for name, value in evaluator.run(model)}
+        if task.panel is not None:
+            picture = model(task.panel, panel=True)
+            tracker.picture("reconstruction", picture, run.step, run.folder)
+    model.train()
+    return values
+
+
+def save(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, optimizer: Optimizer, window: Window) -> None:
+    """Publish a checkpoint; the main process writes, all take part in the sums and in its verdict."""
+    plan = task.stream.plan
+    state: dict[str, Any] = {f"window.{name}": value for name, value in total(accelerator, window.sums).items()}
+    state |= {
+        "step": run.step,
+        "samples_seen": run.step * loop.batch,
+        "seed": loop.seed,
+        "data": task.stream.samples.manifest.identity,
+        "plan": {"lanes": plan.lanes, "window": plan.window, "samples": plan.total},
+    }
+    from_main(accelerator, lambda: checkpoint.save(run.checkpoints, run.step, loop.keep, task.model, optimizer, state))
+
+
+def resume(run: Run, accelerator: "Accelerator", task: Task, optimizer: Optimizer) -> tuple[int, Window]:
+    """The step to go on from, with weights and optimizer put in place; step 0 where there is no checkpoint."""
+    folder = from_main(accelerator, lambda: checkpoint.newest(run.checkpoints))
+    if folder is None:
+        return 0, Window()
+    state = checkpoint.load(folder, task.model, optimizer)
+    if state["data"] != task.stream.samples.manifest.identity:
+        raise Refusal(MISMATCH, f"run={run.folder}: was started on other data than data.train holds now")
+    sums = {name.removeprefix("window."): value for name, value in state.items() if name.startswith("window.")}
+    device = accelerator.device
+    mine = {name: value.to(device) for name, value in sums.items()} if accelerator.is_main_process else {}
+    return state["step"], Window(mine)
+
+
+def last_row(run: Run) -> dict[str, Any]:
+    """The last row of metrics that a finished run wrote."""
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    return json.loads(lines[-1])

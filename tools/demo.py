@@ -1,0 +1,102 @@
+"""The main job on pictures that this file makes: folder -> shards -> pretraining -> fine-tuning, and one table.
+
+Handwritten digits in random colours lie on crops of two photographs; both ship with scikit-learn. Everything is
+written under runs/demo, and the commands are the ones a user would type.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+RUNS = Path("runs/demo")
+SIDE = 32
+
+
+def main(arguments: list[str]) -> int:
+    """Arguments are key=value overrides for both trainings, such as steps=20."""
+    began = time.monotonic()
+    images = RUNS / "images"
+    if not images.exists():
+        make_images(images)
+    data = [f"data.train={RUNS}/shards/train", f"data.val={RUNS}/shards/val"]
+    python("make_shards", f"input={images}", f"output={RUNS}/shards", "val_fraction=0.2", "shard_samples=256")
+    launch("pretrain", "recipe=mpp_demo", f"run={RUNS}/pretrain", *data, *arguments)
+    for name, init in {"finetune": f"{RUNS}/pretrain", "scratch": "none"}.items():
+        launch("finetune", "recipe=finetune_demo", f"run={RUNS}/{name}", f"init={init}", *data, *arguments)
+    print(table())
+    print(f"\npicture (input, corrupted, true and predicted colours): {RUNS / 'pretrain' / 'reconstruction.png'}")
+    print(f"the whole demo took {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def make_images(folder: Path) -> None:
+    """Write the class folder: `folder`/DIGIT/NNNN.png, 32 x 32, complete or not there at all."""
+    from sklearn.datasets import load_digits, load_sample_images
+
+    draft = folder.with_name("images.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    digits, photographs = load_digits(), load_sample_images().images
+    random = np.random.default_rng(0)
+    for number, (shape, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        photograph = photographs[random.integers(len(photographs))]
+        top, left = (random.integers(0, size - 4 * SIDE) for size in photograph.shape[:2])
+        crop = Image.fromarray(photograph[top : top + 4 * SIDE, left : left + 4 * SIDE]).resize((SIDE, SIDE))
+        stroke = Image.fromarray((shape * 255 / 16).astype(np.uint8)).resize((24, 24), Image.Resampling.BICUBIC)
+        ink = Image.new("RGB", stroke.size, tuple(int(c) for c in random.integers(0, 256, 3)))
+        crop.paste(ink, tuple(int(c) for c in random.integers(0, SIDE - 24 + 1, 2)), stroke)
+        path = draft / str(label) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        crop.save(path)
+    draft.rename(folder)
+
+
+def table() -> str:
+    """What came out: accuracy from the pretrained encoder and from scratch, and the loss beside its baselines."""
+    results = {
+        name: json.loads((RUNS / name / "results.json").read_text()) for name in ("pretrain", "finetune", "scratch")
+    }
+    masked = results["pretrain"]
+    speeds = {}
+    for name in results:
+        rows = [json.loads(line) for line in (RUNS / name / "metrics.jsonl").read_text().splitlines()]
+        speeds[name] = np.median([row["images_per_second"] for row in rows])
+    lines = [
+        ("pretraining", f"{'masked loss':>12} {'by label frequency':>19} {'uniform':>8} {'images/s':>9}"),
+        (
+            "",
+            f"{masked['loss']:12.3f} {masked['unigram_entropy']:19.3f} {masked['uniform']:8.3f} {speeds['pretrain']:9.0f}",
+        ),
+        ("fine-tuning", f"{'top-1':>12} {'top-5':>19} {'samples':>8} {'images/s':>9}"),
+    ]
+    for name, label in {"finetune": "  pretrained", "scratch": "  from scratch"}.items():
+        row = results[name]
+        lines.append((label, f"{row['top1']:12.1%} {row['top5']:19.1%} {row['samples']:8} {speeds[name]:9.0f}"))
+    return "\n" + "\n".join(f"{name:<16}{text}" for name, text in lines)
+
+
+def python(tool: str, *arguments: str) -> None:
+    """Run a tool in this interpreter's environment; its failure is ours."""
+    command([sys.executable, f"tools/{tool}.py", *arguments])
+
+
+def launch(tool: str, *arguments: str) -> None:
+    """Run a training tool by `accelerate launch`, as the README does."""
+    accelerate = Path(sys.executable).with_name("accelerate")
+    command([str(accelerate), "launch", "--config_file", "recipes/launch/cpu.yaml", f"tools/{tool}.py", *arguments])
+
+
+def command(parts: list[str]) -> None:
+    print("\n$ " + " ".join([Path(parts[0]).name, *parts[1:]]), flush=True)
+    code = subprocess.run(parts).returncode
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,16 @@
+"""Fine-tune an encoder to classify: accelerate launch tools/finetune.py recipe=NAME [key=value ...]"""
+
+import sys
+
+from ssl_vit import config, exits, recipe
+
+
+def main(arguments: list[str]) -> int:
+    if config.usage(arguments):
+        print(f"{__doc__}\n\n{config.describe(recipe.Finetune)}")
+        return 0
+    return recipe.run(config.parse(recipe.Finetune, arguments, recipe.FOLDER))
+
+
+if __name__ == "__main__":
+    sys.exit(exits.run(main))
