@@ -162,7 +162,7 @@ HINTS = {
 
 def _sentence(error: Any, tree: Tree, schema: type[Config]) -> str:
     kind = error["type"]
-    path = _path(error["loc"], tree)
+    path = _path(error["loc"], tree, kind == "missing")
     if kind == "extra_forbidden":
         return f"unknown key {path}{_nearest(path, [key for key, _ in keys(schema)])}"
     if kind == "union_tag_invalid":
@@ -175,11 +175,11 @@ def _sentence(error: Any, tree: Tree, schema: type[Config]) -> str:
     return f"{path}: {given}{hint}"
 
 
-def _path(location: tuple[Any, ...], tree: Any) -> str:
+def _path(location: tuple[Any, ...], tree: Any, missing: bool) -> str:
     """The dotted key that an error speaks of, without the tags and type names that pydantic puts in between."""
     parts: list[str] = []
-    for i, part in enumerate(location):
-        if isinstance(tree, dict) and (part in tree or i == len(location) - 1):
+    for part in location:
+        if isinstance(tree, dict) and (part in tree or (missing and part == location[-1])):
             parts.append(str(part))
             tree = tree.get(part)
     return ".".join(parts)

@@ -58,26 +58,22 @@ def make_images(folder: Path) -> None:
 
 def table() -> str:
     """What came out: accuracy from the pretrained encoder and from scratch, and the loss beside its baselines."""
-    results = {
-        name: json.loads((RUNS / name / "results.json").read_text()) for name in ("pretrain", "finetune", "scratch")
-    }
-    masked = results["pretrain"]
-    speeds = {}
-    for name in results:
+    results, speed = {}, {}
+    for name in ("pretrain", "finetune", "scratch"):
+        results[name] = json.loads((RUNS / name / "results.json").read_text())
         rows = [json.loads(line) for line in (RUNS / name / "metrics.jsonl").read_text().splitlines()]
-        speeds[name] = np.median([row["images_per_second"] for row in rows])
+        speed[name] = np.median([row["images_per_second"] for row in rows])
+    masked, line = results["pretrain"], "{:<16}{:>12}{:>20}{:>9}{:>10}".format
+    numbers = [f"{masked[key]:.3f}" for key in ("loss", "unigram_entropy", "uniform")]
     lines = [
-        ("pretraining", f"{'masked loss':>12} {'by label frequency':>19} {'uniform':>8} {'images/s':>9}"),
-        (
-            "",
-            f"{masked['loss']:12.3f} {masked['unigram_entropy']:19.3f} {masked['uniform']:8.3f} {speeds['pretrain']:9.0f}",
-        ),
-        ("fine-tuning", f"{'top-1':>12} {'top-5':>19} {'samples':>8} {'images/s':>9}"),
+        line("pretraining", "masked loss", "by label frequency", "uniform", "images/s"),
+        line("", *numbers, f"{speed['pretrain']:.0f}"),
+        line("fine-tuning", "top-1", "top-5", "samples", "images/s"),
     ]
     for name, label in {"finetune": "  pretrained", "scratch": "  from scratch"}.items():
         row = results[name]
-        lines.append((label, f"{row['top1']:12.1%} {row['top5']:19.1%} {row['samples']:8} {speeds[name]:9.0f}"))
-    return "\n" + "\n".join(f"{name:<16}{text}" for name, text in lines)
+        lines.append(line(label, f"{row['top1']:.1%}", f"{row['top5']:.1%}", row["samples"], f"{speed[name]:.0f}"))
+    return "\n" + "\n".join(lines)
 
 
 def python(tool: str, *arguments: str) -> None:

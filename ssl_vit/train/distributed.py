@@ -66,12 +66,12 @@ def from_main(accelerator: "Accelerator", make: Callable[[], Value]) -> Value:
 
 
 def total(accelerator: "Accelerator", sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over all processes, as tensors on the CPU."""
+    """Sums over all processes, as tensors on the CPU; the given ones stay as they are."""
+    whole = {name: value.detach().clone() for name, value in sorted(sums.items())}
     if accelerator.num_processes > 1:
-        for name in sorted(sums):
-            sums[name] = sums[name].clone()
-            dist.all_reduce(sums[name])
-    return {name: value.detach().cpu() for name, value in sums.items()}
+        for value in whole.values():
+            dist.all_reduce(value)
+    return {name: value.cpu() for name, value in whole.items()}
 
 
 class StopSignal:

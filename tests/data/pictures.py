@@ -1,0 +1,86 @@
+"""Small images that the tests of the data path make themselves, and shards of them."""
+
+import io
+import json
+import re
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ssl_vit.data.manifest import Manifest
+from ssl_vit.data.shards import MakeShards, convert
+
+CLASSES = ["animals/cat", "animals/dog", "plants"]
+NAMES = [f"{c}/{i}.{kind}" for c in CLASSES for i, kind in enumerate(("jpg", "png", "JPG", "jpeg"))]
+
+
+def picture(number: int = 0, height: int = 20, width: int = 24, channels: int = 3) -> Image.Image:
+    """A smooth image, the same for the same arguments; JPEG keeps it to within a few levels."""
+    few = np.random.default_rng(number).integers(0, 256, (4, 4, channels), dtype=np.uint8)
+    return Image.fromarray(few.squeeze()).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    """One chunk of a PNG file."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: bytes) -> bytes:
+    """A PNG by hand: what Pillow cannot write, such as 16-bit colour, or a header that lies."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + body
+
+
+def write_pictures(root: Path, names: Iterable[str], **size: int) -> Path:
+    """A picture under each of these names; returns the root."""
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
+        path.write_bytes(encoded(picture(number, **size), kind))
+    return root
+
+
+def members(tar: Path) -> dict[str, bytes]:
+    """Name -> content of a tar, by the standard library."""
+    with tarfile.open(tar) as archive:
+        return {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Relative path -> bytes of every file below a folder, hidden ones too."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def make(source: Path, output: Path, **options: Any) -> dict[str, Manifest]:
+    return convert(MakeShards(input=str(source), output=str(output), **{"workers": 1, "quiet": True} | options))
+
+
+def one(source: Path, output: Path, **options: Any) -> Manifest:
+    """The manifest of a conversion without splits."""
+    return make(source, output, **options)[""]
+
+
+def samples(made: Manifest) -> dict[str, tuple[str, bytes, int]]:
+    """Source path -> (key, image bytes, label) of every sample, as the tar files alone tell it."""
+    found = {}
+    for shard in made.shards:
+        inside = members(made.folder / shard.name)
+        for name in (name for name in inside if name.endswith(".json")):
+            stem = name.removesuffix(".json")
+            (image,) = (data for member, data in inside.items() if re.fullmatch(rf"{stem}\.(jpg|png|webp)", member))
+            found[json.loads(inside[name])["path"]] = (stem, image, int(inside.get(f"{stem}.cls", b"-1")))
+    return found

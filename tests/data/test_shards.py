@@ -1,0 +1,223 @@
+"""What is in the shards: every image with its bytes and class, readable by offset and by webdataset itself."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import CLASSES, NAMES, contents, encoded, make, members, one, picture, samples, write_pictures
+from PIL import Image
+
+from ssl_vit import exits
+from ssl_vit.data import manifest
+from ssl_vit.data.shards import resolve
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_pictures(tmp_path / "images", NAMES)
+
+
+def test_every_image_is_there_with_its_bytes_and_class(source: Path, tmp_path: Path):
+    (source / "plants" / "notes.txt").write_text("no image")
+    made = one(source, tmp_path / "out", shard_samples=5)
+    found = samples(made)
+    assert {name: image for name, (_, image, _) in found.items()} == {n: (source / n).read_bytes() for n in NAMES}
+    assert made.classes == CLASSES
+    assert {name: CLASSES[label] for name, (_, _, label) in found.items()} == {n: n.rpartition("/")[0] for n in NAMES}
+    keys = [key for key, _, _ in found.values()]
+    assert all(key.isdigit() for key in keys)
+    assert len(set(keys)) == len(NAMES)
+
+
+def test_the_manifest_tells_the_truth(source: Path, tmp_path: Path):
+    made = one(source, tmp_path / "out", shard_samples=5)
+    assert manifest.load(tmp_path / "out") == made
+    assert [shard.name for shard in made.shards] == ["000000.tar", "000001.tar", "000002.tar"]
+    assert [shard.samples for shard in made.shards] == [5, 5, 2]
+    assert made.samples == json.loads((tmp_path / "out" / "manifest.json").read_text())["samples"] == 12
+    for shard in made.shards:
+        data = (made.folder / shard.name).read_bytes()
+        assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    made.check()
+    allowed = {f"{n:06d}.{kind}" for n in range(3) for kind in ("tar", "npy")} | {"manifest.json"}
+    assert set(contents(tmp_path / "out")) == allowed
+
+
+def test_the_index_points_at_the_image_bytes(source: Path, tmp_path: Path):
+    made = one(source, tmp_path / "out", shard_samples=5)
+    rows = 0
+    for number, shard in enumerate(made.shards):
+        data = (made.folder / shard.name).read_bytes()
+        assert data.endswith(bytes(1024))  # the two zero blocks that end a tar
+        assert len(data) % 512 == 0
+        with tarfile.open(made.folder / shard.name) as archive:
+            heads = [member for member in archive if not member.name.endswith((".cls", ".json"))]
+        inside = members(made.folder / shard.name)
+        for row, head in zip(made.index(number), heads, strict=True):
+            image = data[row["offset"] : row["offset"] + row["size"]]
+            assert (row["offset"], row["size"]) == (head.offset_data, head.size)
+            assert image == inside[head.name]
+            assert row["crc32"] == zlib.crc32(image)
+            assert row["label"] == int(inside[head.name.rpartition(".")[0] + ".cls"])
+            rows += 1
+    assert rows == made.samples == len(made.labels)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:webdataset", "ignore::ResourceWarning")
+def test_webdataset_reads_the_very_same_samples(source: Path, tmp_path: Path):
+    webdataset = pytest.importorskip("webdataset")
+    made = one(source, tmp_path / "out", shard_samples=7)
+    theirs = {}
+    for shard in made.shards:
+        for sample in webdataset.WebDataset(str(made.folder / shard.name), shardshuffle=False):
+            (image,) = (sample[kind] for kind in ("jpg", "png", "webp") if kind in sample)
+            theirs[json.loads(sample["json"])["path"]] = (sample["__key__"], image, int(sample["cls"]))
+    assert theirs == samples(made)
+
+
+def test_the_shuffle_is_seeded_and_global(source: Path, tmp_path: Path):
+    orders = [list(samples(one(source, tmp_path / f"out{seed}", seed=seed))) for seed in (0, 1)]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(NAMES)
+    assert all(len({name.rpartition("/")[0] for name in order[:6]}) > 1 for order in orders)
+
+
+def test_a_flat_folder_has_no_classes(tmp_path: Path):
+    made = one(write_pictures(tmp_path / "flat", ["a.jpg", "b.png", ".hidden.jpg"]), tmp_path / "out")
+    assert (made.samples, made.classes, made.labels.tolist()) == (2, [], [-1, -1])
+    assert not any(name.endswith(".cls") for name in members(tmp_path / "out" / "000000.tar"))
+
+
+def test_split_folders_are_kept_apart_and_share_their_classes(tmp_path: Path):
+    names = ["train/x/0.png", "train/y/z/0.png", "val/y/z/0.png", "val/x/1.png", "test/0.png"]
+    made = make(write_pictures(tmp_path / "in", names), tmp_path / "out")
+    assert {split: set(samples(m)) for split, m in made.items()} == {
+        split: {name for name in names if name.startswith(split)} for split in ("train", "val", "test")
+    }
+    assert {tuple(m.classes) for m in made.values()} == {("x", "y/z")}
+    labels = {name: label for m in made.values() for name, (_, _, label) in samples(m).items()}
+    assert labels == dict(zip(names, [0, 1, 1, 0, -1], strict=True))
+    assert manifest.load(tmp_path / "out" / "val").samples == 2
+    with pytest.raises(exits.Refusal, match=r"its splits do: .*train") as caught:
+        manifest.load(tmp_path / "out")
+    assert caught.value.code == exits.DATA
+
+
+def test_an_image_keeps_its_split_when_others_come(tmp_path: Path):
+    few, many = [f"c/{i}.png" for i in range(40)], [f"{c}/{i}.png" for c in "cd" for i in range(60)]
+    parts = []
+    for label, names in (("few", few), ("many", many)):
+        source = write_pictures(tmp_path / label, names, height=2, width=2)
+        made = make(source, tmp_path / f"{label}-out", val_fraction=0.3, seed=len(names))
+        parts.append({split: set(samples(m)) for split, m in made.items()})
+    before, after = parts
+    assert before["train"] | before["val"] == set(few)
+    assert before["train"] <= after["train"]
+    assert before["val"] <= after["val"]
+    assert 20 < len(after["val"]) < 55  # 36 expected, 5 the deviation
+
+
+def test_resize_shrinks_the_short_side_and_never_enlarges(tmp_path: Path):
+    sizes = {"wide": (40, 100), "high": (90, 30), "fits": (20, 25), "small": (8, 50)}
+    (tmp_path / "in").mkdir()
+    for name, (height, width) in sizes.items():
+        (tmp_path / "in" / f"{name}.png").write_bytes(encoded(picture(1, height, width), "PNG"))
+    made = one(tmp_path / "in", tmp_path / "out", resize=20, quality=95)
+    assert (made.job["resize"], made.job["quality"]) == (20, 95)
+    found = {name: image for name, (_, image, _) in samples(made).items()}
+    images = {name: Image.open(io.BytesIO(data)) for name, data in found.items()}
+    assert {name: image.size for name, image in images.items()} == {
+        "wide.png": (50, 20), "high.png": (20, 60), "fits.png": (25, 20), "small.png": (50, 8)
+    }  # fmt: skip
+    assert all(found[name] == (tmp_path / "in" / name).read_bytes() for name in ("fits.png", "small.png"))
+    small = np.asarray(picture(1, 40, 100).resize((50, 20), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(np.asarray(images["wide.png"]) - small).mean() < 4
+
+
+def test_rejects_are_listed_with_a_reason(source: Path, tmp_path: Path):
+    """Good and bad make up the total, and the good ones come through unharmed."""
+    whole = encoded(picture(3, 64, 64), "JPEG")
+    bad = {"plants/cut.jpg": whole[: len(whole) // 2], "plants/page.jpg": b"<html>", "animals/empty.png": b""}
+    bad["top.jpeg"] = encoded(picture(3), "GIF")
+    for name, data in bad.items():
+        (source / name).write_bytes(data)
+    made = one(source, tmp_path / "out", shard_samples=3)
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert {reject["path"] for reject in rejects} == set(bad)
+    assert all(reject["reason"] for reject in rejects)
+    assert len(rejects) == made.job["rejects"] == len(bad)
+    assert made.samples + len(rejects) == len(NAMES) + len(bad)
+    assert {name: image for name, (_, image, _) in samples(made).items()} == {
+        n: (source / n).read_bytes() for n in NAMES
+    }
+    assert all(shard.samples for shard in made.shards)
+    made.check()
+
+
+def test_a_dead_link_or_a_folder_named_like_an_image_is_no_obstacle(source: Path, tmp_path: Path):
+    os.symlink("nowhere", source / "plants" / "dead.jpg")
+    (source / "plants" / "folder.jpg").mkdir()
+    assert one(source, tmp_path / "out").samples == len(NAMES)
+
+
+def test_a_pipe_named_like_an_image_does_not_block(source: Path, tmp_path: Path):
+    """Its reader would wait for ever; here a watcher frees it after a while and tells."""
+    os.mkfifo(source / "plants" / "pipe.jpg")
+    freed, ended = [], threading.Event()
+
+    def free_a_blocked_reader() -> None:
+        while not ended.wait(0.05):
+            try:
+                os.close(os.open(source / "plants" / "pipe.jpg", os.O_WRONLY | os.O_NONBLOCK))
+                freed.append(True)
+            except OSError:  # nobody reads
+                continue
+
+    watcher = threading.Thread(target=free_a_blocked_reader)
+    watcher.start()
+    try:
+        made = one(source, tmp_path / "out")
+    finally:
+        ended.set()
+        watcher.join()
+    assert not freed
+    assert made.samples == len(NAMES)
+
+
+def test_a_name_that_is_not_unicode_is_no_obstacle(source: Path, tmp_path: Path):
+    os.rename(source / NAMES[0], os.fsencode(source / "plants") + b"/caf\xe9.jpg")
+    made = make(source, tmp_path / "out", val_fraction=0.5)
+    assert sum(m.samples + m.job["rejects"] for m in made.values()) == len(NAMES)
+
+
+def test_a_folder_of_images_may_stand_for_its_shards(source: Path, tmp_path: Path):
+    made = resolve(str(source), tmp_path / "cache")
+    assert made.samples == len(NAMES)
+    assert made.folder.is_relative_to(tmp_path / "cache")
+    assert resolve(str(source), tmp_path / "cache") == made
+    assert resolve(str(made.folder), tmp_path / "cache") == made
+    with pytest.raises(exits.Refusal, match="no such folder"):
+        resolve(str(tmp_path / "nowhere"), tmp_path / "cache")
+    (made.folder / "manifest.json").unlink()
+    with pytest.raises(exits.Refusal, match=r"no manifest\.json"):
+        resolve(str(made.folder), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "other"}', '{"version": 99}', "\xff"])
+def test_a_broken_manifest_is_refused(source: Path, tmp_path: Path, text: str):
+    made = one(source, tmp_path / "out")
+    file = made.folder / "manifest.json"
+    changed = json.dumps({**json.loads(file.read_text()), **json.loads(text)}) if text.startswith('{"') else text
+    file.write_bytes(changed.encode("latin-1"))
+    with pytest.raises(exits.Refusal) as caught:
+        manifest.load(made.folder)
+    assert caught.value.code == exits.DATA
+    assert "manifest.json" in str(caught.value)
+    assert "\n" not in str(caught.value)

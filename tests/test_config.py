@@ -1,0 +1,138 @@
+"""Text becomes typed, and what is wrong is said in one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ssl_vit import config, recipe
+from ssl_vit.encoders.vit import Vit
+from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.heads.classifier import Classifier
+from ssl_vit.recipe import Finetune, Pretrain
+
+
+def pretrain(*arguments: str) -> Pretrain:
+    return config.parse(Pretrain, list(arguments), recipe.FOLDER)
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "value"),
+    [
+        ("steps=007", "steps", 7),
+        ("steps=1_000", "steps", 1000),
+        ("optim.lr=1e-3", "optim.lr", 1e-3),
+        ("data.flip=on", "data.flip", True),
+        ("data.flip=false", "data.flip", False),
+        ("data.val=none", "data.val", None),
+        ("data.val=on", "data.val", "on"),
+        ("run=007", "run", "007"),
+        ("run=1:30", "run", "1:30"),
+        ("optim.clip=none", "optim.clip", None),
+        ("head.mix=1,0,0", "head.mix", (1.0, 0.0, 0.0)),
+        ("data.image_size=64", "data.image_size", 64),
+        ("data.image_size=64,96", "data.image_size", (64, 96)),
+        ("encoder.mean=0.5", "encoder.mean", (0.5,)),
+        ("data.train=a=b", "data.train", "a=b"),
+    ],
+)
+def test_a_value_means_the_same_on_the_command_line_and_in_a_file(argument, key, value, tmp_path: Path):
+    path, text = argument.split("=", 1)
+    tree: dict = {}
+    config.assign(tree, path.split("."), text, Pretrain)
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(tree).replace(f"'{text}'", text))  # unquoted, as one writes it
+    for made in (pretrain(argument), pretrain(f"recipe={file}")):
+        for name in key.split("."):
+            made = getattr(made, name)
+        assert made == value
+        assert type(made) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("optim.lrr=1", "unknown key optim.lrr; did you mean optim.lr?"),
+        ("lr=1", "unknown key lr; did you mean optim.lr?"),
+        ("stepps=1", "unknown key stepps; did you mean steps?"),
+        ("steps=many", "steps: 'many': give a whole number, like 256"),
+        ("steps=0", "steps: '0': it should be greater than or equal to 1"),
+        ("optim.lr=fast", "optim.lr: 'fast': give a number, like 1e-3"),
+        ("data.flip=maybe", "data.flip: 'maybe': give true or false"),
+        ("precision=fp64", "precision: 'fp64': it should be 'auto', 'fp32' or 'bf16'"),
+        ("head.kind=colour", "head.kind: 'colour' is not one of 'mean_color', 'classifier', 'transfer'"),
+        ("head.mix=0.5,0.1,0.1", "head: mix (0.5, 0.1, 0.1) does not add up to 1"),
+        ("data=x", "data: 'x': it is a group of keys, give one of them"),
+        ("steps", "'steps' is not key=value; try --help"),
+        ("recipe=mpp_flower", "did you mean mpp_flowers?"),
+        ("encoder.width=10", "encoder: width 10 is not a multiple of heads"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(argument, message):
+    given = [argument, "encoder.heads=3"] if argument.startswith("encoder.width") else [argument]
+    with pytest.raises(Refusal) as end:
+        pretrain(*given)
+    assert end.value.code == USAGE
+    assert message in str(end.value)
+    assert "\n" not in str(end.value)
+
+
+def test_a_kind_that_changes_drops_the_keys_of_the_old_one():
+    made = pretrain("recipe=mpp_vit_b16", "head.kind=classifier")
+    assert made.head == Classifier()
+    made = pretrain("head.hidden=9", "head.kind=classifier")  # in any order
+    assert made.head == Classifier(hidden=9)
+    assert pretrain("optim.lr=5", "optim.kind=adamw").optim.lr == 5
+
+
+def test_overrides_win_over_the_recipe_and_the_recipe_over_its_base(tmp_path: Path):
+    (tmp_path / "low.yaml").write_text("steps: 5\nbatch: 6\nhead: {kind: mean_color, ratio: 0.3}\n")
+    (tmp_path / "high.yaml").write_text("base: low\nbatch: 7\nhead: {kind: classifier}\n")
+    made = config.parse(Pretrain, ["recipe=high", "steps=8"], tmp_path)
+    assert (made.steps, made.batch, made.head, made.run) == (8, 7, Classifier(), "runs/high")
+    (tmp_path / "higher.yaml").write_text("base: high\n")
+    with pytest.raises(Refusal, match="one level"):
+        config.parse(Pretrain, ["recipe=higher"], tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "x: !!python/object/apply:os.system ['true']", "# empty"])
+def test_a_file_that_is_no_recipe_is_refused(text, tmp_path: Path):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(Refusal) as end:
+        config.parse(Pretrain, ["recipe=bad"], tmp_path)
+    assert end.value.code == USAGE
+    assert "\n" not in str(end.value)
+
+
+def test_a_dump_reads_back_to_the_same_object(tmp_path: Path):
+    for schema, name in [(Pretrain, "mpp_vit_b16"), (Finetune, "finetune_flowers")]:
+        made = config.parse(schema, [f"recipe={name}", "optim.clip=none", "data.image_size=32,64"], recipe.FOLDER)
+        (tmp_path / "again.yaml").write_text(config.dump(made))
+        assert config.parse(schema, ["recipe=again"], tmp_path) == made
+
+
+def test_help_names_every_key_with_its_meaning():
+    text = config.describe(Pretrain)
+    for name, field in config.keys(Pretrain):
+        assert f"{name}  (" in text or name.endswith(".kind")
+        assert field.description or name.endswith(".kind"), f"{name} has no description"
+
+
+# the surface is a promise: adding a key is a decision, and is written down here
+KEYS = """
+steps batch micro_batch seed log_every save_every eval_every keep precision compile tracker quiet run dry_run init
+data.train data.val data.image_size data.crop_area data.flip data.eval_crop data.subset data.workers data.lanes
+data.window encoder.kind encoder.size encoder.patch encoder.image encoder.channels encoder.width encoder.depth
+encoder.heads encoder.mlp encoder.positions encoder.pool encoder.dropout encoder.mean encoder.std head.kind
+head.ratio head.mix head.bits head.hidden head.loss optim.kind optim.lr optim.warmup_steps optim.schedule
+optim.weight_decay optim.clip optim.betas optim.momentum
+"""
+
+
+@pytest.mark.parametrize("schema", [Pretrain, Finetune])
+def test_the_keys_are_these(schema):
+    assert {name for name, _ in config.keys(schema)} == set(KEYS.split())
+
+
+def test_python_values_do_as_well_as_text():
+    assert Vit(size="S", patch=8, image=(32, 64)).grid == (4, 8)

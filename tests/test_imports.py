@@ -1,0 +1,75 @@
+"""Imports point down only, heavy packages stay where the design puts them, and nothing heavy loads at start."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "ssl_vit").rglob("*.py"))
+
+# a part may import the parts on its own level and below
+LEVELS = [
+    {"exits", "counter", "durable", "config"},
+    {"model"},
+    {"encoders"},
+    {"heads"},
+    {"cost"},
+    {"data"},
+    {"evaluate"},
+    {"train"},
+    {"recipe"},
+]
+LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}
+HOMES = {"accelerate": {"train"}, "deepspeed": {"train"}, "webdataset": {"data"}, "timm": {"encoders"}}
+
+
+def imported(file: Path) -> list[tuple[str, bool]]:
+    """Dotted names that a file imports, and whether at module level (code for type checkers only does not count)."""
+    tree = ast.parse(file.read_text())
+    guarded = {
+        node
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and ast.unparse(test.test) == "TYPE_CHECKING"
+        for node in ast.walk(test)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if node in guarded:
+            continue
+        top = node in tree.body
+        if isinstance(node, ast.Import):
+            found += [(alias.name, top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [(f"{node.module}.{alias.name}", top) for alias in node.names]
+    return found
+
+
+def part(name: str) -> str:
+    """`encoders` of `ssl_vit.encoders.vit`."""
+    return name.split(".")[1] if "." in name else ""
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_point_down(file: Path):
+    home = file.relative_to(ROOT / "ssl_vit").parts[0].removesuffix(".py")
+    for name, top in imported(file):
+        package = name.split(".")[0]
+        if package in HOMES:
+            assert home in HOMES[package], f"{file} imports {package}"
+            assert not top, f"{file} imports {package} before it is needed"
+        if package == "ssl_vit" and home != "__init__":
+            assert LEVEL[part(name)] <= LEVEL[home], f"{file} imports {name}, which is above it"
+
+
+def test_starting_loads_nothing_heavy():
+    heavy = "accelerate timm torchvision webdataset tensorboard transformers deepspeed sklearn scipy torch._dynamo"
+    code = f"import sys, ssl_vit, ssl_vit.recipe; print([m for m in {heavy.split()!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_file_is_named_for_nothing():
+    assert not {file.stem for file in FILES} & {"utils", "misc", "common", "helpers", "base"}

@@ -1,0 +1,60 @@
+"""Every recipe file loads, builds, and says at its top what it is; the README's commands name keys that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ssl_vit import config, recipe
+from ssl_vit.heads.mean_color import MeanColor
+from ssl_vit.model import Model, count_parameters
+from ssl_vit.recipe import Finetune, Pretrain
+
+ROOT = Path(__file__).parent.parent
+NAMES = sorted(path.stem for path in recipe.FOLDER.glob("*.yaml"))
+
+
+def schema(name: str) -> type[Pretrain] | type[Finetune]:
+    return Finetune if name.startswith("finetune") else Pretrain
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_builds(name):
+    made, _, _ = recipe.resolve(config.parse(schema(name), [f"recipe={name}"], recipe.FOLDER))
+    with torch.device("meta"):
+        encoder = made.encoder.build()
+        model = Model(encoder, made.head.build(encoder, 10))
+    assert count_parameters(model) > 0
+    assert made.run == f"runs/{name}"
+    opening = (recipe.FOLDER / f"{name}.yaml").read_text().split("\nsteps")[0]
+    assert f"recipe={name}" in opening
+    assert "accelerate launch" in opening
+
+
+def test_the_papers_recipe_is_the_papers():
+    made = config.parse(Pretrain, ["recipe=mpp_vit_b16"], recipe.FOLDER)
+    assert isinstance(made.head, MeanColor)
+    assert (made.batch, made.steps, made.optim.lr, made.optim.warmup_steps) == (4096, 100_000, 2e-4, 10_000)
+    assert (made.optim.schedule, made.head.ratio, made.head.mix) == ("cosine", 0.5, (0.8, 0.1, 0.1))
+    assert (made.encoder.size, made.encoder.patch, made.data.image_size) == ("B", 16, 224)
+
+
+def test_the_commands_in_the_readme_parse():
+    """Backslashes join lines; every key=value of a training command is a key of its tool."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"tools/(pretrain|finetune)\.py ([^\n`]*)", text)
+    assert len(commands) >= 4
+    for tool, rest in commands:
+        arguments = [word for word in rest.split("#")[0].split() if "=" in word and "..." not in word]
+        config.parse({"pretrain": Pretrain, "finetune": Finetune}[tool], arguments, recipe.FOLDER)
+
+
+@pytest.mark.parametrize("path", [ROOT / "accelerate_config.yaml", *sorted((recipe.FOLDER / "launch").glob("*.yaml"))])
+def test_a_launch_file_is_what_accelerate_reads(path):
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    content = yaml.safe_load(path.read_text())
+    assert path.name in path.read_text().splitlines()[0]
+    assert ClusterConfig.from_yaml_file(yaml_file=str(path)).num_machines == content["num_machines"]

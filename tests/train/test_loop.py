@@ -1,0 +1,283 @@
+"""A run that is stopped and resumed is the run that never stopped, bit for bit; and what else a run promises."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from ssl_vit import config, load_encoder, recipe
+from ssl_vit.exits import CANNOT_CREATE, DATA, MISMATCH, PREEMPTED, USAGE, Refusal
+from ssl_vit.recipe import Finetune, Pretrain
+from ssl_vit.train import loop
+from tests.conftest import TINY
+
+SPEEDS = {"images_per_second", "tflops", "data_wait"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its state in the process; each run here is a start of its own."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+class StopAfter:
+    """Stands in for the signals: asks to stop once `steps` steps were taken."""
+
+    def __init__(self, steps: int):
+        self.left = steps
+
+    def agreed(self) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+    def close(self) -> None:
+        pass
+
+
+def pretrain(shards: Path, run: Path, *arguments: str) -> int:
+    data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", "tracker=none"]
+    given = [*TINY, *data, "steps=10", "log_every=3", "save_every=4", "optim.warmup_steps=2", *arguments]
+    return recipe.run(config.parse(Pretrain, given, recipe.FOLDER))
+
+
+def finetune(shards: Path, run: Path, *arguments: str) -> int:
+    data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", "tracker=none"]
+    given = [*TINY, *data, "steps=40", "optim.lr=0.1", "data.flip=false", "data.crop_area=0.5,1", *arguments]
+    return recipe.run(config.parse(Finetune, given, recipe.FOLDER))
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(run: Path, step: int = 10) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    return {
+        f"{file}/{k}": v
+        for file in ("model", "optimizer")
+        for k, v in load_file(folder / f"{file}.safetensors").items()
+    }
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Weights, optimizer, metrics (but for speeds) and export are the same bits."""
+    mine, theirs = tensors(a), tensors(b)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    strip = [[{k: v for k, v in row.items() if k not in SPEEDS} for row in rows(run)] for run in (a, b)]
+    assert strip[0] == strip[1]
+    assert (a / "encoder" / "model.safetensors").read_bytes() == (b / "encoder" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 10 steps, with dropout, that was never stopped."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    run = tmp_path_factory.mktemp("straight")
+    assert pretrain(shards, run, "encoder.dropout=0.1") == 0
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    return run
+
+
+@pytest.mark.parametrize("stop", range(1, 10))
+def test_stop_at_any_step_and_resume(shards: Path, straight: Path, tmp_path: Path, monkeypatch, stop):
+    monkeypatch.setattr(loop, "StopSignal", lambda accelerator: StopAfter(stop))
+    with pytest.raises(Refusal) as end:
+        pretrain(shards, tmp_path, "encoder.dropout=0.1")
+    assert end.value.code == PREEMPTED
+    assert json.loads((tmp_path / "exit.json").read_text())["code"] == PREEMPTED
+    monkeypatch.undo()
+    assert pretrain(shards, tmp_path, "encoder.dropout=0.1", "data.workers=1" if stop == 5 else "data.workers=0") == 0
+    assert_same_run(straight, tmp_path)
+    assert json.loads((tmp_path / "exit.json").read_text()) | {"time": ""} == {
+        "code": 0,
+        "step": 10,
+        "reason": "done",
+        "rank": 0,
+        "time": "",
+    }
+
+
+def test_a_kill_between_checkpoints_loses_only_the_steps_since(
+    shards: Path, straight: Path, tmp_path: Path, monkeypatch
+):
+    """Nothing is saved on the way out, and a row of metrics was cut in the middle."""
+
+    def die(row: dict) -> None:
+        if row["step"] == 9:
+            raise SystemExit(137)
+
+    monkeypatch.setattr(loop, "check_numbers", die)
+    with pytest.raises(SystemExit):
+        pretrain(shards, tmp_path, "encoder.dropout=0.1")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    monkeypatch.undo()
+    pretrain(shards, tmp_path, "encoder.dropout=0.1")
+    assert_same_run(straight, tmp_path)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(shards: Path, straight: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(loop, "StopSignal", lambda accelerator: StopAfter(9))
+    with pytest.raises(Refusal):
+        pretrain(shards, tmp_path, "encoder.dropout=0.1")
+    monkeypatch.undo()
+    (tmp_path / "checkpoints" / "step-00000009" / "model.safetensors").write_bytes(b"")
+    pretrain(shards, tmp_path, "encoder.dropout=0.1")
+    assert_same_run(straight, tmp_path)
+
+
+def test_what_a_run_leaves_behind(straight: Path):
+    assert [row["step"] for row in rows(straight)] == [3, 6, 9, 10]
+    first = rows(straight)[0]
+    assert {"step", "loss", "lr", "images_per_second", "accuracy", "unigram_entropy", "grad_norm"} <= first.keys()
+    assert first["samples_seen"] == 24
+    assert "val_loss" in rows(straight)[-1]
+    assert (straight / "reconstruction.png").stat().st_size > 0
+    assert [path.name for path in sorted((straight / "checkpoints").iterdir())] == ["step-00000008", "step-00000010"]
+    results = json.loads((straight / "results.json").read_text())
+    assert results["samples"] > 0
+    assert results["protocol"]["steps"] == 10
+
+
+def test_the_finished_command_again_changes_nothing(shards: Path, straight: Path):
+    before = rows(straight), tensors(straight)
+    assert pretrain(shards, straight, "encoder.dropout=0.1") == 0
+    assert rows(straight) == before[0]
+    assert all(torch.equal(value, before[1][name]) for name, value in tensors(straight).items())
+
+
+def test_micro_batches_add_up_to_the_batch(shards: Path, tmp_path: Path):
+    """The same global batches; losses, norms and weights equal to rounding."""
+    for name, micro in {"one": "8", "four": "2"}.items():
+        pretrain(shards, tmp_path / name, f"micro_batch={micro}")
+    one, four = rows(tmp_path / "one"), rows(tmp_path / "four")
+    for a, b in zip(one, four, strict=True):
+        assert a["samples_digest"] == b["samples_digest"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_the_recipe_of_a_run_is_kept(shards: Path, tmp_path: Path):
+    pretrain(shards, tmp_path, "steps=2")
+    with pytest.raises(
+        Refusal, match=r"optim\.lr: 0\.001 -> 0\.5; steps|steps: 2 -> 3; optim\.lr: 0\.001 -> 0\.5"
+    ) as end:
+        pretrain(shards, tmp_path, "steps=3", "optim.lr=0.5")
+    assert end.value.code == MISMATCH
+    saved = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    assert saved["steps"] == 2
+    assert pretrain(shards, tmp_path, "steps=2", "log_every=1", "keep=1") == 0  # these may change
+
+
+def test_a_folder_in_use_is_refused(shards: Path, tmp_path: Path):
+    from ssl_vit.train.run import Run
+
+    holder = Run(tmp_path)
+    holder.claim(config.parse(Pretrain, [], recipe.FOLDER))
+    with pytest.raises(Refusal, match="in use by pid") as end:
+        pretrain(shards, tmp_path)
+    assert end.value.code == CANNOT_CREATE
+    holder.release()
+
+
+def test_other_data_in_the_same_run_is_refused(shards: Path, tmp_path: Path):
+    pretrain(shards, tmp_path, "steps=2")
+    with pytest.raises(Refusal, match="other data") as end:
+        pretrain(shards, tmp_path, "steps=2", f"data.train={shards}/val")
+    assert end.value.code == MISMATCH
+
+
+def test_bad_numbers_are_skipped_and_endless_ones_stop_the_run(shards: Path, tmp_path: Path, monkeypatch):
+    """One bad loss leaves weights and optimizer alone and is counted; a whole window of them ends the run."""
+    from ssl_vit.heads.mean_color import MeanColorHead
+
+    forward, calls = MeanColorHead.forward, []
+
+    def poisoned(self, encoder, batch):
+        output = forward(self, encoder, batch)
+        if self.training:
+            calls.append(1)
+        bad = self.training and (len(calls) == 2 or len(calls) > 6)
+        return output._replace(loss=output.loss * float("nan")) if bad else output
+
+    monkeypatch.setattr(MeanColorHead, "forward", poisoned)
+    with pytest.raises(Refusal, match="not finite in all of steps 7 to 9") as end:
+        pretrain(shards, tmp_path)
+    assert end.value.code == DATA
+    assert [row["skipped_updates"] for row in rows(tmp_path)] == [1, 0]
+    weights = load_file(tmp_path / "checkpoints" / "step-00000008" / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_finetuning_learns_colours_and_counts_each_sample_once(shards: Path, straight: Path, tmp_path: Path):
+    finetune(shards, tmp_path, f"init={straight}", "encoder.pool=mean")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["samples"] == json.loads((shards / "val" / "manifest.json").read_text())["samples"]
+    assert results["top1"] > 0.9
+    assert results["top5"] == 1.0
+    assert load_encoder(tmp_path).pool == "mean"
+
+
+def test_finetuning_starts_from_the_encoder_at_a_higher_resolution(shards: Path, straight: Path, tmp_path: Path):
+    arguments = [f"init={straight}", "data.image_size=24", "optim.lr=0", "steps=1", "encoder.dropout=0"]
+    finetune(shards, tmp_path, *arguments)
+    before, after = load_encoder(straight), load_encoder(tmp_path)
+    assert after.grid == (6, 6)
+    assert torch.equal(before.blocks[1].mlp.fc1.weight, after.blocks[1].mlp.fc1.weight)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["data.image_size=18"], USAGE, "data.image_size=18: an image of 18 x 18 cannot be cut into patches of 4"),
+        (["data.train=none"], USAGE, "data.train: it must be given"),
+        (["data.train=/nowhere"], DATA, "/nowhere: no such folder"),
+        (["micro_batch=3"], USAGE, "micro_batch=3 does not divide"),
+        (["init=/nowhere"], DATA, "/nowhere: no such run"),
+        (["run=/proc/x"], CANNOT_CREATE, "run=/proc/x"),
+    ],
+)
+def test_bad_input_is_one_line(shards: Path, tmp_path: Path, arguments, code, message):
+    with pytest.raises(Refusal) as end:
+        pretrain(shards, tmp_path, *arguments)
+    assert end.value.code == code
+    assert message in str(end.value)
+    assert "\n" not in str(end.value)
+
+
+def test_an_architecture_that_contradicts_its_source_is_refused(shards: Path, straight: Path, tmp_path: Path):
+    with pytest.raises(Refusal, match=r"encoder\.depth 3, not 2") as end:
+        finetune(shards, tmp_path, f"init={straight}", "encoder.depth=3")
+    assert end.value.code == USAGE
+
+
+def test_a_folder_of_images_is_converted_first(squares: Path, tmp_path: Path):
+    pretrain(tmp_path, tmp_path / "runs" / "r", f"data.train={squares}", "data.val=none", "steps=1")
+    made = list((tmp_path / "runs" / "shards").glob("*/manifest.json"))
+    assert len(made) == 1
+
+
+def test_tars_without_a_manifest_are_refused(tmp_path: Path):
+    (tmp_path / "000000.tar").write_bytes(b"\0" * 1024)
+    with pytest.raises(Refusal, match=r"has tars but no manifest\.json") as end:
+        pretrain(tmp_path, tmp_path / "r", f"data.train={tmp_path}", "data.val=none")
+    assert end.value.code == DATA
+
+
+def test_a_dry_run_says_what_it_would_do_and_trains_nothing(shards: Path, tmp_path: Path, capsys):
+    assert pretrain(shards, tmp_path, "dry_run=true") == 0
+    said = capsys.readouterr().out
+    for text in ("parameters      encoder 7,", "FLOPs an image", "10 steps of 8 images", "head:\n  kind: mean_color"):
+        assert text in said
+    assert [path.name for path in tmp_path.iterdir()] == ["first_batch.png"]

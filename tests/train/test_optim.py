@@ -1,0 +1,78 @@
+"""Schedules, parameter groups and skipped updates."""
+
+import pytest
+import torch
+from torch import nn
+
+from ssl_vit.encoders.vit import Vit
+from ssl_vit.train.optim import AdamW, Sgd, groups, learning_rate, set_rate
+
+
+@pytest.mark.parametrize(("step", "want"), [(0, 0), (5_000, 1e-4), (10_000, 2e-4), (505_000, 1e-4), (1_000_000, 0)])
+def test_cosine_of_masked_patch_prediction(step, want):
+    """C4.1"""
+    rate = learning_rate(step, lr=2e-4, steps=1_000_000, warmup_steps=10_000, schedule="cosine")
+    assert rate == pytest.approx(want, abs=1e-12)
+
+
+def test_linear_decay_ends_where_the_authors_end_it():
+    """C4.2"""
+    rate = {step: learning_rate(step, 8e-4, 110, 10, "linear") for step in (5, 10, 60, 110)}
+    assert rate == pytest.approx({5: 4e-4, 10: 8e-4, 60: 4.05e-4, 110: 1e-5})
+
+
+def test_constant_stays_after_the_warm_up():
+    assert [learning_rate(step, 1.0, 8, 2, "constant") for step in range(5)] == [0, 0.5, 1, 1, 1]
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return Vit(size="Ti", width=32, depth=1, heads=2, patch=4, image=8).build()
+
+
+def test_only_kernels_decay_and_by_the_rate_times_the_decay():
+    """C4.4: with zero gradients an AdamW step shrinks kernels by exactly 1 - lr * decay and leaves all else."""
+    model = small()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer = AdamW(lr=3e-3, weight_decay=0.3).build(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    kernels = ("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")
+    for name, value in model.named_parameters():
+        want = before[name] * (1 - 9e-4) if name.endswith(kernels) else before[name]
+        torch.testing.assert_close(value, want, rtol=1e-7, atol=1e-9)
+
+
+def test_every_parameter_is_in_one_group():
+    model = small()
+    members = [p for group in groups(model, 0.1) for p in group["params"]]
+    assert len(members) == len({id(p) for p in members}) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("config", [AdamW(lr=0.1, weight_decay=0.1), Sgd(lr=0.1)])
+def test_steps_equal_torchs_own_and_a_flagged_one_changes_nothing(config):
+    """The twin is torch's plain (not fused) optimizer that never sees the bad gradient."""
+    model, twin = nn.Linear(3, 2), nn.Linear(3, 2)
+    twin.load_state_dict(model.state_dict())
+    ours = config.build(model)
+    kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    extra = {"momentum": 0.9} if config.kind == "sgd" else {}
+    theirs = kinds[config.kind](groups(twin, config.weight_decay), lr=0.1, fused=False, foreach=False, **extra)
+    for step in range(5):
+        bad = step in (0, 2)  # the very first one too: SGD's buffers are not there yet in torch
+        for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+            gradient = torch.full_like(mine, float("nan") if bad else 0.1 * (step + 1))
+            mine.grad, other.grad = gradient, gradient.clone()
+        ours.found_inf = torch.tensor(float(bad))  # type: ignore[attr-defined]
+        ours.step()
+        if not bad:
+            theirs.step()
+        for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+def test_the_rate_is_written_into_every_group():
+    optimizer = AdamW().build(small())
+    set_rate(optimizer.param_groups, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
