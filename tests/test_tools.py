@@ -16,13 +16,16 @@ ROOT = Path(__file__).parent.parent
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def tool(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def tool(*words: str, cwd: Path = ROOT, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *words]
-    return subprocess.run(command, cwd=cwd, env=QUIET | environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=cwd, env=QUIET | (environment or {}), capture_output=True, text=True, timeout=300
+    )
 
 
 def two_processes(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return tool("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *words, **environment)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    return tool(*launcher, *words, environment=environment)
 
 
 def rows(run: Path) -> list[dict]:

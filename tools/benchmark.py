@@ -50,7 +50,7 @@ class TimmEncoder(nn.Module):
         vit: Vit = encoder.config
         width, depth, heads, mlp = vit.numbers
         self.width, self.channels, self.stride, self.pool = width, vit.channels, vit.patch, vit.pool
-        self.vit = timm.create_model(
+        self.vit: Any = timm.create_model(
             "vit_base_patch16_224",
             img_size=vit.image_hw,
             patch_size=vit.patch,

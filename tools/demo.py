@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -41,7 +42,8 @@ def make_images(folder: Path) -> None:
 
     draft = folder.with_name("images.tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    digits, photographs = load_digits(), load_sample_images().images
+    digits: Any = load_digits()
+    photographs: Any = load_sample_images().images  # type: ignore[attr-defined]
     random = np.random.default_rng(0)
     for number, (shape, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         photograph = photographs[random.integers(len(photographs))]
@@ -49,7 +51,8 @@ def make_images(folder: Path) -> None:
         crop = Image.fromarray(photograph[top : top + 4 * SIDE, left : left + 4 * SIDE]).resize((SIDE, SIDE))
         stroke = Image.fromarray((shape * 255 / 16).astype(np.uint8)).resize((24, 24), Image.Resampling.BICUBIC)
         ink = Image.new("RGB", stroke.size, tuple(int(c) for c in random.integers(0, 256, 3)))
-        crop.paste(ink, tuple(int(c) for c in random.integers(0, SIDE - 24 + 1, 2)), stroke)
+        x, y = (int(c) for c in random.integers(0, SIDE - 24 + 1, 2))
+        crop.paste(ink, (x, y), stroke)
         path = draft / str(label) / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         crop.save(path)

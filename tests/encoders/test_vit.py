@@ -1,5 +1,7 @@
 """The ViT against timm's, the paper's counts, and its own contract."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -60,7 +62,7 @@ def test_vit_b16_equals_timm_bit_for_bit():
     import timm
 
     torch.manual_seed(0)
-    theirs = timm.create_model("vit_base_patch16_224", num_classes=0).eval()
+    theirs: Any = timm.create_model("vit_base_patch16_224", num_classes=0).eval()
     ours = Vit(size="B").build().eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     image = images(ours.config, 2)
@@ -80,7 +82,7 @@ def test_the_convolution_is_unfold_and_a_linear_layer_in_raster_order():
     pixels = encoder.normalise(images(TINY))
     kernel = encoder.patch_embed.proj
     flat = nn.functional.unfold(pixels, 4, stride=4).transpose(1, 2)  # C1.3
-    want = flat @ kernel.weight.flatten(1).T + kernel.bias
+    want = nn.functional.linear(flat, kernel.weight.flatten(1), kernel.bias)
     torch.testing.assert_close(encoder.patch_embed(pixels), want, atol=1e-5, rtol=0)
 
 

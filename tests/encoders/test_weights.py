@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_timm_opens_the_export(tmp_path: Path, pool, positions):
 
     ours = small(pool=pool, positions=positions)
     weights.export(ours, tmp_path)
-    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    theirs: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     pixels = ours.normalise(image())
     with torch.no_grad():
         tokens = ours(image())

@@ -1,0 +1,107 @@
+"""Crops and flips are functions of the sample's seed and stay within the image."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import picture
+from PIL import Image
+
+from ssl_vit.data.augment import RATIO, Box, central_box, flips, random_box, resized
+
+light = settings(deadline=None, max_examples=150, derandomize=True, database=None)
+SIDE, SEED = st.integers(1, 700), st.integers(0, 2**63 - 1)
+
+
+def inside(box: Box, height: int, width: int) -> bool:
+    return (
+        min(box.height, box.width) >= 1
+        and min(box.top, box.left) >= 0
+        and box.top + box.height <= height
+        and box.left + box.width <= width
+    )
+
+
+@light
+@given(SIDE, SIDE, SEED, st.sampled_from([(0.05, 1.0), (0.2, 0.3), (1.0, 1.0), (1e-6, 1e-5)]))
+def test_a_random_box_lies_in_the_image(height: int, width: int, seed: int, area: tuple[float, float]):
+    box = random_box(height, width, area, seed)
+    assert inside(box, height, width)
+    assert inside(box.halved(), (height + 1) // 2, (width + 1) // 2)
+    assert box == random_box(height, width, area, seed)
+
+
+def test_random_boxes_keep_to_their_area_and_ratio_and_fill_both():
+    boxes = [random_box(300, 400, (0.05, 1.0), seed) for seed in range(1000)]
+    shares = np.array([box.height * box.width / 120_000 for box in boxes])
+    ratios = np.array([box.width / box.height for box in boxes])
+    assert shares.min() > 0.049
+    assert shares.max() <= 1
+    assert ratios.min() > RATIO[0] * 0.98
+    assert ratios.max() < RATIO[1] * 1.02
+    assert np.histogram(shares, bins=5, range=(0.05, 1))[0].min() > 100  # the largest fit less often
+    assert abs(np.log(ratios).mean()) < 0.05
+    assert len({(box.top, box.left) for box in boxes}) > 900
+    centres = np.array([[box.top + box.height / 2, box.left + box.width / 2] for box in boxes]).mean(0)
+    assert np.abs(centres - [150, 200]).max() < 10
+
+
+def test_narrow_areas_are_kept_too():
+    shares = [b.height * b.width / 90_000 for b in (random_box(300, 300, (0.2, 0.3), seed) for seed in range(300))]
+    assert min(shares) > 0.195
+    assert max(shares) < 0.305
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 500), (500, 10), (1, 1), (1, 300)])
+def test_an_image_too_long_for_any_crop_gives_its_centre(height: int, width: int):
+    box = random_box(height, width, (0.9, 1.0), 3)
+    assert inside(box, height, width)
+    assert abs((height - box.height) // 2 - box.top) <= 1
+    assert abs((width - box.width) // 2 - box.left) <= 1
+
+
+@light
+@given(SIDE, SIDE, st.floats(0.2, 5), st.floats(0.01, 1))
+def test_the_central_box_is_central_and_as_large_as_asked(height: int, width: int, ratio: float, share: float):
+    box = central_box(height, width, (ratio, ratio), share)
+    assert inside(box, height, width)
+    assert abs(2 * box.top + box.height - height) <= 1
+    assert abs(2 * box.left + box.width - width) <= 1
+    largest = min(width, height * ratio)
+    assert box.width == pytest.approx(max(1, largest * share), abs=1)
+    assert box.height == pytest.approx(max(1, largest / ratio * share), abs=1 + 0.5 / ratio)
+
+
+def test_half_are_mirrored():
+    share = sum(map(flips, range(4000))) / 4000
+    assert abs(share - 0.5) < 0.03  # 3.8 standard deviations
+    assert flips(7) == flips(7)
+
+
+def test_crop_and_flip_are_independent():
+    lefts = [(flips(seed), random_box(300, 400, (0.3, 0.5), seed).left) for seed in range(1000)]
+    means = [np.mean([left for flip, left in lefts if flip == side]) for side in (False, True)]
+    assert abs(means[0] - means[1]) < 15
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 40), (7, 90)])
+def test_resizing_agrees_with_pillow(size: tuple[int, int]):
+    image = picture(2, 61, 80)
+    box = Box(5, 9, 50, 64)
+    got = resized(np.asarray(image).copy(), box, size, flip=False)
+    wanted = image.crop((9, 5, 73, 55)).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    assert got.dtype == torch.uint8
+    assert np.abs(got.permute(1, 2, 0).numpy().astype(int) - np.asarray(wanted)).max() <= 1
+    assert torch.equal(resized(np.asarray(image).copy(), box, size, flip=True), got.flip(2))
+
+
+def test_a_box_of_the_right_size_is_copied_as_it_is():
+    pixels = np.asarray(picture(3, 30, 30)).copy()
+    assert np.array_equal(resized(pixels, Box(2, 3, 16, 20), (16, 20), False).permute(1, 2, 0), pixels[2:18, 3:23])
+
+
+def test_the_crop_ratio_is_that_of_the_paper():
+    assert math.isclose(RATIO[0] * RATIO[1], 1)
