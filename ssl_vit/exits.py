@@ -37,7 +37,7 @@ def verdict(error: BaseException) -> Refusal:
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return Refusal(CANNOT_CREATE, f"{error.strerror}: {error.filename}")
     if isinstance(error, KeyboardInterrupt):
-        return Refusal(PREEMPTED, "interrupted; the same command goes on from the last checkpoint")
+        return Refusal(PREEMPTED, "interrupted; the same command goes on where it stopped")
     if type(error).__name__ == "OutOfMemoryError":
         return Refusal(INTERNAL, "out of memory: halve micro_batch (the batch stays what it is) and start again")
     return Refusal(INTERNAL, f"{type(error).__name__}: {error}")

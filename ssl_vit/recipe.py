@@ -14,7 +14,7 @@ from ssl_vit.data.stream import Data, EvaluationStream, Samples, Share, Training
 from ssl_vit.encoders import Encoder, weights
 from ssl_vit.encoders.vit import Vit, VitEncoder
 from ssl_vit.evaluate.accuracy import HeldOut
-from ssl_vit.exits import DATA, INTERNAL, USAGE, Refusal, verdict
+from ssl_vit.exits import DATA, USAGE, Refusal, verdict
 from ssl_vit.heads import Head
 from ssl_vit.heads.mean_color import MeanColor
 from ssl_vit.heads.panel import grid
@@ -140,10 +140,10 @@ def run(recipe: Recipe) -> int:
         task = _task(recipe, model, train, val, share, accelerator.device, partial(total, accelerator))
         row = fit(folder, accelerator, recipe, task)
         from_main(accelerator, lambda: _finish(recipe, folder, model, row))
-        _end(folder, 0, "done", accelerator)
+        folder.write_exit(0, "done")
     except BaseException as error:
         end = verdict(error)
-        _end(folder, end.code, end.message, accelerator)
+        folder.write_exit(end.code, end.message)
         raise
     finally:
         folder.release()
@@ -212,12 +212,6 @@ def _finish(recipe: Recipe, folder: Run, model: Model, row: dict[str, Any]) -> N
             f", {name} {value:.4f}" if name != "samples" else f" on {value}" for name, value in shown.items()
         )
         print(f"{folder.folder}: done, {row['step']} steps{text}; encoder in {folder.folder / 'encoder'}")
-
-
-def _end(folder: Run, code: int, reason: str, accelerator: Any) -> None:
-    """Leave exit.json: the main process always, another one where it failed on its own."""
-    if folder.folder.is_dir() and (accelerator.is_main_process or code == INTERNAL):
-        folder.write_exit(code, folder.step, reason, accelerator.process_index)
 
 
 def preview(recipe: Recipe, tensors: weights.Weights | None, source: Vit | None) -> int:

@@ -52,7 +52,7 @@ class MakeShards(Config):
         default=0.0, ge=0, lt=1, description="share of images for output/val, chosen by a stable hash"
     )
     shard_samples: int = Field(default=1000, ge=1, description="images a shard")
-    workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, description="processes (default: cores)")
+    workers: int | None = Field(default=None, ge=1, description="processes (none: one a core)")
     seed: int = Field(default=0, description="of the shuffle")
     quiet: bool = Field(default=False, description="no progress bar")
 

@@ -26,7 +26,6 @@ def start(precision: Precision, accumulate: int, tracker: str, folder: Path) -> 
 
     bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_available())
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN at ViT's lengths (pytorch#169849)
-    torch.backends.cuda.matmul.allow_tf32 = True
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False),

@@ -26,6 +26,7 @@ class Run:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self.step = 0  # done so far, for whoever reports the end
+        self.held = False
         self._lock: TextIO | None = None
 
     def claim(self, recipe: config.Config) -> None:
@@ -46,6 +47,7 @@ class Run:
             raise Refusal(
                 CANNOT_CREATE, f"run={self.folder}: in use by {holder}; wait for it, or name another"
             ) from error
+        self.held = True
         self._lock.truncate(0)
         self._lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
         self._lock.flush()
@@ -69,10 +71,14 @@ class Run:
         if self._lock is not None:
             self._lock.close()
 
-    def write_exit(self, code: int, step: int, reason: str, rank: int) -> None:
-        """Say in exit.json how this start ended, because launchers turn every exit code into 1."""
-        end = {"code": code, "step": step, "reason": reason, "rank": rank, "time": time.strftime("%FT%T%z")}
-        write_bytes(self.folder / "exit.json", (json.dumps(end, indent=1) + "\n").encode())
+    def write_exit(self, code: int, reason: str) -> None:
+        """Say in exit.json how this start ended, because launchers turn every exit code into 1.
+
+        Only who holds the folder writes: a start that was refused leaves the files of the one that runs alone.
+        """
+        if self.held:
+            end = {"code": code, "step": self.step, "reason": reason, "time": time.strftime("%FT%T%z")}
+            write_bytes(self.folder / "exit.json", (json.dumps(end, indent=1) + "\n").encode())
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json."""
