@@ -1,10 +1,10 @@
-# make demo | make test | make check
+# make demo | make test | make check | make gpu (on a machine with one)
 # Needs Linux, Python >= 3.11 and make; everything else goes into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check install
+.PHONY: demo test check gpu install
 .DEFAULT_GOAL := demo
 
 install: .venv/installed
@@ -23,6 +23,10 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+gpu: install
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python tools/benchmark.py step recipe=mpp_vit_b16 batch=256
 
 check: install
 	$(BIN)/ruff check .

@@ -54,8 +54,8 @@ def draw(
     masked, swapped, kept = counts(patches, ratio, mix)
     random = device_words(seed, 2 * patches)
     index = random[:, :patches].argsort(dim=1, stable=True)[:, : masked + swapped + kept]
-    fate = torch.tensor([MASK] * masked + [SWAP] * swapped + [KEEP] * kept, device=seed.device)
-    fate = fate.expand(len(seed), -1)
+    slot = torch.arange(masked + swapped + kept, device=seed.device)
+    fate = ((slot >= masked).long() + (slot >= masked + swapped)).expand(len(seed), -1)  # no copy to the device
     offset = 1 + (random[:, patches : patches + index.shape[1]] >> 1 & (1 << 62) - 1) % max(1, patches - 1)
     source = torch.where(fate == SWAP, (index + offset) % patches, index)
     return Corruption(index, fate, source)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ssl_vit.config import Config
-from ssl_vit.counter import WORD, key
+from ssl_vit.counter import key
 from ssl_vit.data.stream import Share, TrainingStream
 from ssl_vit.evaluate.accuracy import Evaluator
 from ssl_vit.exits import DATA, MISMATCH, PREEMPTED, USAGE, Refusal
@@ -23,6 +23,7 @@ from ssl_vit.train.distributed import Precision, StopSignal, from_main, total
 from ssl_vit.train.optim import Optim, set_rate
 from ssl_vit.train.run import Run
 from ssl_vit.train.tracker import Tracker, TrackerName
+from ssl_vit.train.window import Window
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # 2.7 s, which --help does not wait for
@@ -71,43 +72,6 @@ class Task:
     flops: int = 0  # of training, an image
 
 
-class Window:
-    """What was summed since the last row of metrics.
-
-    The sums travel in the checkpoint, so that a row is the same whether or not the run was stopped within it; the
-    clocks do not, so that speed is that of this process.
-    """
-
-    def __init__(self, sums: dict[str, Tensor] | None = None):
-        self.sums: dict[str, Tensor] = sums or {}
-        self.began = time.monotonic()
-        self.waited = 0.0
-        self.images = 0
-
-    def add(self, sums: dict[str, Tensor]) -> None:
-        """Add sums, wherever they are; nothing is read from the device."""
-        for name, value in sums.items():
-            value = value.detach()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-
-    def report(self, accelerator: "Accelerator", task: Task) -> dict[str, Any]:
-        """The row of metrics of these sums: what the head says of its own, then the loop's."""
-        sums = total(accelerator, self.sums)
-        own = {name: sums.pop(name) for name in list(sums) if name.startswith("_")}
-        seconds, updates = time.monotonic() - self.began, float(own["_updates"])
-        speed = self.images * accelerator.num_processes / seconds
-        return {
-            **task.model.head.report(sums, max(1.0, float(own["_weight"]))),  # type: ignore[operator]
-            "grad_norm": float(own["_norm"]) / updates,
-            "images_per_second": round(speed, 2),
-            "tflops": round(speed * task.flops / 1e12, 6),
-            "data_wait": round(self.waited / seconds, 4),
-            "skipped_updates": round(float(own["_skipped"]) / accelerator.num_processes),
-            "samples_digest": f"{int(own['_digest']) & WORD:016x}",  # of the (epoch, sample) pairs, in any order
-            "updates": round(updates / accelerator.num_processes),
-        }
-
-
 def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop | None = None) -> dict[str, Any]:
     """Train to `loop.steps`, going on from the newest checkpoint of the run; returns the last row of metrics.
 
@@ -138,7 +102,7 @@ def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop
             if judge or run.step % loop.log_every == 0:
                 left = (time.monotonic() - began) / (run.step - first) * (loop.steps - run.step)
                 row = {"step": run.step, "samples_seen": run.step * loop.batch, "lr": rate}
-                row |= window.report(accelerator, task)
+                row |= window.report(accelerator, task.model.head.report, task.flops)
                 check_numbers(row)
                 row |= evaluate(wrapped, task, tracker, run) if judge else {}
                 tracker.row(row, left)

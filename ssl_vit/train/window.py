@@ -1,0 +1,54 @@
+"""What a run sums between two rows of metrics, and the row it makes of it."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ssl_vit.counter import WORD
+from ssl_vit.train.distributed import total
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Report = Callable[[dict[str, Tensor], float], dict[str, float]]
+"""A head's: sums and the weight they were summed over -> numbers."""
+
+
+class Window:
+    """What was summed since the last row of metrics.
+
+    The sums travel in the checkpoint, so that a row is the same whether or not the run was stopped within it; the
+    clocks do not, so that speed is that of this process.
+    """
+
+    def __init__(self, sums: dict[str, Tensor] | None = None):
+        self.sums: dict[str, Tensor] = sums or {}
+        self.began = time.monotonic()
+        self.waited = 0.0
+        self.images = 0
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        """Add sums, wherever they are; nothing is read from the device."""
+        for name, value in sums.items():
+            value = value.detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+
+    def report(self, accelerator: "Accelerator", head: Report, flops: int) -> dict[str, Any]:
+        """The row of metrics of these sums: what the head reports of its own, then the loop's; `flops` an image."""
+        sums = total(accelerator, self.sums)
+        own = {name: sums.pop(name) for name in list(sums) if name.startswith("_")}
+        seconds = time.monotonic() - self.began
+        updates, skipped = float(own["_updates"]), float(own["_skipped"])
+        speed = self.images * accelerator.num_processes / seconds
+        return {
+            **head(sums, max(1.0, float(own["_weight"]))),
+            "grad_norm": float(own["_norm"]) / max(1.0, updates - skipped),
+            "images_per_second": round(speed, 2),
+            "tflops": round(speed * flops / 1e12, 6),
+            "data_wait": round(self.waited / seconds, 4),
+            "skipped_updates": round(skipped / accelerator.num_processes),
+            "samples_digest": f"{int(own['_digest']) & WORD:016x}",  # of the (epoch, sample) pairs, in any order
+            "updates": round(updates / accelerator.num_processes),
+        }

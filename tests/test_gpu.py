@@ -1,0 +1,77 @@
+"""What only a GPU can show: `make gpu` runs these and the benchmark; without one they are skipped."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssl_vit import config, recipe
+from ssl_vit.encoders.vit import Vit
+from ssl_vit.exits import PREEMPTED, Refusal
+from ssl_vit.model import Model
+from ssl_vit.recipe import Pretrain
+from ssl_vit.train import loop
+from ssl_vit.train.distributed import start
+from ssl_vit.train.loop import Task, Window, update
+from tests.train.test_loop import StopAfter, fresh_accelerate  # noqa: F401 - a fixture
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),  # inductor's and cuDNN's own warnings are not ours
+]
+
+
+def vit_b16(shards: Path, run: Path) -> int:
+    data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", "data.workers=4"]
+    sizes = ["steps=200", "batch=64", "micro_batch=32", "log_every=50", "save_every=100", "optim.warmup_steps=20"]
+    return recipe.run(config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes, "quiet=true"], recipe.FOLDER))
+
+
+def test_vit_b16_trains_in_bf16_with_compile_stops_and_resumes(shards: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(loop, "StopSignal", lambda accelerator: StopAfter(120))
+    with pytest.raises(Refusal) as end:
+        vit_b16(shards, tmp_path)
+    assert end.value.code == PREEMPTED
+    monkeypatch.undo()
+    assert vit_b16(shards, tmp_path) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [50, 100, 150, 200]
+    assert all(math.isfinite(row["loss"]) and row["skipped_updates"] == 0 for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"] < math.log(512)
+
+
+@pytest.mark.parametrize("tokens", [(14, 14), (16, 16), (24, 24)])
+def test_gradients_are_finite_at_vits_lengths(tokens):
+    """The attention backend is pinned because cuDNN's backward gave NaN at such lengths (pytorch#169849)."""
+    start("bf16", 1, "none", Path())
+    encoder = Vit(size="Ti", image=(16 * tokens[0], 16 * tokens[1])).build().cuda()
+    image = torch.randint(0, 256, (128, 3, *encoder.config.image_hw), dtype=torch.uint8, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        encoder(image).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+def test_a_step_never_waits_for_the_device(tmp_path: Path):
+    made = config.parse(Pretrain, ["recipe=mpp_demo"], recipe.FOLDER)
+    accelerator = start("bf16", 1, "none", tmp_path)
+    made, _, _ = recipe.resolve(made)
+    model: Model = recipe.build(made, 0).cuda()
+    optimizer = made.optim.build(model)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    batch = {
+        "image": torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, device="cuda"),
+        "label": torch.full((8,), -1, device="cuda"),
+        "seed": torch.arange(8, device="cuda"),
+        "valid": torch.ones(8, dtype=torch.bool, device="cuda"),
+    }
+    task = Task(model, stream=None, optim=made.optim)  # type: ignore[arg-type]  # a step asks no stream
+    window = Window()
+    update(accelerator, made, task, wrapped, prepared, iter([batch]), window, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update(accelerator, made, task, wrapped, prepared, iter([batch, batch]), window, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
