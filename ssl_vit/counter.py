@@ -19,7 +19,7 @@ WORD = (1 << 64) - 1
 
 def key(*parts: int | str) -> int:
     """A 64-bit key for a purpose, such as `key(seed, "lane", epoch, lane)`."""
-    text = "/".join(map(str, parts)).encode()
+    text = "/".join(map(str, parts)).encode(errors="surrogateescape")  # file names may be no Unicode
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 

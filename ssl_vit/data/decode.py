@@ -25,8 +25,10 @@ def open_image(data: bytes) -> Image.Image:
     """A Pillow image, its header read and its size within the limits; raises BadImage."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            warnings.simplefilter("ignore")  # damaged EXIF warns here already; our own limit of pixels is lower
             image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+    except MemoryError:
+        raise  # no fault of the image
     except Exception as error:  # Pillow raises many kinds on hostile bytes
         raise BadImage(f"not a readable JPEG, PNG or WebP ({type(error).__name__})") from error
     width, height = image.size
@@ -42,20 +44,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
             warnings.simplefilter("ignore")  # damaged EXIF and transparency chunks warn; the pixels are what counts
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
-                return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert(
-                    "RGB"
-                )
+                values = np.asarray(image).astype(np.int64)
+                grey = (values >> 8).clip(0, 255).astype(np.uint8)
+                grey[values == image.info.get("transparency", -1)] = 255
+                return Image.fromarray(grey).convert("RGB")
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
+    except MemoryError:
+        raise
     except Exception as error:
         raise BadImage(f"damaged pixels ({type(error).__name__}: {error})") from error
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Height and width of an ordinary JPEG within the limits, None for anything that only Pillow reads."""
-    if data[:3] != b"\xff\xd8\xff" or b"Exif\0" in data[:4096]:  # EXIF may turn the image
+    if data[:3] != b"\xff\xd8\xff" or b"Exif\0\0" in data or b"tiff:Orientation" in data:  # these may turn the image
         return None
     try:
         height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])

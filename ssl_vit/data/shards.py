@@ -14,7 +14,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +105,7 @@ def convert(options: MakeShards) -> dict[str, Manifest]:
     splits = _splits(names, options.val_fraction)
     classes = sorted({_class(name, split) for split, names in splits.items() for name in names} - {""})
     jobs = {split: _job(options, root, split, names, classes) for split, names in splits.items()}
+    _claim_splits(options, jobs)
     for job in jobs.values():
         _claim(job)
     done = {split: _write_split(job, classes, options) for split, job in jobs.items()}
@@ -153,12 +154,27 @@ def _job(options: MakeShards, root: Path, split: str, names: list[str], classes:
     order = permutation(key(options.seed, "shuffle", split), len(names))
     sources = []
     for i in order:
-        stat = (root / names[i]).stat()
         label = number.get(_class(names[i], split), -1)
-        sources.append(Source(names[i], stat.st_size, stat.st_mtime_ns, label))
+        try:
+            stat = (root / names[i]).stat()
+        except OSError:  # a dead link: rejected when it is read
+            sources.append(Source(names[i], 0, 0, label))
+        else:
+            sources.append(Source(names[i], stat.st_size, stat.st_mtime_ns, label))
     settings = {name: getattr(options, name) for name in ("resize", "val_fraction", "shard_samples", "seed")}
     settings |= {"quality": options.quality if options.resize else None, "split": split}
     return Job(root, Path(options.output) / split, sources, settings)
+
+
+def _claim_splits(options: MakeShards, jobs: dict[str, Job]) -> None:
+    """Refuse an output that holds shards in splits where this job has none, or the reverse."""
+    output, folders = Path(options.output), {job.folder for job in jobs.values()}
+    if output.exists() and not output.is_dir():
+        raise Refusal(CANNOT_CREATE, f"{output}: is a file; name another output")
+    for folder in (output, *(output / split for split in ("train", "val"))):
+        if folder not in folders and ((folder / "manifest.json").exists() or (folder / NOTES).exists()):
+            why = f"val_fraction or split folders: this one writes {', '.join(split or 'no split' for split in jobs)}"
+            raise Refusal(CANNOT_CREATE, f"{folder}: holds the shards of another job ({why}); name another output")
 
 
 def _claim(job: Job) -> None:
@@ -166,19 +182,18 @@ def _claim(job: Job) -> None:
     note = job.folder / NOTES / "job"
     if (job.folder / "manifest.json").exists():
         found = manifest.load(job.folder).job
-        old = found.get("digest")
-        changed = [
-            f"{name} {found.get(name)} -> {value}" for name, value in job.options.items() if found.get(name) != value
-        ]
     elif note.exists():
-        old, changed = note.read_text(), []
-    elif job.folder.exists() and any(job.folder.iterdir()):
+        found = json.loads(note.read_text())
+    elif job.folder.exists() and any(path.name != NOTES for path in job.folder.iterdir()):
         raise Refusal(CANNOT_CREATE, f"{job.folder}: is not empty and holds no shards; name another output")
     else:
         (job.folder / NOTES).mkdir(parents=True, exist_ok=True)
-        write_bytes(note, job.digest.encode())
+        write_bytes(note, json.dumps(job.options | {"digest": job.digest}).encode())
         return
-    if old != job.digest:
+    if found.get("digest") != job.digest:
+        changed = [
+            f"{name} {found.get(name)} -> {value}" for name, value in job.options.items() if found.get(name) != value
+        ]
         why = ", ".join(changed) or "the input or the options changed"
         raise Refusal(CANNOT_CREATE, f"{job.folder}: holds the shards of another job ({why}); name another output")
 
@@ -191,7 +206,8 @@ def _write_split(job: Job, classes: list[str], options: MakeShards) -> Manifest:
     bar = tqdm(total=len(job.sources), unit="img", desc=str(job.folder), disable=options.quiet or None)
     with bar, ProcessPoolExecutor(options.workers) as pool:
         parts = [job.sources[n * size : (n + 1) * size] for n in numbers]
-        futures = [pool.submit(write_shard, job, n, part, size) for n, part in zip(numbers, parts, strict=True)]
+        lean = replace(job, sources=[])  # a piece of work is sent with its own images only
+        futures = [pool.submit(write_shard, lean, n, part, size) for n, part in zip(numbers, parts, strict=True)]
         notes = []
         for future, part in zip(futures, parts, strict=True):
             notes.append(future.result())
@@ -205,8 +221,10 @@ def _write_split(job: Job, classes: list[str], options: MakeShards) -> Manifest:
             for suffix in (".tar", ".npy"):
                 (job.folder / note["shard"]["name"]).with_suffix(suffix).unlink(missing_ok=True)
     if rejects:
-        write_bytes(job.folder / REJECTS, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects).encode())
+        write_bytes(job.folder / REJECTS, "".join(json.dumps(r) + "\n" for r in rejects).encode())
     made = Manifest(job.folder, job.options | {"digest": job.digest, "rejects": len(rejects)}, classes, shards)
+    for draft in job.folder.glob(".*.tmp-*"):  # of a run that was killed
+        draft.unlink()
     manifest.save(made)
     shutil.rmtree(job.folder / NOTES)
     return made
@@ -231,13 +249,17 @@ def write_shard(job: Job, number: int, sources: list[Source], shard_samples: int
             rows.append((archive.offset - -(-len(data) // 512) * 512, len(data), source.label, zlib.crc32(data)))
             if source.label >= 0:
                 add(archive, f"{place:09d}.cls", str(source.label).encode())
-            add(archive, f"{place:09d}.json", json.dumps({"path": source.path}, ensure_ascii=False).encode())
+            add(
+                archive,
+                f"{place:09d}.json",
+                json.dumps({"path": source.path}, ensure_ascii=False).encode(errors="backslashreplace"),
+            )
     buffer = io.BytesIO()
     np.save(buffer, np.array(rows, dtype=ENTRY), allow_pickle=False)
     write_bytes(tar.with_suffix(".npy"), buffer.getvalue())
     shard = Shard(name=tar.name, samples=len(rows), bytes=tar.stat().st_size, sha256=sha256(tar))
     note = {"shard": shard.model_dump(), "rejects": rejects}
-    write_bytes(note_path, json.dumps(note, ensure_ascii=False).encode())
+    write_bytes(note_path, json.dumps(note, ensure_ascii=False).encode(errors="backslashreplace"))
     return note
 
 
@@ -251,6 +273,8 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 def load(path: Path, resize: object, quality: object) -> tuple[bytes, str]:
     """An image file's bytes and suffix, decoded once to be sure; shrunk where asked. Raises BadImage."""
     try:
+        if not path.is_file():
+            raise BadImage("not a regular file")
         data = path.read_bytes()
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror}") from error

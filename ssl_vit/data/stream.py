@@ -3,8 +3,10 @@
 Workers keep no state: they are told (epoch, sample id) and everything else follows from it.
 """
 
+import atexit
 import os
 import signal
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -13,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_vit.config import Config
@@ -22,7 +24,7 @@ from ssl_vit.data import augment
 from ssl_vit.data.decode import BadImage, decode, jpeg_size
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.plan import Plan, in_order
-from ssl_vit.exits import DATA, Refusal
+from ssl_vit.exits import DATA, DISK, Refusal
 from ssl_vit.model import Batch
 
 OPEN_SHARDS = 128  # file handles a process keeps
@@ -52,6 +54,20 @@ class Data(Config):
     )
     lanes: int = Field(default=16, ge=1, description="shards read side by side")
     window: int = Field(default=4, ge=1, description="shards in a shuffle window of a lane")
+
+    @field_validator("image_size")
+    @classmethod
+    def _has_pixels(cls, size: int | tuple[int, int]) -> int | tuple[int, int]:
+        if min(size if isinstance(size, tuple) else (size,)) < 1:
+            raise ValueError("a side has at least one pixel")
+        return size
+
+    @field_validator("crop_area")
+    @classmethod
+    def _is_a_share(cls, area: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < area[0] <= area[1] <= 1:
+            raise ValueError("two shares within 0 and 1, the smaller first, such as 0.05,1")
+        return area
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -92,9 +108,13 @@ class Samples(Dataset[Any]):
         shard = int(np.searchsorted(self.manifest.starts, sample, side="right")) - 1
         handle, rows = self._open(shard)
         row = rows[sample - int(self.manifest.starts[shard])]
-        data = os.pread(handle, int(row["size"]), int(row["offset"]))
+        path = self.manifest.folder / self.manifest.shards[shard].name
+        try:
+            data = os.pread(handle, int(row["size"]), int(row["offset"]))
+        except OSError as error:
+            raise Refusal(DISK, f"{path}: {error.strerror}; look after the disk and start again") from error
         if len(data) != row["size"] or zlib.crc32(data) != row["crc32"]:
-            where = f"{self.manifest.folder / self.manifest.shards[shard].name} at byte {row['offset']}"
+            where = f"{path} at byte {row['offset']}"
             raise Refusal(DATA, f"{where}: sample {sample} is damaged (its checksum differs); convert the shard again")
         return data, int(row["label"])
 
@@ -210,7 +230,20 @@ def _batches(samples: Samples, keys: Iterable[Keys], workers: int | None, device
         worker_init_fn=_shield if workers else None,
         prefetch_factor=4 if workers else None,
     )
-    return _on_device(iter(loader), device)
+    iterator = iter(loader)
+    if workers:
+        _working.add(iterator)
+    return _on_device(iterator, device)
+
+
+_working: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+@atexit.register
+def _dismiss() -> None:
+    """Tell the workers to go: they ignore the signal by which Python would end them, and it would wait for ever."""
+    for iterator in list(_working):
+        iterator._shutdown_workers()
 
 
 def _as_is(batch: Any) -> Any:

@@ -52,6 +52,10 @@ def test_the_manifest_tells_the_truth(source: Path, tmp_path: Path):
 
 
 def test_the_index_points_at_the_image_bytes(source: Path, tmp_path: Path):
+    """Also where an image fills its last block of 512 bytes exactly."""
+    path = source / NAMES[1]
+    path.write_bytes(path.read_bytes().ljust(2048, b"\0"))
+    assert path.stat().st_size == 2048
     made = one(source, tmp_path / "out", shard_samples=5)
     rows = 0
     for number, shard in enumerate(made.shards):
@@ -150,7 +154,7 @@ def test_rejects_are_listed_with_a_reason(source: Path, tmp_path: Path):
     bad["top.jpeg"] = encoded(picture(3), "GIF")
     for name, data in bad.items():
         (source / name).write_bytes(data)
-    made = one(source, tmp_path / "out", shard_samples=3)
+    made = one(source, tmp_path / "out", shard_samples=1)  # so that some shards are left with nothing
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert {reject["path"] for reject in rejects} == set(bad)
     assert all(reject["reason"] for reject in rejects)
@@ -159,7 +163,8 @@ def test_rejects_are_listed_with_a_reason(source: Path, tmp_path: Path):
     assert {name: image for name, (_, image, _) in samples(made).items()} == {
         n: (source / n).read_bytes() for n in NAMES
     }
-    assert all(shard.samples for shard in made.shards)
+    assert [shard.samples for shard in made.shards] == [1] * len(NAMES)
+    assert len(contents(tmp_path / "out")) == 2 * len(NAMES) + 2
     made.check()
 
 

@@ -1,11 +1,11 @@
-"""Batches: the same bits on any number of workers and processes, from any position; damage is named, never trained on."""
+"""Batches: the same bits on any number of workers and processes, from any position."""
 
-import errno
 import hashlib
+import io
 import itertools
-import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +14,6 @@ from pictures import encoded, make, one, picture
 from PIL import Image
 from pydantic import ValidationError
 
-from ssl_vit import exits
 from ssl_vit.counter import sample_seed
 from ssl_vit.data.augment import flips
 from ssl_vit.data.manifest import Manifest
@@ -24,6 +23,7 @@ from ssl_vit.model import Batch
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than a small machine has
 CPU = torch.device("cpu")
 COUNT = 30
+SMALL: dict[str, Any] = {"image_size": 16, "workers": 0, "lanes": 3, "window": 1}
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +38,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return one(folder / "in", folder / "out", shard_samples=4)
 
 
-@pytest.fixture
-def damaged(tmp_path: Path) -> Manifest:
-    """Four small shards of one sample each, to break."""
-    for number in range(4):
-        path = tmp_path / "in" / f"{number}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(encoded(picture(number), "JPEG"))
-    return one(tmp_path / "in", tmp_path / "out", shard_samples=1)
-
-
-def config(**options) -> Data:
-    return Data(**{"image_size": 16, "workers": 0, "lanes": 3, "window": 1} | options)
+def config(**options: Any) -> Data:
+    return Data(**{**SMALL, **options})
 
 
 def digest(batches: list[Batch]) -> str:
@@ -66,12 +56,12 @@ def train(shards: Manifest, first: int, steps: int, share: Share, batch: int = 8
     return list(itertools.islice(stream.batches(first * batch, share, CPU), micro_batches))
 
 
-def refusal(batches) -> exits.Refusal:
-    with pytest.raises(exits.Refusal) as caught:
-        list(batches)
-    assert caught.value.code == exits.DATA
-    assert "\n" not in str(caught.value)
-    return caught.value
+def picture_of(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def distance(got: torch.Tensor, wanted: Image.Image) -> float:
+    return float((got.permute(1, 2, 0).int() - torch.from_numpy(np.array(wanted)).int()).abs().float().mean())
 
 
 def test_a_batch_is_what_the_contract_says(shards: Manifest):
@@ -153,88 +143,19 @@ def test_evaluation_sees_the_upright_centre_and_never_changes(shards: Manifest):
             assert distance(samples.crop(data, seed, sample), centre) < 6
 
 
-def picture_of(data: bytes) -> Image.Image:
-    import io
-
-    return Image.open(io.BytesIO(data)).convert("RGB")
-
-
-def distance(got: torch.Tensor, wanted: Image.Image) -> float:
-    return float((got.permute(1, 2, 0).int() - torch.from_numpy(np.array(wanted)).int()).abs().float().mean())
-
-
-def test_a_crop_is_what_pillow_makes_of_the_same_box():
-    """Also where a large JPEG is decoded at half its size, which must not move the picture."""
-    samples = Samples(Manifest(Path(), {}, [], []), config(image_size=(20, 24)), seed=0, training=True)
+@pytest.mark.parametrize(("size", "bound"), [((130, 150), 0.7), ((20, 24), 5)], ids=["full scale", "half scale"])
+def test_a_crop_is_what_pillow_makes_of_the_same_box(size: tuple[int, int], bound: float):
+    """A large JPEG is decoded at half its size, where the box is rounded by at most a pixel."""
+    samples = Samples(Manifest(Path(), {}, [], []), config(image_size=size), seed=0, training=True)
     image = picture(1, 211, 303)
     data = encoded(image, "JPEG", quality=95)
-    mirrored = 0
     for seed in range(40):
         box = samples.box(211, 303, seed)
         edges = (box.left, box.top, box.left + box.width, box.top + box.height)
-        wanted = image.resize((24, 20), Image.Resampling.BILINEAR, edges)
+        wanted = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, edges)
         if flips(seed):
             wanted = wanted.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            mirrored += 1
-        assert distance(samples.crop(data, seed, 0), wanted) < 2.5
-    assert 0 < mirrored < 40
-
-
-def test_a_damaged_byte_is_named_and_stops(damaged: Manifest):
-    path = damaged.folder / damaged.shards[2].name
-    data = bytearray(path.read_bytes())
-    row = damaged.index(2)[0]
-    data[int(row["offset"]) + int(row["size"]) // 2] ^= 1
-    path.write_bytes(data)
-    damaged.check()  # the size is right: only the checksum tells
-    assert [Samples(damaged, config(), 0, True).read(sample)[1] for sample in (0, 1, 3)] == [-1] * 3
-    for workers in (0, 1):
-        stream = TrainingStream(damaged, config(workers=workers), seed=0, batch=4)
-        assert str(path) in str(refusal(stream.batches(0, Share(0, 1, 4), CPU)))
-        evaluation = EvaluationStream(damaged, config(workers=workers), batch=4)
-        assert str(path) in str(refusal(evaluation.batches(Share(), CPU)))
-
-
-@pytest.mark.parametrize("fault", ["gone", "cut", "empty", "no index", "short index", "broken index"])
-def test_a_shard_that_is_lost_on_the_way_is_named(damaged: Manifest, fault: str):
-    path = damaged.folder / damaged.shards[1].name
-    index = path.with_suffix(".npy")
-    match fault:
-        case "gone":
-            path.unlink()
-        case "cut" | "empty":
-            os.truncate(path, 600 if fault == "cut" else 0)
-        case "no index":
-            index.unlink()
-        case "short index":
-            np.save(index, np.load(index)[:0])
-        case "broken index":
-            index.write_bytes(b"garbage")
-    stream = TrainingStream(damaged, config(), seed=0, batch=4)
-    assert path.stem in str(refusal(stream.batches(0, Share(0, 1, 4), CPU)))
-
-
-def test_an_error_of_the_disk_names_the_shard(damaged: Manifest, monkeypatch: pytest.MonkeyPatch):
-    def fails(*_: object) -> bytes:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "pread", fails)
-    with pytest.raises((exits.Refusal, OSError), match=r"0000\d\d\.tar"):
-        next(TrainingStream(damaged, config(), seed=0, batch=1).batches(0, Share(0, 1, 1), CPU))
-
-
-def test_check_names_all_missing_and_short_shards_at_once(damaged: Manifest):
-    (damaged.folder / "000000.tar").unlink()
-    os.truncate(damaged.folder / "000002.tar", 100)
-    (damaged.folder / "000003.tar").unlink()
-    (damaged.folder / "000003.tar").mkdir()
-    with pytest.raises(exits.Refusal) as caught:
-        damaged.check()
-    assert caught.value.code == exits.DATA
-    assert [name for name in ("000000", "000001", "000002", "000003") if name in str(caught.value)] == [
-        "000000", "000002", "000003"
-    ]  # fmt: skip
-    assert "\n" not in str(caught.value)
+        assert distance(samples.crop(data, seed, 0), wanted) < bound
 
 
 @pytest.mark.parametrize("samples", [1, 2, 10, 1000])
