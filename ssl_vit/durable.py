@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ def sync_folder(folder: Path) -> None:
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A file to write in; it takes the name `path` when the block ends well, and leaves nothing when it does not."""
-    draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    draft = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")  # machines may share the folder
     try:
         with draft.open("w+b") as file:
             yield file

@@ -10,7 +10,8 @@ from pydantic import Field
 from ssl_vit import config, cost
 from ssl_vit.data import shards
 from ssl_vit.data.manifest import Manifest
-from ssl_vit.data.stream import Data, EvaluationStream, Samples, Share, TrainingStream
+from ssl_vit.data.samples import Data, Samples
+from ssl_vit.data.stream import EvaluationStream, Share, TrainingStream
 from ssl_vit.encoders import Encoder, weights
 from ssl_vit.encoders.vit import Vit, VitEncoder
 from ssl_vit.evaluate.accuracy import HeldOut

@@ -94,7 +94,7 @@ def test_processes_that_accelerate_does_not_see_are_refused(shards: Path, tmp_pa
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(shards: Path, tmp_path: Path):
-    words = [*training(shards, tmp_path / "run"), "steps=100000", "log_every=1", "save_every=100000"]
+    words = [*training(shards, tmp_path / "run"), "steps=100000", "log_every=1", "save_every=100000", "data.workers=1"]
     process = subprocess.Popen(
         [sys.executable, "tools/pretrain.py", *words], cwd=ROOT, env=QUIET, stderr=subprocess.PIPE, text=True
     )

@@ -89,6 +89,8 @@ class Manifest:
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
                 bad.append(f"{shard.name} ({'missing' if size is None else f'{size} bytes, not {shard.bytes}'})")
+            elif not path.with_suffix(".npy").is_file():
+                bad.append(f"{shard.name} (its index is missing)")
         if bad:
             raise Refusal(DATA, f"{self.folder}: {len(bad)} of {len(self.shards)} shards are bad: {', '.join(bad)}")
 

@@ -8,11 +8,9 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,15 +22,13 @@ from tqdm import tqdm
 
 from ssl_vit.config import Config
 from ssl_vit.counter import key, permutation
-from ssl_vit.data import manifest
+from ssl_vit.data import folder, manifest
 from ssl_vit.data.decode import FORMATS, BadImage, open_image, to_rgb
+from ssl_vit.data.folder import Source
 from ssl_vit.data.manifest import ENTRY, Manifest, Shard
 from ssl_vit.durable import sha256, write_bytes, writing
 from ssl_vit.exits import CANNOT_CREATE, DATA, Refusal
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-OTHER_IMAGES = {".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"}
-SPLITS = {"train", "val", "valid", "validation", "test"}
 NOTES = ".notes"  # the shards' notes, until the manifest takes their place
 REJECTS = "rejects.jsonl"
 
@@ -65,16 +61,6 @@ class MakeShards(Config):
 
 
 @dataclass(frozen=True)
-class Source:
-    """One image file of the input."""
-
-    path: str  # relative to the input, with forward slashes
-    size: int
-    changed: int  # modification time, ns
-    label: int  # -1 = none
-
-
-@dataclass(frozen=True)
 class Job:
     """Everything that one split's shards are a function of."""
 
@@ -97,70 +83,22 @@ def convert(options: MakeShards) -> dict[str, Manifest]:
     output belongs to another job.
     """
     root = Path(options.input)
-    files = list(_scan(root))
-    unreadable = [name for name, suffix in files if suffix in OTHER_IMAGES]
-    names = [name for name, suffix in files if suffix in SUFFIXES]
-    if not names:
-        raise Refusal(DATA, f"{root}: no images (looked for {', '.join(sorted(SUFFIXES))} in it and below)")
-    splits = _splits(names, options.val_fraction)
-    classes = sorted({_class(name, split) for split, names in splits.items() for name in names} - {""})
+    names, others = folder.images(root)
+    splits = folder.splits(names, options.val_fraction)
+    classes = sorted({folder.class_of(name, split) for split, names in splits.items() for name in names} - {""})
     jobs = {split: _job(options, root, split, names, classes) for split, names in splits.items()}
     _claim_splits(options, jobs)
     for job in jobs.values():
         _claim(job)
     done = {split: _write_split(job, classes, options) for split, job in jobs.items()}
-    if unreadable and not options.quiet:
-        print(f"{len(unreadable)} images of other formats were left out (first: {unreadable[0]}); save them as png")
+    if others:
+        print(f"{len(others)} images of other formats were left out (first: {others[0]}); save them as png")
     return done
 
 
-def _scan(root: Path) -> Iterator[tuple[str, str]]:
-    """Relative path and lower-case suffix of every file, sorted; hidden ones and links to folders are passed over."""
-    if not root.is_dir():
-        raise Refusal(DATA, f"{root}: no such folder")
-    for folder, below, files in os.walk(root):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield (Path(folder) / name).relative_to(root).as_posix(), Path(name).suffix.lower()
-
-
-def _splits(names: list[str], val_fraction: float) -> dict[str, list[str]]:
-    """Split name -> files: by folders named train, val, ... that stand at the top, else by a hash of the path."""
-    tops = {name.split("/", 1)[0] for name in names if "/" in name}
-    if "train" in tops and tops <= SPLITS and all("/" in name for name in names):
-        if val_fraction:
-            raise Refusal(DATA, f"the input has split folders ({', '.join(sorted(tops))}): leave val_fraction out")
-        return {top: [name for name in names if name.startswith(top + "/")] for top in sorted(tops)}
-    if not val_fraction:
-        return {"": names}
-    limit = int(val_fraction * 2**64)
-    chosen = {name: key("split", name) < limit for name in names}
-    splits = {"train": [n for n in names if not chosen[n]], "val": [n for n in names if chosen[n]]}
-    empty = [split for split, part in splits.items() if not part]
-    if empty:
-        raise Refusal(DATA, f"val_fraction={val_fraction} of {len(names)} images leaves {empty[0]} empty")
-    return splits
-
-
-def _class(name: str, split: str) -> str:
-    """An image's class: the folders between the split and the file; "" for a file in no folder."""
-    inside = name[len(split) + 1 :] if split and name.startswith(split + "/") else name
-    return inside.rpartition("/")[0]
-
-
 def _job(options: MakeShards, root: Path, split: str, names: list[str], classes: list[str]) -> Job:
-    number = {name: i for i, name in enumerate(classes)}
     order = permutation(key(options.seed, "shuffle", split), len(names))
-    sources = []
-    for i in order:
-        label = number.get(_class(names[i], split), -1)
-        try:
-            stat = (root / names[i]).stat()
-        except OSError:  # a dead link: rejected when it is read
-            sources.append(Source(names[i], 0, 0, label))
-        else:
-            sources.append(Source(names[i], stat.st_size, stat.st_mtime_ns, label))
+    sources = folder.sources(root, [names[i] for i in order], split, classes)
     settings = {name: getattr(options, name) for name in ("resize", "val_fraction", "shard_samples", "seed")}
     settings |= {"quality": options.quality if options.resize else None, "split": split}
     return Job(root, Path(options.output) / split, sources, settings)
@@ -171,10 +109,10 @@ def _claim_splits(options: MakeShards, jobs: dict[str, Job]) -> None:
     output, folders = Path(options.output), {job.folder for job in jobs.values()}
     if output.exists() and not output.is_dir():
         raise Refusal(CANNOT_CREATE, f"{output}: is a file; name another output")
-    for folder in (output, *(output / split for split in ("train", "val"))):
-        if folder not in folders and ((folder / "manifest.json").exists() or (folder / NOTES).exists()):
+    for other in (output, *(output / split for split in ("train", "val"))):
+        if other not in folders and ((other / "manifest.json").exists() or (other / NOTES).exists()):
             why = f"val_fraction or split folders: this one writes {', '.join(split or 'no split' for split in jobs)}"
-            raise Refusal(CANNOT_CREATE, f"{folder}: holds the shards of another job ({why}); name another output")
+            raise Refusal(CANNOT_CREATE, f"{other}: holds the shards of another job ({why}); name another output")
 
 
 def _claim(job: Job) -> None:
@@ -295,17 +233,18 @@ def resolve(path: str, cache: Path) -> Manifest:
 
     Raises Refusal(DATA) where the folder is missing, or has tars but no manifest.
     """
-    folder = Path(path)
-    if not folder.is_dir() or (folder / "manifest.json").exists() or any(folder.glob("*/manifest.json")):
-        return manifest.load(folder)
-    if any(folder.glob("*.tar")):
+    given = Path(path)
+    if not given.is_dir() or (given / "manifest.json").exists() or any(given.glob("*/manifest.json")):
+        return manifest.load(given)
+    if any(given.glob("*.tar")):
         raise Refusal(
-            DATA, f"{folder}: has tars but no manifest.json; its conversion did not end: run make_shards again"
+            DATA, f"{given}: has tars but no manifest.json; its conversion did not end: run make_shards again"
         )
-    target = cache / f"{folder.resolve().name}-{key(str(folder.resolve())):016x}"
-    print(f"{folder} is a folder of images: converting it to {target}", flush=True)
+    listing = folder.sources(given, folder.images(given)[0], "", [])  # other images in it are another data set
+    target = cache / f"{given.resolve().name}-{key(str(given.resolve()), *map(str, listing)):016x}"
+    print(f"{given} is a folder of images: converting it to {target}", flush=True)
     made = convert(MakeShards(input=path, output=str(target)))
     if "" not in made:
         names = ", ".join(str(target / name) for name in made)
-        raise Refusal(DATA, f"{folder}: holds split folders; name one, such as {folder / 'train'} (converted: {names})")
+        raise Refusal(DATA, f"{given}: holds split folders; name one, such as {given / 'train'} (converted: {names})")
     return made[""]

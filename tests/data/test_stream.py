@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from ssl_vit.counter import sample_seed
 from ssl_vit.data.augment import flips
 from ssl_vit.data.manifest import Manifest
-from ssl_vit.data.stream import Data, EvaluationStream, Samples, Share, TrainingStream, subset
+from ssl_vit.data.samples import Data, Samples
+from ssl_vit.data.stream import EvaluationStream, Share, TrainingStream, subset
 from ssl_vit.model import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than a small machine has
