@@ -147,7 +147,10 @@ def validate(schema: type[Schema], tree: Tree) -> Schema:
     try:
         return schema.model_validate(tree)
     except ValidationError as errors:
-        raise Refusal(USAGE, "; ".join(_sentence(error, tree, schema) for error in errors.errors())) from None
+        lines: dict[str, str] = {}  # one for each key, although each member of a union has its say
+        for error in errors.errors():
+            lines.setdefault(_path(error["loc"], tree, error["type"] == "missing"), _sentence(error, tree, schema))
+        raise Refusal(USAGE, "; ".join(lines.values())) from None
 
 
 HINTS = {
@@ -169,6 +172,8 @@ def _sentence(error: Any, tree: Tree, schema: type[Config]) -> str:
         return f"{path}.kind: '{error['ctx']['tag']}' is not one of {error['ctx']['expected_tags']}"
     if kind == "value_error":
         return f"{path}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
+    if kind == "missing" and isinstance(error["loc"][-1], int):
+        return f"{path}: give more values, with commas between them"
     hint = HINTS.get(kind) or error["msg"][0].lower() + error["msg"][1:].replace("Input should be", "it should be")
     hint = hint.replace("input should", "it should")
     given = "" if kind == "missing" else f"'{error['input']}': "
@@ -195,8 +200,8 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def keys(schema: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every dotted key of a schema with its field; a union contributes the keys of all its kinds."""
-    for name, field in schema.model_fields.items():
+    """Every dotted key of a schema with its field, `kind` first; a union contributes the keys of all its kinds."""
+    for name, field in sorted(schema.model_fields.items(), key=lambda item: item[0] != "kind"):
         groups = [m for m in _members(field.annotation) if isinstance(m, type) and issubclass(m, Config)]
         for group in groups:
             yield from keys(group, f"{prefix}{name}.")
@@ -206,19 +211,24 @@ def keys(schema: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInf
 
 def describe(schema: type[Config]) -> str:
     """Every key with its type, default and meaning, from the fields themselves."""
-    lines, kind = ["  recipe=NAME  (recipes/NAME.yaml or a path; then any of these keys)"], ""
+    lines = []
+    if "run" in schema.model_fields:
+        lines.append("  recipe=NAME  (recipes/NAME.yaml or a path; then any of these keys)")
     for name, field in keys(schema):
-        if name.endswith(".kind"):
-            kind = field.default
-            lines.append(f"\n  {name}={kind}")
+        group, _, last = name.rpartition(".")
+        if last == "kind":
+            chosen = schema.model_fields[group].default.kind == field.default
+            lines.append(f"\n  {name}={field.default}{'  (the default)' if chosen else ''}")
             continue
-        default = field.default
-        if default is PydanticUndefined:
-            shown = "must be given"
-        else:
-            shown = f"default {','.join(map(str, default)) if isinstance(default, tuple) else default}"
+        shown = "must be given" if field.default is PydanticUndefined else f"default {_text(field.default)}"
         lines.append(f"  {name}  ({_type(field.annotation)}; {shown})  {field.description or ''}".rstrip())
     return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _type(annotation: Any) -> str:
@@ -227,7 +237,7 @@ def _type(annotation: Any) -> str:
         if get_origin(member) is Literal:
             names.append("|".join(map(str, get_args(member))))
         elif get_origin(member) is tuple:
-            names.append(",".join("..." if a is Ellipsis else a.__name__ for a in get_args(member)))
+            names.append(",".join("..." if a is Ellipsis else _type(a) for a in get_args(member)))
         else:
             names.append("none" if member is type(None) else member.__name__)
     return " or ".join(names)

@@ -1,7 +1,6 @@
 """What a model costs, by formula: a multiply-accumulate is 2 FLOPs, a backward pass costs twice the forward pass."""
 
 from ssl_vit.encoders.vit import Vit
-from ssl_vit.heads.corruption import half_up
 
 
 def encoder_macs(config: Vit) -> int:
@@ -11,12 +10,6 @@ def encoder_macs(config: Vit) -> int:
     tokens = patches + 1
     embed = patches * config.channels * config.patch**2 * width
     return embed + depth * (4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * mlp)
-
-
-def mean_color_macs(config: Vit, ratio: float, bits: int) -> int:
-    """Multiply-accumulates of the masked mean-colour head: one linear layer on the corrupted patches."""
-    patches = config.grid[0] * config.grid[1]
-    return half_up(ratio * patches) * config.numbers[0] * (1 << (bits * config.channels))
 
 
 def training_flops(macs: int) -> int:

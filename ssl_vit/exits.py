@@ -1,6 +1,7 @@
 """How a process ends: one exit code and one closing line (sysexits values)."""
 
 import errno
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -40,14 +41,23 @@ def verdict(error: BaseException) -> Refusal:
         return Refusal(PREEMPTED, "interrupted; the same command goes on where it stopped")
     if type(error).__name__ == "OutOfMemoryError":
         return Refusal(INTERNAL, "out of memory: halve micro_batch (the batch stays what it is) and start again")
-    return Refusal(INTERNAL, f"{type(error).__name__}: {error}")
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
+    return Refusal(INTERNAL, f"{type(error).__name__}: {text}")
+
+
+def _interrupt(number: int, frame: object) -> None:
+    del number, frame
+    raise KeyboardInterrupt
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Call `main` with the command line and end the process with its exit code.
 
-    A foreseen end prints its one line; anything else its traceback first, then the line.
+    A foreseen end prints its one line; anything else its traceback first, then the line. SIGTERM ends a tool as
+    Ctrl-C does, so that its worker processes end with it; a training loop has its own answer to both.
     """
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = main(sys.argv[1:])
     except BaseException as error:

@@ -32,6 +32,7 @@ class Encoder(Protocol):
     width: int
     channels: int
     stride: int
+    grid: tuple[int, int]
     prefix: int
     pool: str
 

@@ -1,5 +1,6 @@
 """Recipes: the parts' configs put together, checked against each other, and run."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ssl_vit.encoders import Encoder, weights
 from ssl_vit.encoders.vit import Vit, VitEncoder
 from ssl_vit.evaluate.accuracy import HeldOut
 from ssl_vit.exits import DATA, USAGE, Refusal, verdict
+from ssl_vit.family import follow_launcher
 from ssl_vit.heads import Head
 from ssl_vit.heads.mean_color import MeanColor
 from ssl_vit.heads.panel import grid
@@ -36,7 +38,7 @@ FREE_OF_SOURCE = {"kind", "image", "pool", "dropout"}  # what a source of weight
 class Train(Loop):
     """What pretraining and fine-tuning share."""
 
-    run: str = Field(default="runs/run", description="output folder (default: runs/RECIPE)")
+    run: str = Field(default="runs/run", min_length=1, description="output folder (default: runs/RECIPE)")
     dry_run: bool = Field(default=False, description="say what would be done, draw the first batch, and stop")
     init: str = Field(
         default="none", description="weights to start from: a run, an encoder folder, a weights file, timm:NAME, none"
@@ -76,9 +78,11 @@ def resolve(recipe: Recipe) -> tuple[Recipe, weights.Weights | None, Vit | None]
         _agree(given, source, recipe.init)
         free = {name: getattr(given, name) for name in ("pool", "dropout") if name in given.model_fields_set}
         encoder = source.model_copy(update={"image": recipe.data.image_size, **free})
+    if encoder.channels != 3:
+        raise Refusal(USAGE, f"encoder.channels={encoder.channels}: images are read as RGB, which has 3")
     try:
         with torch.device("meta"):
-            encoder.build()
+            recipe.head.build(encoder.build(), classes=1)
     except ValueError as error:
         raise Refusal(USAGE, f"data.image_size={recipe.data.image_size}: {error}") from error
     return recipe.model_copy(update={"encoder": encoder}), tensors, source
@@ -92,9 +96,10 @@ def _agree(given: Vit, source: Vit, name: str) -> None:
     theirs = source.model_dump() | dict(zip(numbers, source.numbers, strict=True))
     if "size" not in said:
         mine = {key: value for key, value in mine.items() if key in said}
-    wrong = [f"encoder.{key} {value}, not {theirs[key]}" for key, value in mine.items() if value != theirs[key]]
+    wrong = [key for key, value in mine.items() if value != theirs[key]]
     if wrong:
-        raise Refusal(USAGE, f"init={name} is another encoder: {'; '.join(wrong)}; leave encoder keys out")
+        cure = " ".join(f"encoder.{key}={theirs[key]}" for key in wrong)
+        raise Refusal(USAGE, f"init={name} is another encoder than the encoder keys say; give {cure}, or none of them")
 
 
 def build(recipe: Recipe, classes: int, tensors: weights.Weights | None = None, source: Vit | None = None) -> Model:
@@ -110,34 +115,36 @@ def manifests(recipe: Recipe) -> tuple[Manifest, Manifest | None]:
     """The training and evaluation data, complete; images are converted first, beside the run."""
     if recipe.data.train is None:
         raise Refusal(USAGE, "data.train: it must be given: a folder of shards, or of images")
-    supervised = not isinstance(recipe.head, MeanColor)
     if isinstance(recipe, Finetune) and recipe.data.val is None:
         raise Refusal(USAGE, "data.val: it must be given: fine-tuning is judged on it")
-    cache = Path(recipe.run).parent / "shards"
-    found = [shards.resolve(path, cache) for path in (recipe.data.train, recipe.data.val) if path is not None]
-    for made in found:
-        made.check()
-    train, val = found[0], found[1] if len(found) > 1 else None
-    if supervised and not train.classes:
+    find = partial(shards.resolve, cache=Path(recipe.run).parent / "shards", may_convert=world() == 1)
+    train = find(recipe.data.train, "train")
+    val = find(recipe.data.val, "val") if recipe.data.val is not None else None
+    for made in (train, val):
+        if made is not None:
+            made.check()
+    if recipe.head.needs_labels and not train.classes:
         raise Refusal(DATA, f"{train.folder}: has no classes, and head.kind={recipe.head.kind} needs labels")
-    if supervised and val is not None and val.classes != train.classes:
+    if recipe.head.needs_labels and val is not None and val.classes != train.classes:
         raise Refusal(DATA, f"{val.folder}: its classes are not those of {train.folder}; convert both in one go")
     return train, val
 
 
 def run(recipe: Recipe) -> int:
     """Do what the recipe says, from the checkpoint where there is one; returns the exit code."""
+    follow_launcher()
     recipe, tensors, source = resolve(recipe)
+    micro = shared(recipe, 0, world()).micro_batch
     if recipe.dry_run:
         return preview(recipe, tensors, source)
     folder = Run(Path(recipe.run))
-    micro = recipe.micro(world())
-    accelerator = start(recipe.precision, max(1, recipe.batch // world() // micro), recipe.tracker, folder.folder)
+    accelerator = start(recipe.precision, recipe.batch // world() // micro, recipe.tracker, folder.folder)
     try:
-        share = shared(recipe, accelerator)
         from_main(accelerator, lambda: folder.claim(recipe))
+        folder.held = True  # by one process for all
         train, val = from_main(accelerator, lambda: manifests(recipe))
         model = build(recipe, len(train.classes), tensors, source)
+        share = shared(recipe, accelerator.process_index, accelerator.num_processes)
         task = _task(recipe, model, train, val, share, accelerator.device, partial(total, accelerator))
         row = fit(folder, accelerator, recipe, task)
         from_main(accelerator, lambda: _finish(recipe, folder, model, row))
@@ -164,7 +171,7 @@ def _task(
     if hasattr(model.head, "panel"):
         drawn = first_images(val or train, recipe.data)
         panel = {name: value.to(device) for name, value in drawn.items()}
-    return Task(model, stream, recipe.optim, evaluators, panel, flops(recipe))
+    return Task(model, stream, recipe.optim, evaluators, panel, flops(model))
 
 
 def first_images(manifest: Manifest, data: Data) -> Batch:
@@ -176,12 +183,9 @@ def first_images(manifest: Manifest, data: Data) -> Batch:
     return batch
 
 
-def flops(recipe: Recipe) -> int:
+def flops(model: Model) -> int:
     """FLOPs of training on an image, by formula."""
-    macs = cost.encoder_macs(recipe.encoder)
-    if isinstance(recipe.head, MeanColor):
-        macs += cost.mean_color_macs(recipe.encoder, recipe.head.ratio, recipe.head.bits)
-    return cost.training_flops(macs)
+    return cost.training_flops(cost.encoder_macs(model.encoder.config) + model.head.macs)
 
 
 def _finish(recipe: Recipe, folder: Run, model: Model, row: dict[str, Any]) -> None:
@@ -217,6 +221,8 @@ def _finish(recipe: Recipe, folder: Run, model: Model, row: dict[str, Any]) -> N
 
 def preview(recipe: Recipe, tensors: weights.Weights | None, source: Vit | None) -> int:
     """Say what a run would do and draw its first batch, corrupted where the head does that; trains nothing."""
+    if int(os.environ.get("RANK", "0")):
+        return 0
     train, val = manifests(recipe)
     model = build(recipe, len(train.classes), tensors, source)
     stream = TrainingStream(train, recipe.data, recipe.seed, recipe.batch)
@@ -224,7 +230,7 @@ def preview(recipe: Recipe, tensors: weights.Weights | None, source: Vit | None)
     print(config.dump(recipe))
     rows = {
         "parameters": f"encoder {count_parameters(model.encoder):,}, head {count_parameters(model.head):,}",
-        "FLOPs an image": f"{flops(recipe):,} (forward and backward)",
+        "FLOPs an image": f"{flops(model):,} (forward and backward)",
         "length": f"{recipe.steps:,} steps of {recipe.batch:,} images: {epochs:.1f} epochs of {stream.epoch_samples:,}",
         "data": f"{train.folder}: {train.samples:,} samples, {len(train.classes)} classes, {len(train.shards)} shards",
         "evaluation": f"{val.folder}: {val.samples:,} samples" if val is not None else "none",

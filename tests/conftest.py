@@ -1,5 +1,6 @@
 """One tiny data set for all: squares whose colour is their class, as a folder of PNGs and as shards."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,12 @@ TINY = [
 """Overrides of a model and a batch that train in milliseconds."""
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The suite is the CPU's, in fp32, wherever it runs; `pytest -m gpu` is the GPU's."""
+    if config.option.markexpr != "gpu":
+        os.environ["ACCELERATE_USE_CPU"] = "1"
 
 
 def draw_squares(folder: Path, count: int = 12, side: int = 20) -> None:

@@ -65,6 +65,8 @@ def test_a_value_means_the_same_on_the_command_line_and_in_a_file(argument, key,
         ("data=x", "data: 'x': it is a group of keys, give one of them"),
         ("steps", "'steps' is not key=value; try --help"),
         ("recipe=mpp_flower", "did you mean mpp_flowers?"),
+        ("head.mix=0.5,0.5", "head.mix: give more values, with commas between them"),
+        ("optim.betas=2,3", "optim.betas: '2': it should be less than 1"),
         ("encoder.width=10", "encoder: width 10 is not a multiple of heads"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from tests.train.test_loop import StopAfter, fresh_accelerate  # noqa: F401 - a 
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(
+        "ACCELERATE_USE_CPU" in os.environ or not torch.cuda.is_available(), reason="needs a CUDA device and -m gpu"
+    ),
     pytest.mark.filterwarnings("default"),  # inductor's and cuDNN's own warnings are not ours
 ]
 

@@ -44,7 +44,11 @@ def training(shards: Path, run: Path) -> list[str]:
         (["make_shards", "input=/tmp"], 64, "output: it must be given"),
         (["pretrain", "recipe=mpp_demo", "optim.lrr=1"], 64, "unknown key optim.lrr; did you mean optim.lr?"),
         (["pretrain", "recipe=mpp_demo", "data.image_size=30"], 64, "cannot be cut into patches of 4"),
-        (["finetune", "data.train=/nowhere", "data.val=/nowhere"], 65, "/nowhere: no such folder"),
+        (
+            ["finetune", "run=/tmp/ssl_vit-none", "data.train=/nowhere", "data.val=/nowhere"],
+            65,
+            "/nowhere: no such folder",
+        ),
         (["benchmark", "jump"], 64, "no benchmark 'jump'"),
     ],
 )
@@ -69,7 +73,7 @@ def test_make_shards_and_every_help(squares: Path, tmp_path: Path):
 def test_two_processes_take_the_batches_of_one(shards: Path, tmp_path: Path):
     one = tool("tools/pretrain.py", *training(shards, tmp_path / "one"))
     assert one.returncode == 0, one.stderr
-    two = two_processes("tools/pretrain.py", *training(shards, tmp_path / "two"), ACCELERATE_USE_CPU="1")
+    two = two_processes("tools/pretrain.py", *training(shards, tmp_path / "two"))
     assert two.returncode == 0, two.stderr
     first, second = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert [row["step"] for row in first] == [row["step"] for row in second] == [4, 8, 12]
@@ -88,7 +92,7 @@ def test_two_processes_take_the_batches_of_one(shards: Path, tmp_path: Path):
 
 
 def test_processes_that_accelerate_does_not_see_are_refused(shards: Path, tmp_path: Path):
-    done = two_processes("tools/pretrain.py", *training(shards, tmp_path))
+    done = two_processes("tools/pretrain.py", *training(shards, tmp_path), ACCELERATE_USE_CPU="0")
     assert done.returncode != 0
     assert "2 processes were started but accelerate sees 1: set ACCELERATE_USE_CPU=1" in done.stderr
 
@@ -110,6 +114,26 @@ def test_a_signal_saves_and_the_same_command_goes_on(shards: Path, tmp_path: Pat
     assert f"pretrain.py: stopped at step {step} of 100000; the same command goes on" in said
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{step:08d}"]
     assert len(rows(tmp_path / "run")) == step
+
+
+def test_training_ends_with_its_launcher(shards: Path, tmp_path: Path):
+    """accelerate's launcher forwards no signal: without care the training would go on as an orphan."""
+    run = tmp_path / "run"
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "tools/pretrain.py"]
+    words = [*training(shards, run), "steps=100000", "log_every=1", "save_every=100000", "data.workers=1"]
+    process = subprocess.Popen([*launcher, *words], cwd=ROOT, env=QUIET, stderr=subprocess.DEVNULL)
+    while not (run / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+    deadline = time.monotonic() + 30
+    while not (run / "exit.json").exists():
+        assert time.monotonic() < deadline, "the training went on without its launcher"
+        time.sleep(0.1)
+    end = json.loads((run / "exit.json").read_text())
+    assert end["code"] == 75
+    assert (run / "checkpoints" / f"step-{end['step']:08d}").is_dir()
 
 
 def test_the_demo_in_short(tmp_path: Path):

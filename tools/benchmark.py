@@ -1,9 +1,10 @@
 """Measure speed side by side: tools/benchmark.py step [recipe=NAME] [key=value ...]
 
-`step` is the training step of a recipe, forward to optimizer, on images that lie on the device. Beside ours runs a timm
-ViT of the same size with the same head in the simplest loop (eager, torch's default AdamW, loss.item() each step), and
-a large matrix product as the measure of what the machine can do. One process, interleaved rounds; medians, and ratios
-within a round with their spread. Both start from the same weights: their first losses show that they compute the same.
+`step` is the training step of a recipe, forward to optimizer, on `micro_batch` (or `batch`) images on the device.
+Beside ours runs a timm ViT of the same size with the same head in the simplest loop (eager, torch's default AdamW,
+loss.item() each step), and a large matrix product as the measure of what the machine can do. One process, interleaved
+rounds; medians, and ratios within a round with their spread. Both start from the same weights: their first losses show
+that they compute the same.
 """
 
 import json
@@ -27,7 +28,8 @@ from ssl_vit.encoders.vit import Vit, VitEncoder
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.model import Batch, Edit, Model
 from ssl_vit.train.distributed import start
-from ssl_vit.train.loop import Task, Window, update
+from ssl_vit.train.loop import Task, compile_blocks, has_compiler, update
+from ssl_vit.train.window import Window
 
 
 class Benchmark(recipe.Pretrain):
@@ -78,8 +80,9 @@ def main(arguments: list[str]) -> int:
     if arguments[0] != "step":
         raise Refusal(USAGE, f"no benchmark '{arguments[0]}'; there is step")
     options = config.parse(Benchmark, arguments[1:], recipe.FOLDER)
-    resolved, _, _ = recipe.resolve(options)
-    rows = benchmark_step(resolved, options)
+    resolved, tensors, source = recipe.resolve(options)
+    measured = resolved.model_copy(update={"batch": resolved.micro_batch or resolved.batch})
+    rows = benchmark_step(measured, recipe.build(measured, 1000, tensors, source), options)
     print(table(rows))
     path = Path(options.output) / "step.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,12 +91,11 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def benchmark_step(made: recipe.Recipe, options: Benchmark) -> list[dict[str, Any]]:
-    """Rows for ours, timm's and the matrix product."""
+def benchmark_step(made: recipe.Recipe, model: Model, options: Benchmark) -> list[dict[str, Any]]:
+    """Rows for ours, timm's and the matrix product, on batches of `made.batch`."""
     accelerator = start(made.precision, 1, "none", Path(options.output))
     device, vit = accelerator.device, made.encoder
     half = accelerator.mixed_precision == "bf16"
-    model = recipe.build(made, 1000)
     for parameter in model.head.parameters():  # a head that starts at zero gives any encoder the same loss
         nn.init.normal_(parameter, std=0.02)
     theirs = Model(TimmEncoder(model.encoder), made.head.build(model.encoder, 1000)).to(device)
@@ -108,8 +110,7 @@ def benchmark_step(made: recipe.Recipe, options: Benchmark) -> list[dict[str, An
         "matrix product": product(device, half),
     }
     seconds = race(contestants, options.rounds, options.round_steps, device)
-    flops = {"ssl_vit": recipe.flops(made) * made.batch, "timm": recipe.flops(made) * made.batch}
-    flops["matrix product"] = 2 * side(device) ** 3
+    flops = dict.fromkeys(losses, recipe.flops(model) * made.batch) | {"matrix product": 2 * side(device) ** 3}
     peak = flops["matrix product"] / median(seconds["matrix product"])
     case = f"{vit.size} {'x'.join(map(str, vit.numbers))} patch {vit.patch} image {vit.image_hw[0]}x{vit.image_hw[1]}"
     rows = []
@@ -145,9 +146,8 @@ def images(count: int, vit: Vit, device: torch.device) -> Batch:
 def ours(accelerator: Any, made: recipe.Recipe, model: Model, batch: Batch) -> Callable[[], None]:
     """The loop's own step."""
     optimizer = made.optim.build(model)
-    if made.compile or (made.compile is None and accelerator.device.type == "cuda"):
-        for block in model.encoder.blocks:
-            block.compile()
+    if made.compile or (made.compile is None and accelerator.device.type == "cuda" and has_compiler()):
+        compile_blocks(model)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     task = Task(model, stream=None, optim=made.optim)  # type: ignore[arg-type]  # a step asks no stream
     batches: Iterator[Batch] = repeat(batch)

@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with a second picture behind it
 MAX_PIXELS = 64_000_000  # a PNG just below Pillow's own limit took 6 s and 500 MB before it failed
 MAX_SIDE = 20_000
 
@@ -26,11 +26,13 @@ def open_image(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged EXIF warns here already; our own limit of pixels is lower
-            image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
     except MemoryError:
         raise  # no fault of the image
     except Exception as error:  # Pillow raises many kinds on hostile bytes
         raise BadImage(f"not a readable JPEG, PNG or WebP ({type(error).__name__})") from error
+    if image.format not in FORMATS:
+        raise BadImage(f"{image.format} is not taken")
     width, height = image.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise BadImage(f"{width} x {height} pixels is over the limit of {MAX_PIXELS} pixels, {MAX_SIDE} a side")

@@ -10,6 +10,7 @@ from ssl_vit.exits import DATA, Refusal
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 OTHER_IMAGES = {".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"}
+LINK = "/"  # stands for the suffix of a link to a folder, which is not followed: it may lead in a circle
 SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
@@ -24,20 +25,30 @@ class Source:
 
 
 def images(root: Path) -> tuple[list[str], list[str]]:
-    """Relative paths of the images below a folder, and of those in formats that are not taken; raises Refusal(DATA)."""
+    """Relative paths of the images below a folder, and of what is left out: other formats, links to folders.
+
+    Raises Refusal(DATA) where there are none, or a folder cannot be read.
+    """
     files = list(_scan(root))
     names = [name for name, suffix in files if suffix in SUFFIXES]
     if not names:
         raise Refusal(DATA, f"{root}: no images (looked for {', '.join(sorted(SUFFIXES))} in it and below)")
-    return names, [name for name, suffix in files if suffix in OTHER_IMAGES]
+    return names, [name for name, suffix in files if suffix in {*OTHER_IMAGES, LINK}]
 
 
 def _scan(root: Path) -> Iterator[tuple[str, str]]:
-    """Relative path and lower-case suffix of every file, sorted; hidden ones and links to folders are passed over."""
+    """Relative path and lower-case suffix of every file, sorted, and links to folders; hidden ones are passed over."""
     if not root.is_dir():
         raise Refusal(DATA, f"{root}: no such folder")
-    for folder, below, files in os.walk(root):
+
+    def unreadable(error: OSError) -> None:
+        raise Refusal(DATA, f"{error.filename}: {error.strerror}")
+
+    for folder, below, files in os.walk(root, onerror=unreadable):
         below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in below:
+            if (Path(folder) / name).is_symlink():
+                yield (Path(folder) / name).relative_to(root).as_posix(), LINK
         for name in sorted(files):
             if not name.startswith("."):
                 yield (Path(folder) / name).relative_to(root).as_posix(), Path(name).suffix.lower()
@@ -50,6 +61,9 @@ def splits(names: list[str], val_fraction: float) -> dict[str, list[str]]:
         if val_fraction:
             raise Refusal(DATA, f"the input has split folders ({', '.join(sorted(tops))}): leave val_fraction out")
         return {top: [name for name in names if name.startswith(top + "/")] for top in sorted(tops)}
+    if "train" in tops and len(tops & SPLITS) > 1:
+        strange = sorted(tops - SPLITS) or [next(name for name in names if "/" not in name)]
+        raise Refusal(DATA, f"beside the split folders {', '.join(sorted(tops & SPLITS))} stands {strange[0]}; move it")
     if not val_fraction:
         return {"": names}
     limit = int(val_fraction * 2**64)

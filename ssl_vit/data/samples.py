@@ -4,6 +4,7 @@ Nothing here keeps a state: everything about a sample follows from its epoch, it
 """
 
 import os
+import resource
 import zlib
 from collections import OrderedDict
 from typing import Any
@@ -21,7 +22,7 @@ from ssl_vit.data.manifest import Manifest
 from ssl_vit.exits import DATA, DISK, Refusal
 from ssl_vit.model import Batch
 
-OPEN_SHARDS = 128  # file handles a process keeps
+OPEN_SHARDS = min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)  # file handles a process keeps
 Keys = list[tuple[int, int]]
 """(epoch, sample id); id -1 is padding."""
 

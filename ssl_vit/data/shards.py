@@ -5,12 +5,15 @@ and the bytes are the same. The manifest is written last; until then a shard's n
 """
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +31,7 @@ from ssl_vit.data.folder import Source
 from ssl_vit.data.manifest import ENTRY, Manifest, Shard
 from ssl_vit.durable import sha256, write_bytes, writing
 from ssl_vit.exits import CANNOT_CREATE, DATA, Refusal
+from ssl_vit.family import serve_parent
 
 NOTES = ".notes"  # the shards' notes, until the manifest takes their place
 REJECTS = "rejects.jsonl"
@@ -87,12 +91,13 @@ def convert(options: MakeShards) -> dict[str, Manifest]:
     splits = folder.splits(names, options.val_fraction)
     classes = sorted({folder.class_of(name, split) for split, names in splits.items() for name in names} - {""})
     jobs = {split: _job(options, root, split, names, classes) for split, names in splits.items()}
-    _claim_splits(options, jobs)
-    for job in jobs.values():
-        _claim(job)
-    done = {split: _write_split(job, classes, options) for split, job in jobs.items()}
+    with _alone_in(Path(options.output)):
+        _claim_splits(options, jobs)
+        for job in jobs.values():
+            _claim(job)
+        done = {split: _write_split(job, classes, options) for split, job in jobs.items()}
     if others:
-        print(f"{len(others)} images of other formats were left out (first: {others[0]}); save them as png")
+        print(f"{len(others)} were left out, images of other formats or links to folders (first: {others[0]})")
     return done
 
 
@@ -107,8 +112,6 @@ def _job(options: MakeShards, root: Path, split: str, names: list[str], classes:
 def _claim_splits(options: MakeShards, jobs: dict[str, Job]) -> None:
     """Refuse an output that holds shards in splits where this job has none, or the reverse."""
     output, folders = Path(options.output), {job.folder for job in jobs.values()}
-    if output.exists() and not output.is_dir():
-        raise Refusal(CANNOT_CREATE, f"{output}: is a file; name another output")
     for other in (output, *(output / split for split in ("train", "val"))):
         if other not in folders and ((other / "manifest.json").exists() or (other / NOTES).exists()):
             why = f"val_fraction or split folders: this one writes {', '.join(split or 'no split' for split in jobs)}"
@@ -142,7 +145,7 @@ def _write_split(job: Job, classes: list[str], options: MakeShards) -> Manifest:
     size = options.shard_samples
     numbers = range(-(-len(job.sources) // size))
     bar = tqdm(total=len(job.sources), unit="img", desc=str(job.folder), disable=options.quiet or None)
-    with bar, ProcessPoolExecutor(options.workers) as pool:
+    with bar, _workers(options.workers) as pool:
         parts = [job.sources[n * size : (n + 1) * size] for n in numbers]
         lean = replace(job, sources=[])  # a piece of work is sent with its own images only
         futures = [pool.submit(write_shard, lean, n, part, size) for n, part in zip(numbers, parts, strict=True)]
@@ -166,6 +169,31 @@ def _write_split(job: Job, classes: list[str], options: MakeShards) -> Manifest:
     manifest.save(made)
     shutil.rmtree(job.folder / NOTES)
     return made
+
+
+@contextlib.contextmanager
+def _workers(count: int | None) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes that end with this one; when it is interrupted, work that has not begun is dropped."""
+    pool = ProcessPoolExecutor(count, initializer=serve_parent)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder: a second conversion of this machine into it waits, and then finds the work done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise Refusal(CANNOT_CREATE, f"{folder}: {error.strerror}; name another output") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_shard(job: Job, number: int, sources: list[Source], shard_samples: int) -> dict:
@@ -228,13 +256,17 @@ def load(path: Path, resize: object, quality: object) -> tuple[bytes, str]:
     return buffer.getvalue(), "jpg"
 
 
-def resolve(path: str, cache: Path) -> Manifest:
+def resolve(path: str, split: str, cache: Path, may_convert: bool = True) -> Manifest:
     """The manifest of a folder of shards; a folder of images is converted first, into a folder under `cache`.
 
-    Raises Refusal(DATA) where the folder is missing, or has tars but no manifest.
+    Where the folder holds splits, `split` (train or val) is taken. Raises Refusal(DATA) where the folder is missing,
+    has tars but no manifest, or would have to be converted and `may_convert` is False.
     """
     given = Path(path)
-    if not given.is_dir() or (given / "manifest.json").exists() or any(given.glob("*/manifest.json")):
+    parts = {p.parent.name: manifest.load(p.parent) for p in given.glob("*/manifest.json")}
+    if parts and not (given / "manifest.json").exists():
+        return _part(parts, split, given)
+    if not given.is_dir() or (given / "manifest.json").exists():
         return manifest.load(given)
     if any(given.glob("*.tar")):
         raise Refusal(
@@ -242,9 +274,17 @@ def resolve(path: str, cache: Path) -> Manifest:
         )
     listing = folder.sources(given, folder.images(given)[0], "", [])  # other images in it are another data set
     target = cache / f"{given.resolve().name}-{key(str(given.resolve()), *map(str, listing)):016x}"
-    print(f"{given} is a folder of images: converting it to {target}", flush=True)
+    command = f"tools/make_shards.py input={given} output={target}"
+    if not may_convert:
+        raise Refusal(DATA, f"{given}: is a folder of images, which several processes cannot convert; first: {command}")
+    print(f"{given} is a folder of images; doing {command}", flush=True)
     made = convert(MakeShards(input=path, output=str(target)))
-    if "" not in made:
-        names = ", ".join(str(target / name) for name in made)
-        raise Refusal(DATA, f"{given}: holds split folders; name one, such as {given / 'train'} (converted: {names})")
-    return made[""]
+    return made[""] if "" in made else _part(made, split, given)
+
+
+def _part(parts: dict[str, Manifest], split: str, given: Path) -> Manifest:
+    names = ("train",) if split == "train" else ("val", "validation", "valid", "test")
+    found = next((parts[name] for name in names if name in parts), None)
+    if found is None:
+        raise Refusal(DATA, f"{given}: has no split {split}, only {', '.join(sorted(parts))}")
+    return found

@@ -5,7 +5,6 @@ Workers keep no state: they are told (epoch, sample id) and everything else foll
 
 import atexit
 import os
-import signal
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.plan import Plan, in_order
 from ssl_vit.data.samples import Data, Keys, Samples
 from ssl_vit.exits import Refusal
+from ssl_vit.family import serve_parent
 from ssl_vit.model import Batch
 
 
@@ -83,7 +83,7 @@ def subset(samples: int, share: float) -> np.ndarray:
 def default_workers() -> int:
     """Loader processes for this process: the node's cores but one, shared by its training processes, at most 12."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(12, (os.cpu_count() or 1) // local - 1))
+    return max(1, min(12, len(os.sched_getaffinity(0)) // local - 1))
 
 
 def _batches(samples: Samples, keys: Iterable[Keys], workers: int | None, device: torch.device) -> Iterator[Batch]:
@@ -94,7 +94,7 @@ def _batches(samples: Samples, keys: Iterable[Keys], workers: int | None, device
         collate_fn=_as_is,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_shield if workers else None,
+        worker_init_fn=_begin_work if workers else None,
         prefetch_factor=4 if workers else None,
     )
     iterator = iter(loader)
@@ -117,11 +117,10 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _shield(worker: int) -> None:
-    """Signals to the process group are for the training process; a worker that dies first would cost the checkpoint."""
+def _begin_work(worker: int) -> None:
+    """A worker that dies of a signal to the process group would cost the checkpoint."""
     del worker
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    serve_parent()
 
 
 def _on_device(batches: Iterator[Batch | Refusal], device: torch.device) -> Iterator[Batch]:

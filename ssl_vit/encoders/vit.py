@@ -60,6 +60,8 @@ class Vit(Config):
         width, _, heads, _ = self.numbers
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std} has to be above 0")
         if {len(self.mean), len(self.std)} - {1, self.channels}:
             raise ValueError(f"mean and std take one value, or one for each of the {self.channels} channels")
         return self

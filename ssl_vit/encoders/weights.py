@@ -19,6 +19,7 @@ from ssl_vit.encoders.vit import SIZES, Vit, VitEncoder
 from ssl_vit.exits import DATA, Refusal
 
 ARCHITECTURES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
+NOT_ENCODER = ("head", "pre_logits", "fc_norm", "decoder", "mask_token")  # what others store beside their encoder
 Weights = dict[str, Tensor]
 
 
@@ -49,12 +50,24 @@ def read(source: str) -> tuple[Vit, Weights]:
     beside = path.with_name("config.json")
     if beside.is_file():
         try:
-            config = json.loads(beside.read_text()).get("ssl_vit")
-            if config is not None:
-                return Vit.model_validate(config), weights
+            content = json.loads(beside.read_text())
+            if "ssl_vit" in content:
+                return Vit.model_validate(content["ssl_vit"]), weights
+            return _as_timm_says(infer(weights, str(path)), content), weights
         except (ValidationError, ValueError, AttributeError) as error:
             raise Refusal(DATA, f"{beside}: not an encoder's config ({' '.join(str(error).split())[:200]})") from error
     return infer(weights, str(path)), weights
+
+
+def _as_timm_says(config: Vit, content: dict[str, Any]) -> Vit:
+    """A config with what a timm `config.json` says and shapes do not: heads, mean and std."""
+    said: dict[str, Any] = {}
+    if "num_heads" in content.get("model_args", {}):
+        said["heads"] = content["model_args"]["num_heads"]
+    said |= {
+        name: content["pretrained_cfg"][name] for name in ("mean", "std") if name in content.get("pretrained_cfg", {})
+    }
+    return Vit.model_validate(config.model_dump() | said)
 
 
 def _tensors(path: Path) -> Weights:
@@ -65,8 +78,10 @@ def _tensors(path: Path) -> Weights:
         tree = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError) as error:
         raise Refusal(DATA, f"{path}: cannot be read as weights: {' '.join(str(error).split())[:200]}") from error
-    except Exception as error:  # torch raises pickle's own errors on what weights_only forbids
-        raise Refusal(DATA, f"{path}: refused, it holds more than tensors ({type(error).__name__})") from error
+    except Exception as error:  # pickle's own errors: not a pickle at all, or what weights_only forbids
+        raise Refusal(
+            DATA, f"{path}: refused, not a file of tensors and nothing else ({type(error).__name__})"
+        ) from error
     for name in ("model", "state_dict"):
         tree = tree.get(name, tree) if isinstance(tree, dict) else tree
     if not isinstance(tree, dict) or not all(isinstance(value, Tensor) for value in tree.values()):
@@ -101,17 +116,19 @@ def infer(weights: Weights, source: str) -> Vit:
     heads = next((row[2] for row in SIZES.values() if row[0] == width), max(1, width // 64))
     size = next((name for name, row in SIZES.items() if row[0] == width), "B")
     side = patch * round(((tokens or 2) - 1) ** 0.5)
-    return Vit.model_validate(
-        {"size": size, "patch": patch, "image": side, "channels": channels, "width": width, "depth": depth}
-        | {"heads": heads, "mlp": mlp, "positions": "1d" if tokens else "none"}
-    )
+    numbers = {"size": size, "patch": patch, "image": side, "channels": channels, "width": width, "depth": depth}
+    numbers |= {"heads": heads, "mlp": mlp, "positions": "1d" if tokens else "none"}
+    try:
+        return Vit.model_validate(numbers)
+    except ValidationError as error:
+        raise Refusal(DATA, f"{source}: {error.errors()[0]['msg']}; say encoder.heads") from error
 
 
 def fill(encoder: VitEncoder, config: Vit, weights: Weights, source: str) -> None:
     """Load weights that were made for `config` by name; positions are interpolated to the encoder's grid.
 
-    What only the source has (its head) is left; what only the encoder has, or another shape, is a Refusal(DATA) that
-    lists it: nothing stays at its random start unnoticed.
+    The source's head is left. Anything else that only one of the two has, or that has another shape, is a Refusal(DATA)
+    that lists it: nothing stays at its random start unnoticed, and no part of another architecture is dropped.
     """
     wanted = encoder.state_dict()
     weights = dict(weights)
@@ -122,8 +139,9 @@ def fill(encoder: VitEncoder, config: Vit, weights: Weights, source: str) -> Non
         weights["pos_embed"] = positions.resize(table, config.grid, encoder.grid, encoder.prefix)
     missing = [name for name in wanted if name not in weights]
     unlike = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
-    if missing or unlike:
-        kinds = {"missing": missing, "of another shape": unlike}
+    strange = [name for name in weights if name not in wanted and not name.startswith(NOT_ENCODER)]
+    if missing or unlike or strange:
+        kinds = {"missing": missing, "of another shape": unlike, "that it has no place for": strange}
         text = "; ".join(f"{len(n)} tensors {kind} ({', '.join(n[:3])} ...)" for kind, n in kinds.items() if n)
         raise Refusal(DATA, f"{source}: does not fit the encoder: {text}")
     encoder.load_state_dict({name: weights[name] for name in wanted})

@@ -1,6 +1,6 @@
 """Supervised pretraining: an MLP with one hidden tanh layer on the pooled tokens (paper D.3)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from ssl_vit.model import Batch, Encoder, Output, mean_over, pooled
 class Classifier(Config):
     """Classify images while pretraining."""
 
+    needs_labels: ClassVar[bool] = True
     kind: Literal["classifier"] = "classifier"
     hidden: int | None = Field(default=None, ge=1, description="width of the tanh layer (none: the encoder's)")
     loss: Literal["softmax", "sigmoid"] = Field(
@@ -34,6 +35,7 @@ class ClassificationHead(nn.Module):
         super().__init__()
         self.layers = layers
         self.loss = loss
+        self.macs = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))  # an image
         last = layers[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
@@ -49,10 +51,10 @@ class ClassificationHead(nn.Module):
             target = F.one_hot(label, logits.shape[1]).float()
             loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
         with torch.no_grad():
-            # ties count against: a head that still gives every class the same score is right for none
+            # ties count against: a head that still gives every class the same score is right for none; nor is NaN
             own = logits.gather(1, label[:, None])
             rank = (logits >= own).sum(1) - 1
-            sums = {"loss": loss, "top1": (rank < 1).float(), "top5": (rank < 5).float()}
+            sums = {"loss": loss, "top1": (rank < 1) & ~own[:, 0].isnan(), "top5": (rank < 5) & ~own[:, 0].isnan()}
             sums = {name: (value * valid).sum() for name, value in sums.items()}
         return Output(mean_over(valid, loss), sums, valid.sum())
 

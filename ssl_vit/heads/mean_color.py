@@ -1,7 +1,7 @@
 """Masked patch prediction: the 3-bit mean colour of each corrupted patch (paper 4.6 and B.1.2)."""
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ def colors(label: Tensor, bits: int = 3) -> Tensor:
 class MeanColor(Config):
     """Predict the mean colour of corrupted patches."""
 
+    needs_labels: ClassVar[bool] = False
     kind: Literal["mean_color"] = "mean_color"
     ratio: float = Field(default=0.5, gt=0, le=1, description="share of the patch embeddings that is corrupted")
     mix: tuple[float, float, float] = Field(
@@ -53,8 +54,11 @@ class MeanColor(Config):
         return self
 
     def build(self, encoder: Encoder, classes: int) -> "MeanColorHead":
-        """The head for an encoder; the data's classes play no part."""
+        """The head for an encoder; the data's classes play no part. ValueError where no patch would be corrupted."""
         del classes
+        patches = encoder.grid[0] * encoder.grid[1]
+        if sum(corruption.counts(patches, self.ratio, self.mix)) == 0:
+            raise ValueError(f"head.ratio={self.ratio} of {patches} patches corrupts none")
         return MeanColorHead(self, encoder)
 
 
@@ -65,6 +69,8 @@ class MeanColorHead(nn.Module):
         super().__init__()
         self.config = config
         self.classes = 1 << (config.bits * encoder.channels)
+        corrupted = sum(corruption.counts(encoder.grid[0] * encoder.grid[1], config.ratio, config.mix))
+        self.macs = corrupted * encoder.width * self.classes  # multiply-accumulates an image
         self.mask_token = nn.Parameter(torch.randn(encoder.width) * 0.02)
         self.linear = nn.Linear(encoder.width, self.classes)
         nn.init.zeros_(self.linear.weight)  # so that the first loss is ln 512 exactly

@@ -1,6 +1,6 @@
 """Fine-tuning: the pretraining head is gone, one zero-initialised linear layer takes its place (paper 3.2, B.1.1)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from ssl_vit.model import Encoder
 class Transfer(Config):
     """Classify images with a linear layer on a pretrained encoder."""
 
+    needs_labels: ClassVar[bool] = True
     kind: Literal["transfer"] = "transfer"
 
     def build(self, encoder: Encoder, classes: int) -> ClassificationHead:

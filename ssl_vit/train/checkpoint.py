@@ -59,8 +59,8 @@ def flaw(folder: Path) -> str | None:
         for name, entry in files.items():
             if Path(name).name != name or sha256(folder / name) != entry["sha256"]:
                 return f"{name} differs from its digest"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"  # another OSError may pass: it ends this start and condemns nothing
     extra = {path.name for path in folder.iterdir()} - {MANIFEST, *files}
     return f"unexpected {', '.join(sorted(extra))}" if extra else None
 
@@ -75,7 +75,7 @@ def newest(parent: Path) -> Path | None:
 
     Raises Refusal(INTEGRITY) where there are some and none verifies: a run never starts again in silence.
     """
-    bad = []
+    bad = [f"{folder.name} (put aside before)" for folder in sorted(parent.glob("step-*.corrupt"))]
     for folder in reversed(steps(parent)):
         why = flaw(folder)
         if why is None:

@@ -21,10 +21,11 @@ Value = TypeVar("Value")
 
 def start(precision: Precision, accumulate: int, tracker: str, folder: Path) -> "Accelerator":
     """Accelerate's handle on device and processes; refuses set-ups that would train something else than was asked."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 
-    bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_available())
+    on_gpu = str(PartialState().device).startswith("cuda")  # not where the launcher asked for the CPU
+    bf16 = precision == "bf16" or (precision == "auto" and on_gpu)
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN at ViT's lengths (pytorch#169849)
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",

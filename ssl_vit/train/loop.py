@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Loop(Config):
     micro_batch: int | None = Field(
         default=None, ge=1, description="images a process takes at once (none: all its share)"
     )
-    seed: int = Field(default=0, description="of weights, order, crops and masks")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="of weights, order, crops and masks")
     log_every: int = Field(default=50, ge=1, description="steps between rows of metrics")
     save_every: int = Field(default=1000, ge=1, description="steps between checkpoints")
     eval_every: int | None = Field(default=None, ge=1, description="steps between evaluations (none: at the end)")
@@ -77,14 +78,13 @@ def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop
 
     Raises Refusal: PREEMPTED after a signal, with a checkpoint on disk; DATA where the numbers cannot be cured.
     """
-    share = shared(loop, accelerator)
+    share = shared(loop, accelerator.process_index, accelerator.num_processes)
     model, optimizer = task.model.to(accelerator.device), task.optim.build(task.model)
     run.step, window = resume(run, accelerator, task, optimizer)
     if run.step >= loop.steps:
         return last_row(run)
-    if loop.compile or (loop.compile is None and accelerator.device.type == "cuda"):
-        for block in getattr(model.encoder, "blocks", ()):
-            block.compile()
+    if loop.compile or (loop.compile is None and accelerator.device.type == "cuda" and has_compiler()):
+        compile_blocks(model)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     batches = task.stream.batches(run.step * loop.batch, share, accelerator.device)
     tracker = Tracker(accelerator, run.folder, run.step, loop.steps, loop.quiet)
@@ -118,9 +118,23 @@ def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop
     return row
 
 
-def shared(loop: Loop, accelerator: "Accelerator") -> Share:
-    """This process's part of a batch; raises Refusal(USAGE) where processes or micro batches do not divide it."""
-    world = accelerator.num_processes
+def has_compiler() -> bool:
+    """Whether there is a C compiler, which Triton asks for when a kernel first runs."""
+    found = any(map(shutil.which, ("cc", "gcc", "clang")))
+    if not found:
+        print("no C compiler: training without torch.compile, which is slower", flush=True)
+    return found
+
+
+def compile_blocks(model: Model) -> None:
+    """Compile the encoder's blocks in place, before they are wrapped."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut each block at DDP's bucket edges
+    for block in getattr(model.encoder, "blocks", ()):
+        block.compile()
+
+
+def shared(loop: Loop, rank: int, world: int) -> Share:
+    """A process's part of a batch; raises Refusal(USAGE) where processes or micro batches do not divide it."""
     if loop.batch % world:
         allowed = ", ".join(str(n) for n in range(1, loop.batch + 1) if loop.batch % n == 0 and n <= 4 * world)
         raise Refusal(USAGE, f"batch={loop.batch} cannot be shared by {world} processes; these can: {allowed}")
@@ -130,7 +144,7 @@ def shared(loop: Loop, accelerator: "Accelerator") -> Share:
             f"micro_batch={micro} does not divide the {loop.batch // world} images that each of {world} processes takes"
         )
         raise Refusal(USAGE, text)
-    return Share(accelerator.process_index, world, micro)
+    return Share(rank, world, micro)
 
 
 def update(
@@ -197,14 +211,12 @@ def evaluate(model: nn.Module, task: Task, tracker: Tracker, run: Run) -> dict[s
 
 def save(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, optimizer: Optimizer, window: Window) -> None:
     """Publish a checkpoint; the main process writes, all take part in the sums and in its verdict."""
-    plan = task.stream.plan
     state: dict[str, Any] = {f"window.{name}": value for name, value in total(accelerator, window.sums).items()}
     state |= {
         "step": run.step,
         "samples_seen": run.step * loop.batch,
         "seed": loop.seed,
         "data": task.stream.samples.manifest.identity,
-        "plan": {"lanes": plan.lanes, "window": plan.window, "samples": plan.total},
     }
     from_main(accelerator, lambda: checkpoint.save(run.checkpoints, run.step, loop.keep, task.model, optimizer, state))
 

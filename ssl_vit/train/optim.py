@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ssl_vit.config import Config
 
+Moment = Annotated[float, Field(ge=0, lt=1)]
 Schedule = Literal["cosine", "linear", "constant"]
 LINEAR_END = 1e-5  # where linear decay ends in the authors' code
 
@@ -34,7 +35,7 @@ class _Optim(Config):
     lr: float = Field(default=1e-3, ge=0, description="peak learning rate")
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up from 0")
     schedule: Schedule = Field(default="cosine", description="decay after the warm-up")
-    weight_decay: float = Field(default=0.0, ge=0, description="decoupled, times the learning rate, on kernels only")
+    weight_decay: float = Field(default=0.0, ge=0, description="on kernels only; times the learning rate under adamw")
     clip: float | None = Field(
         default=1.0, gt=0, description="global norm that gradients are clipped to (none: no clipping)"
     )
@@ -48,7 +49,7 @@ class AdamW(_Optim):
     """Adam with decoupled weight decay; the paper's "Adam" with a decay is this."""
 
     kind: Literal["adamw"] = "adamw"
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="decay of the running moments")
+    betas: tuple[Moment, Moment] = Field(default=(0.9, 0.999), description="decay of the running moments")
 
     def build(self, model: nn.Module) -> Optimizer:
         """The optimizer over a model's parameters."""

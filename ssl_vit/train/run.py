@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import socket
 import time
@@ -48,6 +49,8 @@ class Run:
                 CANNOT_CREATE, f"run={self.folder}: in use by {holder}; wait for it, or name another"
             ) from error
         self.held = True
+        os.register_at_fork(after_in_child=self._lock.close)  # else loader workers would hold it after a kill
+        (self.folder / "exit.json").unlink(missing_ok=True)
         self._lock.truncate(0)
         self._lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
         self._lock.flush()
@@ -56,7 +59,8 @@ class Run:
     def _compare(self, recipe: config.Config) -> None:
         path = self.folder / "recipe.yaml"
         text = config.dump(recipe)
-        if path.exists():
+        begun = self.checkpoints.exists() or (self.folder / "metrics.jsonl").exists()
+        if begun and path.exists():
             old, new = (yaml.load(t, yaml.BaseLoader) for t in (path.read_text(), text))
             changed = [line for line in config.differences(old, new) if line.split(":")[0] not in FREE]
             if changed:
@@ -74,12 +78,20 @@ class Run:
     def write_exit(self, code: int, reason: str) -> None:
         """Say in exit.json how this start ended, because launchers turn every exit code into 1.
 
-        Only who holds the folder writes: a start that was refused leaves the files of the one that runs alone.
+        Only a start that holds the folder writes, and of its processes the one that failed first: the others fail by
+        what that did to them.
         """
-        if self.held:
+        path = self.folder / "exit.json"
+        if self.held and not path.exists():
             end = {"code": code, "step": self.step, "reason": reason, "time": time.strftime("%FT%T%z")}
-            write_bytes(self.folder / "exit.json", (json.dumps(end, indent=1) + "\n").encode())
+            write_bytes(path, (json.dumps(end, indent=1) + "\n").encode())
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json."""
-        write_bytes(self.folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        finite = {name: none_for_nan(value) for name, value in results.items()}
+        write_bytes(self.folder / "results.json", (json.dumps(finite, indent=1) + "\n").encode())
+
+
+def none_for_nan(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

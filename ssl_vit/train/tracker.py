@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_vit.durable import write_bytes
+from ssl_vit.train.run import none_for_nan
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,7 +53,7 @@ class Tracker:
         if not self.active:
             return
         with self._path.open("a") as file:
-            file.write(json.dumps({name: _finite(value) for name, value in values.items()}) + "\n")
+            file.write(json.dumps({name: none_for_nan(value) for name, value in values.items()}) + "\n")
         step = values["step"]
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
         self._accelerator.log({_group(name): value for name, value in numbers.items()}, step=step)
@@ -99,8 +99,3 @@ def write_png(image: Tensor, path: Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, "PNG")
     write_bytes(path, buffer.getvalue())
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: null stands for it."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,6 +5,7 @@ import io
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps
 
 from ssl_vit.data import decode as module
 from ssl_vit.data.decode import MAX_PIXELS, MAX_SIDE, BadImage, decode, jpeg_size, open_image, to_rgb
+from ssl_vit.data.shards import load
 
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
@@ -228,3 +230,11 @@ def test_running_out_of_memory_is_no_fault_of_the_image(monkeypatch: pytest.Monk
     monkeypatch.setattr(module.ImageOps, "exif_transpose", starved)
     with pytest.raises(MemoryError):
         to_rgb(image)
+
+
+def test_a_phones_jpeg_with_a_second_picture_is_a_jpeg(tmp_path: Path):
+    first, second = (Image.new("RGB", (16, 16), color) for color in ("red", "blue"))
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
+    data, suffix = load(tmp_path / "a.jpg", None, None)
+    assert (data, suffix) == ((tmp_path / "a.jpg").read_bytes(), "jpg")
+    assert decode(data)[0, 0, 0] > 200

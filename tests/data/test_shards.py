@@ -205,16 +205,16 @@ def test_a_name_that_is_not_unicode_is_no_obstacle(source: Path, tmp_path: Path)
 
 
 def test_a_folder_of_images_may_stand_for_its_shards(source: Path, tmp_path: Path):
-    made = resolve(str(source), tmp_path / "cache")
+    made = resolve(str(source), "train", tmp_path / "cache")
     assert made.samples == len(NAMES)
     assert made.folder.is_relative_to(tmp_path / "cache")
-    assert resolve(str(source), tmp_path / "cache") == made
-    assert resolve(str(made.folder), tmp_path / "cache") == made
+    assert resolve(str(source), "train", tmp_path / "cache") == made
+    assert resolve(str(made.folder), "train", tmp_path / "cache") == made
     with pytest.raises(exits.Refusal, match="no such folder"):
-        resolve(str(tmp_path / "nowhere"), tmp_path / "cache")
+        resolve(str(tmp_path / "nowhere"), "train", tmp_path / "cache")
     (made.folder / "manifest.json").unlink()
     with pytest.raises(exits.Refusal, match=r"no manifest\.json"):
-        resolve(str(made.folder), tmp_path / "cache")
+        resolve(str(made.folder), "train", tmp_path / "cache")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "other"}', '{"version": 99}', "\xff"])

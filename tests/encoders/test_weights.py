@@ -95,6 +95,28 @@ def test_what_does_not_fit_is_listed(tmp_path: Path):
     assert end.value.code == DATA
 
 
+def test_parts_of_another_architecture_are_not_dropped_in_silence():
+    ours = small()
+    tensors = ours.state_dict() | {"head.weight": torch.ones(1), "blocks.0.ls1.gamma": torch.ones(64)}
+    with pytest.raises(Refusal, match=r"1 tensors that it has no place for \(blocks\.0\.ls1\.gamma"):
+        weights.fill(small(), ours.config, tensors, "here")
+
+
+def test_timms_own_config_says_what_shapes_do_not(tmp_path: Path):
+    save_file(
+        {name: value.contiguous() for name, value in small(image=16).state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
+    said = {
+        "architecture": "x",
+        "model_args": {"num_heads": 4},
+        "pretrained_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2] * 3},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    config = load_encoder(tmp_path).config
+    assert (config.numbers[2], config.mean, config.std) == (4, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch canary",)

@@ -91,6 +91,13 @@ def test_top1_and_top5_count_like_a_sort():
     assert output.weight == 6
 
 
+def test_logits_that_are_no_numbers_are_right_for_none():
+    made = model(Transfer())
+    torch.nn.init.constant_(made.head.layers[0].bias, float("nan"))
+    sums = made(batch()).sums
+    assert sums["top1"] == sums["top5"] == 0
+
+
 def test_unlabelled_images_carry_no_loss():
     made = model(Transfer())
     torch.nn.init.normal_(made.head.layers[0].weight)

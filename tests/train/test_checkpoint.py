@@ -84,6 +84,8 @@ def test_where_none_verifies_the_run_does_not_start_over(tmp_path: Path):
     with pytest.raises(Refusal, match=r"step-00000002\.corrupt.*step-00000001\.corrupt") as end:
         checkpoint.newest(tmp_path)
     assert end.value.code == INTEGRITY
+    with pytest.raises(Refusal, match="put aside before"):  # nor when it is started once more
+        checkpoint.newest(tmp_path)
 
 
 def test_foreign_files_and_paths_are_not_believed(tmp_path: Path):

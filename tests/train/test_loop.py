@@ -13,7 +13,7 @@ from ssl_vit import config, load_encoder, recipe
 from ssl_vit.exits import CANNOT_CREATE, DATA, MISMATCH, PREEMPTED, USAGE, Refusal
 from ssl_vit.recipe import Finetune, Pretrain
 from ssl_vit.train import loop
-from tests.conftest import TINY
+from tests.conftest import TINY, draw_squares
 
 SPEEDS = {"images_per_second", "tflops", "data_wait"}
 
@@ -179,6 +179,21 @@ def test_the_recipe_of_a_run_is_kept(shards: Path, tmp_path: Path):
     assert pretrain(shards, tmp_path, "steps=2", "log_every=1", "keep=1") == 0  # these may change
 
 
+def test_a_start_that_failed_before_the_first_step_binds_nothing(shards: Path, tmp_path: Path):
+    with pytest.raises(Refusal, match="no such folder"):
+        pretrain(shards, tmp_path, "data.train=/nowhere", "steps=3")
+    assert json.loads((tmp_path / "exit.json").read_text())["code"] == DATA
+    assert pretrain(shards, tmp_path, "steps=2") == 0
+
+
+def test_the_processes_must_divide_the_batch():
+    made = config.parse(Pretrain, ["batch=6"], recipe.FOLDER)
+    with pytest.raises(Refusal, match="cannot be shared by 4 processes; these can: 1, 2, 3, 6") as end:
+        loop.shared(made, 0, 4)
+    assert end.value.code == USAGE
+    assert loop.shared(made, 1, 3).micro_batch == 2
+
+
 def test_a_folder_in_use_is_refused(shards: Path, tmp_path: Path):
     from ssl_vit.train.run import Run
 
@@ -246,6 +261,9 @@ def test_finetuning_starts_from_the_encoder_at_a_higher_resolution(shards: Path,
         (["micro_batch=3"], USAGE, "micro_batch=3 does not divide"),
         (["init=/nowhere"], DATA, "/nowhere: no such run"),
         (["run=/proc/x"], CANNOT_CREATE, "run=/proc/x"),
+        (["head.ratio=0.01"], USAGE, "head.ratio=0.01 of 16 patches corrupts none"),
+        (["encoder.channels=1"], USAGE, "encoder.channels=1: images are read as RGB"),
+        (["run="], USAGE, "run: ''"),
     ],
 )
 def test_bad_input_is_one_line(shards: Path, tmp_path: Path, arguments, code, message):
@@ -257,7 +275,7 @@ def test_bad_input_is_one_line(shards: Path, tmp_path: Path, arguments, code, me
 
 
 def test_an_architecture_that_contradicts_its_source_is_refused(shards: Path, straight: Path, tmp_path: Path):
-    with pytest.raises(Refusal, match=r"encoder\.depth 3, not 2") as end:
+    with pytest.raises(Refusal, match=r"give encoder\.depth=2, or none") as end:
         finetune(shards, tmp_path, f"init={straight}", "encoder.depth=3")
     assert end.value.code == USAGE
 
@@ -266,6 +284,16 @@ def test_a_folder_of_images_is_converted_first(squares: Path, tmp_path: Path):
     pretrain(tmp_path, tmp_path / "runs" / "r", f"data.train={squares}", "data.val=none", "steps=1")
     made = list((tmp_path / "runs" / "shards").glob("*/manifest.json"))
     assert len(made) == 1
+
+
+def test_a_folder_of_splits_gives_each_its_own(shards: Path, tmp_path: Path):
+    """data.train takes train, data.val takes val; the same for folders of images with splits."""
+    images = tmp_path / "images"
+    for split in ("train", "test"):
+        draw_squares(images / split, count=3)
+    for name, folder in {"shards": shards, "images": images}.items():
+        pretrain(shards, tmp_path / "runs" / name, f"data.train={folder}", f"data.val={folder}", "steps=1")
+    assert rows(tmp_path / "runs" / "images")[-1]["val_samples"] == 9
 
 
 def test_tars_without_a_manifest_are_refused(tmp_path: Path):
