@@ -21,10 +21,15 @@ Value = TypeVar("Value")
 
 def start(precision: Precision, accumulate: int, tracker: str, folder: Path) -> "Accelerator":
     """Accelerate's handle on device and processes; refuses set-ups that would train something else than was asked."""
-    from accelerate import Accelerator, PartialState
-    from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
+    from accelerate import Accelerator
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        DistributedType,
+        GradientAccumulationPlugin,
+        parse_flag_from_env,
+    )
 
-    on_gpu = str(PartialState().device).startswith("cuda")  # not where the launcher asked for the CPU
+    on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     bf16 = precision == "bf16" or (precision == "auto" and on_gpu)
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN at ViT's lengths (pytorch#169849)
     accelerator = Accelerator(
