@@ -4,7 +4,9 @@ Handwritten digits in random colours lie on crops of two photographs; both ship 
 written under runs/demo, and the commands are the ones a user would type.
 """
 
+import colorsys
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 RUNS = Path("runs/demo")
-SIDE = 32
+SIDE = 32  # of a picture, pixels
+DIGIT = 28
 
 
 def main(arguments: list[str]) -> int:
@@ -47,15 +50,16 @@ def make_images(folder: Path) -> None:
     random = np.random.default_rng(0)
     for number, (shape, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         photograph = photographs[random.integers(len(photographs))]
-        top, left = (random.integers(0, size - 4 * SIDE) for size in photograph.shape[:2])
-        crop = Image.fromarray(photograph[top : top + 4 * SIDE, left : left + 4 * SIDE]).resize((SIDE, SIDE))
-        stroke = Image.fromarray((shape * 255 / 16).astype(np.uint8)).resize((24, 24), Image.Resampling.BICUBIC)
-        ink = Image.new("RGB", stroke.size, tuple(int(c) for c in random.integers(0, 256, 3)))
-        x, y = (int(c) for c in random.integers(0, SIDE - 24 + 1, 2))
-        crop.paste(ink, (x, y), stroke)
+        top, left = (random.integers(0, size - SIDE) for size in photograph.shape[:2])
+        crop = photograph[top : top + SIDE, left : left + SIDE] // 2  # dim, so that any ink can be seen on it
+        color = 255 * np.array(colorsys.hsv_to_rgb(random.random(), random.uniform(0.3, 1), 1))
+        picture = Image.fromarray(crop)
+        stroke = Image.fromarray((shape * 255 / 16).astype(np.uint8)).resize((DIGIT, DIGIT), Image.Resampling.BICUBIC)
+        x, y = (int(c) for c in random.integers(0, SIDE - DIGIT + 1, 2))
+        picture.paste(Image.new("RGB", stroke.size, tuple(map(int, color))), (x, y), stroke)
         path = draft / str(label) / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        crop.save(path)
+        picture.save(path)
     draft.rename(folder)
 
 
@@ -87,7 +91,9 @@ def python(tool: str, *arguments: str) -> None:
 def launch(tool: str, *arguments: str) -> None:
     """Run a training tool by `accelerate launch`, as the README does."""
     accelerate = Path(sys.executable).with_name("accelerate")
-    command([str(accelerate), "launch", "--config_file", "recipes/launch/cpu.yaml", f"tools/{tool}.py", *arguments])
+    threads = ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))]
+    config = ["--config_file", "recipes/launch/cpu.yaml", *threads]
+    command([str(accelerate), "launch", *config, f"tools/{tool}.py", *arguments])
 
 
 def command(parts: list[str]) -> None:
