@@ -43,7 +43,7 @@ def training(shards: Path, run: Path) -> list[str]:
         (["make_shards", "input=/nowhere", "output=/tmp/x"], 65, "make_shards.py: /nowhere: no such folder"),
         (["make_shards", "input=/tmp"], 64, "output: it must be given"),
         (["pretrain", "recipe=mpp_demo", "optim.lrr=1"], 64, "unknown key optim.lrr; did you mean optim.lr?"),
-        (["pretrain", "recipe=mpp_demo", "data.image_size=30"], 64, "cannot be cut into patches of 4"),
+        (["pretrain", "recipe=mpp_demo", "data.image_size=30"], 64, "cannot be cut into patches of 8"),
         (
             ["finetune", "run=/tmp/ssl_vit-none", "data.train=/nowhere", "data.val=/nowhere"],
             65,
