@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from ssl_vit.data import decode as module
 from ssl_vit.data.decode import MAX_PIXELS, MAX_SIDE, BadImage, decode, jpeg_size, open_image, to_rgb
-from ssl_vit.data.shards import load
+from ssl_vit.data.write import load
 
 XMP = b"http://ns.adobe.com/xap/1.0/\0"
 
