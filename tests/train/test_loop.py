@@ -10,6 +10,10 @@ import yaml
 from safetensors.torch import load_file
 
 from ssl_vit import config, load_encoder, recipe
+from ssl_vit.counter import sample_seed
+from ssl_vit.data import manifest
+from ssl_vit.data.plan import Plan
+from ssl_vit.data.samples import Data
 from ssl_vit.exits import CANNOT_CREATE, DATA, MISMATCH, PREEMPTED, USAGE, Refusal
 from ssl_vit.recipe import Finetune, Pretrain
 from ssl_vit.train import loop
@@ -147,6 +151,14 @@ def test_what_a_run_leaves_behind(straight: Path):
     results = json.loads((straight / "results.json").read_text())
     assert results["samples"] > 0
     assert results["protocol"]["steps"] == 10
+
+
+def test_a_run_takes_the_samples_of_the_plan(shards: Path, straight: Path):
+    """The digest of the first row is that of the plan's first three batches."""
+    data = manifest.load(shards / "train")
+    plan = Plan([shard.samples for shard in data.shards], seed=0, batch=8, lanes=Data().lanes, window=Data().window)
+    seeds = [sample_seed(0, epoch, sample) for step in range(3) for epoch, sample in plan.batch(step)]
+    assert rows(straight)[0]["samples_digest"] == f"{sum(seeds) % 2**64:016x}"
 
 
 def test_the_finished_command_again_changes_nothing(shards: Path, straight: Path):
