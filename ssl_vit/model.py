@@ -8,7 +8,6 @@ normalised floats; `patches` [B, N, D] are patch embeddings before positions; `t
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
@@ -78,8 +77,3 @@ def pooled(encoder: Encoder, image: Tensor) -> Tensor:
 def count_parameters(module: nn.Module) -> int:
     """How many numbers a module learns."""
     return sum(p.numel() for p in module.parameters())
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module's parameters live."""
-    return next(module.parameters()).device

@@ -177,10 +177,7 @@ def _task(
 def first_images(manifest: Manifest, data: Data) -> Batch:
     """The first few images of a split as evaluation sees them."""
     samples = Samples(manifest, data, seed=0, training=False)
-    batch = samples.__getitems__([(0, i) for i in range(min(PANEL, manifest.samples))])
-    if isinstance(batch, Refusal):
-        raise batch
-    return batch
+    return samples.batch([(0, i) for i in range(min(PANEL, manifest.samples))])
 
 
 def flops(model: Model) -> int:
@@ -237,9 +234,7 @@ def preview(recipe: Recipe, tensors: weights.Weights | None, source: Vit | None)
     }
     picture = Path(recipe.run) / "first_batch.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
-    batch = stream.samples.__getitems__(next(stream.keys(0, Share(micro_batch=min(PANEL, recipe.batch)))))
-    if isinstance(batch, Refusal):
-        raise batch
+    batch = stream.samples.batch(next(stream.keys(0, Share(micro_batch=min(PANEL, recipe.batch)))))
     write_png(model(batch, panel=True) if hasattr(model.head, "panel") else grid([batch["image"]]), picture)
     rows["first batch"] = str(picture)
     print("\n".join(f"{name:<16}{text}" for name, text in rows.items()))

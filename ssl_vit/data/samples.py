@@ -80,6 +80,13 @@ class Samples(Dataset[Any]):
 
     def __getitems__(self, keys: Keys) -> Batch | Refusal:
         """A batch; or, as a value, why there is none: an exception would not leave a worker in one line."""
+        try:
+            return self.batch(keys)
+        except Refusal as refusal:
+            return refusal
+
+    def batch(self, keys: Keys) -> Batch:
+        """The samples of these keys; raises Refusal where one cannot be had."""
         size = self.config.image_hw
         batch = {
             "image": torch.zeros(len(keys), 3, *size, dtype=torch.uint8),
@@ -87,16 +94,13 @@ class Samples(Dataset[Any]):
             "seed": torch.zeros(len(keys), dtype=torch.int64),
             "valid": torch.zeros(len(keys), dtype=torch.bool),
         }
-        try:
-            for slot, (epoch, sample) in enumerate(keys):
-                if sample < 0:
-                    continue  # padding
-                data, label = self.read(sample)
-                seed = sample_seed(self.seed, epoch, sample)
-                batch["image"][slot] = self.crop(data, seed, sample)
-                batch["label"][slot], batch["seed"][slot], batch["valid"][slot] = label, seed, True
-        except Refusal as refusal:
-            return refusal
+        for slot, (epoch, sample) in enumerate(keys):
+            if sample < 0:
+                continue  # padding
+            data, label = self.read(sample)
+            seed = sample_seed(self.seed, epoch, sample)
+            batch["image"][slot] = self.crop(data, seed, sample)
+            batch["label"][slot], batch["seed"][slot], batch["valid"][slot] = label, seed, True
         return batch
 
     def read(self, sample: int) -> tuple[bytes, int]:

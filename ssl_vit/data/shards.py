@@ -157,13 +157,13 @@ def _workers(count: int | None) -> Iterator[ProcessPoolExecutor]:
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def _alone_in(output: Path) -> Iterator[None]:
     """Hold a folder: a second conversion of this machine into it waits, and then finds the work done."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        output.mkdir(parents=True, exist_ok=True)
+        handle = os.open(output, os.O_RDONLY)
     except OSError as error:
-        raise Refusal(CANNOT_CREATE, f"{folder}: {error.strerror}; name another output") from error
+        raise Refusal(CANNOT_CREATE, f"{output}: {error.strerror}; name another output") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -178,11 +178,11 @@ def resolve(path: str, split: str, cache: Path, may_convert: bool = True) -> Man
     has tars but no manifest, or would have to be converted and `may_convert` is False.
     """
     given = Path(path)
-    parts = {p.parent.name: manifest.load(p.parent) for p in given.glob("*/manifest.json")}
-    if parts and not (given / "manifest.json").exists():
-        return _part(parts, split, given)
     if not given.is_dir() or (given / "manifest.json").exists():
         return manifest.load(given)
+    parts = {p.parent.name: manifest.load(p.parent) for p in given.glob("*/manifest.json")}
+    if parts:
+        return _part(parts, split, given)
     if any(given.glob("*.tar")):
         raise Refusal(
             DATA, f"{given}: has tars but no manifest.json; its conversion did not end: run make_shards again"

@@ -10,6 +10,7 @@ import json
 import tarfile
 import zlib
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ class Job:
     sources: list[Source]  # in their final order
     options: dict[str, object]  # what the manifest says of the job
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Equal for equal jobs over an unchanged input."""
         listing = json.dumps([asdict(source) for source in self.sources], separators=(",", ":"))

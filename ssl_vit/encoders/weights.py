@@ -60,7 +60,7 @@ def read(source: str) -> tuple[Vit, Weights]:
 
 
 def _as_timm_says(config: Vit, content: dict[str, Any]) -> Vit:
-    """A config with what a timm `config.json` says and shapes do not: heads, mean and std."""
+    """A config with what timm says in its `config.json` and shapes do not: heads, mean and std."""
     said: dict[str, Any] = {}
     if "num_heads" in content.get("model_args", {}):
         said["heads"] = content["model_args"]["num_heads"]
@@ -97,11 +97,11 @@ def _read_timm(name: str) -> tuple[Vit, Weights]:
     except Exception as error:  # timm and its hub client raise many kinds
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise Refusal(DATA, f"timm:{name} cannot be had ({text}); without a network give a local file") from error
-    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
-    config = infer(model.state_dict(), f"timm:{name}")
-    update = {key: tuple(cfg[key]) for key in ("mean", "std") if key in cfg}
+    tensors = model.state_dict()
+    config = infer(tensors, f"timm:{name}")
     heads = getattr(getattr(model.blocks[0], "attn", None), "num_heads", config.numbers[2])  # type: ignore[index]
-    return config.model_copy(update={**update, "heads": heads}), model.state_dict()
+    said = {"model_args": {"num_heads": heads}, "pretrained_cfg": getattr(model, "pretrained_cfg", {})}
+    return _as_timm_says(config, said), tensors
 
 
 def infer(weights: Weights, source: str) -> Vit:
@@ -121,7 +121,7 @@ def infer(weights: Weights, source: str) -> Vit:
     try:
         return Vit.model_validate(numbers)
     except ValidationError as error:
-        raise Refusal(DATA, f"{source}: {error.errors()[0]['msg']}; say encoder.heads") from error
+        raise Refusal(DATA, f"{source}: {error.errors()[0]['msg']}") from error
 
 
 def fill(encoder: VitEncoder, config: Vit, weights: Weights, source: str) -> None:

@@ -39,10 +39,11 @@ def start(precision: Precision, accumulate: int, tracker: str, folder: Path) -> 
         project_dir=folder,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != accelerator.num_processes:
+    if world() != accelerator.num_processes:
         cure = "set ACCELERATE_USE_CPU=1 for processes without GPU"
-        raise Refusal(USAGE, f"{asked} processes were started but accelerate sees {accelerator.num_processes}: {cure}")
+        raise Refusal(
+            USAGE, f"{world()} processes were started but accelerate sees {accelerator.num_processes}: {cure}"
+        )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise Refusal(USAGE, f"{accelerator.distributed_type.value} is not supported yet; launch one process, or DDP")
     return accelerator
