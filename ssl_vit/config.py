@@ -57,7 +57,8 @@ def _shape(text: str, annotation: Any) -> Any:
     if type(None) in members and text.lower() in ("none", "null", ""):
         return None
     if any(get_origin(m) is tuple for m in members) and (int not in members or "," in text):
-        return [part.strip() for part in text.strip("[]() ").split(",") if part.strip()]
+        parts = re.split(r",(?![^{]*\})", text.strip("[]() "))  # `{a,b}` in a file name is one name's
+        return [part.strip() for part in parts if part.strip()]
     return text
 
 

@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 
 from ssl_vit import config, cost
-from ssl_vit.data import shards
+from ssl_vit.data import find
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data, Samples
+from ssl_vit.data.sequential import SequentialStream, Tars, tars
 from ssl_vit.data.stream import EvaluationStream, Share, TrainingStream
 from ssl_vit.encoders import Encoder, weights
 from ssl_vit.encoders.vit import Vit, VitEncoder
@@ -111,23 +112,35 @@ def build(recipe: Recipe, classes: int, tensors: weights.Weights | None = None, 
     return Model(encoder, recipe.head.build(encoder, classes))
 
 
-def manifests(recipe: Recipe) -> tuple[Manifest, Manifest | None]:
+def sources(recipe: Recipe) -> tuple[Manifest | Tars, Manifest | None]:
     """The training and evaluation data, complete; images are converted first, beside the run."""
-    if recipe.data.train is None:
+    data = recipe.data
+    if data.train is None:
         raise Refusal(USAGE, "data.train: it must be given: a folder of shards, or of images")
-    if isinstance(recipe, Finetune) and recipe.data.val is None:
+    if isinstance(recipe, Finetune) and data.val is None:
         raise Refusal(USAGE, "data.val: it must be given: fine-tuning is judged on it")
-    find = partial(shards.resolve, cache=Path(recipe.run).parent / "shards", may_convert=world() == 1)
-    train = find(recipe.data.train, "train")
-    val = find(recipe.data.val, "val") if recipe.data.val is not None else None
+    converted = Path(recipe.run).parent / "shards"
+    search = partial(find.sets, converted=converted, store=data.store, may_convert=world() == 1)
+    train = tars(data.train, data.store) if data.reader == "webdataset" else search(data.train, "train")
+    val = search(data.val, "val") if data.val is not None else None
     for made in (train, val):
-        if made is not None:
-            made.check()
+        if isinstance(made, Manifest):
+            made.check(full=data.verify)
+    if isinstance(train, Tars):
+        print(f"{train.name}: read by webdataset: neither exactly once an epoch nor exactly resumable", flush=True)
     if recipe.head.needs_labels and not train.classes:
-        raise Refusal(DATA, f"{train.folder}: has no classes, and head.kind={recipe.head.kind} needs labels")
+        index = " (tools/index_shards.py finds them)" if isinstance(train, Tars) else ""
+        raise Refusal(DATA, f"{train.name}: has no classes{index}, and head.kind={recipe.head.kind} needs labels")
     if recipe.head.needs_labels and val is not None and val.classes != train.classes:
-        raise Refusal(DATA, f"{val.folder}: its classes are not those of {train.folder}; convert both in one go")
+        cure = "convert both in one go, or give both the same class_map"
+        raise Refusal(DATA, f"{val.name}: its classes are not those of {train.name}; {cure}")
     return train, val
+
+
+def streamed(train: Manifest | Tars, recipe: Recipe) -> TrainingStream | SequentialStream:
+    """The training data as a stream."""
+    kind = SequentialStream if isinstance(train, Tars) else TrainingStream
+    return kind(train, recipe.data, recipe.seed, recipe.batch)  # type: ignore[arg-type]
 
 
 def run(recipe: Recipe) -> int:
@@ -142,7 +155,7 @@ def run(recipe: Recipe) -> int:
     try:
         from_main(accelerator, lambda: folder.claim(recipe))
         folder.held = True  # by one process for all
-        train, val = from_main(accelerator, lambda: manifests(recipe))
+        train, val = from_main(accelerator, lambda: sources(recipe))
         model = build(recipe, len(train.classes), tensors, source)
         share = shared(recipe, accelerator.process_index, accelerator.num_processes)
         task = _task(recipe, model, train, val, share, accelerator.device, partial(total, accelerator))
@@ -160,24 +173,33 @@ def run(recipe: Recipe) -> int:
 
 
 def _task(
-    recipe: Recipe, model: Model, train: Manifest, val: Manifest | None, share: Share, device: torch.device, total: Any
+    recipe: Recipe,
+    model: Model,
+    train: Manifest | Tars,
+    val: Manifest | None,
+    share: Share,
+    device: torch.device,
+    total: Any,
 ) -> Task:
-    stream = TrainingStream(train, recipe.data, recipe.seed, recipe.batch)
+    stream = streamed(train, recipe)
     evaluators = []
     if val is not None:
         held_out = EvaluationStream(val, recipe.data, share.micro_batch)
         evaluators.append(HeldOut(held_out, share, device, total, model.head.report))  # type: ignore[arg-type]
     panel = None
     if hasattr(model.head, "panel"):
-        drawn = first_images(val or train, recipe.data)
+        drawn = first_images(val or stream, recipe.data)
         panel = {name: value.to(device) for name, value in drawn.items()}
     return Task(model, stream, recipe.optim, evaluators, panel, flops(model))
 
 
-def first_images(manifest: Manifest, data: Data) -> Batch:
-    """The first few images of a split as evaluation sees them."""
+def first_images(source: Manifest | TrainingStream | SequentialStream, data: Data) -> Batch:
+    """The first few images of a split as evaluation sees them; of tars without a manifest, as training does."""
+    if isinstance(source, SequentialStream):
+        return source.first(PANEL)
+    manifest = source.samples.manifest if isinstance(source, TrainingStream) else source
     samples = Samples(manifest, data, seed=0, training=False)
-    return samples.batch([(0, i) for i in range(min(PANEL, manifest.samples))])
+    return samples.batch([(0, i) for i in range(min(PANEL, manifest.samples))])[0]
 
 
 def flops(model: Model) -> int:
@@ -220,21 +242,29 @@ def preview(recipe: Recipe, tensors: weights.Weights | None, source: Vit | None)
     """Say what a run would do and draw its first batch, corrupted where the head does that; trains nothing."""
     if int(os.environ.get("RANK", "0")):
         return 0
-    train, val = manifests(recipe)
+    train, val = sources(recipe)
     model = build(recipe, len(train.classes), tensors, source)
-    stream = TrainingStream(train, recipe.data, recipe.seed, recipe.batch)
-    epochs = recipe.steps * recipe.batch / stream.epoch_samples
+    stream = streamed(train, recipe)
     print(config.dump(recipe))
+    length = f"{recipe.steps:,} steps of {recipe.batch:,} images"
+    if isinstance(stream, TrainingStream):
+        shards = stream.samples.manifest
+        epochs = recipe.steps * recipe.batch / stream.epoch_samples
+        length += f": {epochs:.1f} epochs of {stream.epoch_samples:,}"
+        data = f"{shards.name}: {shards.samples:,} samples, {len(shards.classes)} classes, {len(shards.shards)} shards"
+        keys = next(stream.keys(0, Share(micro_batch=min(PANEL, recipe.batch))))
+        batch, _ = stream.samples.batch(keys)
+    else:
+        data, batch = train.name, stream.first(min(PANEL, recipe.batch))
     rows = {
         "parameters": f"encoder {count_parameters(model.encoder):,}, head {count_parameters(model.head):,}",
         "FLOPs an image": f"{flops(model):,} (forward and backward)",
-        "length": f"{recipe.steps:,} steps of {recipe.batch:,} images: {epochs:.1f} epochs of {stream.epoch_samples:,}",
-        "data": f"{train.folder}: {train.samples:,} samples, {len(train.classes)} classes, {len(train.shards)} shards",
-        "evaluation": f"{val.folder}: {val.samples:,} samples" if val is not None else "none",
+        "length": length,
+        "data": data,
+        "evaluation": f"{val.name}: {val.samples:,} samples" if val is not None else "none",
     }
     picture = Path(recipe.run) / "first_batch.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
-    batch = stream.samples.batch(next(stream.keys(0, Share(micro_batch=min(PANEL, recipe.batch)))))
     write_png(model(batch, panel=True) if hasattr(model.head, "panel") else grid([batch["image"]]), picture)
     rows["first batch"] = str(picture)
     print("\n".join(f"{name:<16}{text}" for name, text in rows.items()))

@@ -25,7 +25,7 @@ def pretrain(*arguments: str) -> Pretrain:
         ("data.flip=on", "data.flip", True),
         ("data.flip=false", "data.flip", False),
         ("data.val=none", "data.val", None),
-        ("data.val=on", "data.val", "on"),
+        ("data.val=on", "data.val", ("on",)),
         ("run=007", "run", "007"),
         ("run=1:30", "run", "1:30"),
         ("optim.clip=none", "optim.clip", None),
@@ -33,7 +33,8 @@ def pretrain(*arguments: str) -> Pretrain:
         ("data.image_size=64", "data.image_size", 64),
         ("data.image_size=64,96", "data.image_size", (64, 96)),
         ("encoder.mean=0.5", "encoder.mean", (0.5,)),
-        ("data.train=a=b", "data.train", "a=b"),
+        ("data.train=a=b", "data.train", ("a=b",)),
+        ("data.train=a, b/{c,d}.tar", "data.train", ("a", "b/{c,d}.tar")),
     ],
 )
 def test_a_value_means_the_same_on_the_command_line_and_in_a_file(argument, key, value, tmp_path: Path):
@@ -123,7 +124,7 @@ def test_help_names_every_key_with_its_meaning():
 # the surface is a promise: adding a key is a decision, and is written down here
 KEYS = """
 steps batch micro_batch seed log_every save_every eval_every keep precision compile tracker quiet run dry_run init
-data.train data.val data.image_size data.crop_area data.flip data.eval_crop data.subset data.workers data.lanes
+data.train data.val data.image_size data.crop_area data.flip data.eval_crop data.subset data.workers data.lanes data.reader data.cache data.cache_gb data.verify data.max_bad
 data.window encoder.kind encoder.size encoder.patch encoder.image encoder.channels encoder.width encoder.depth
 encoder.heads encoder.mlp encoder.positions encoder.pool encoder.dropout encoder.mean encoder.std head.kind
 head.ratio head.mix head.bits head.hidden head.loss optim.kind optim.lr optim.warmup_steps optim.schedule

@@ -1,5 +1,10 @@
-"""Convert a folder of images to WebDataset shards: tools/make_shards.py input=DIR output=DIR [key=value ...]"""
+"""Convert images to WebDataset shards: tools/make_shards.py input=DIR output=DIR [key=value ...]
 
+On several machines, or to use a launcher's processes: torchrun ... tools/make_shards.py (or srun); each writes its
+share of the shards, and the one that ends last writes the manifest.
+"""
+
+import os
 import sys
 from pathlib import Path
 
@@ -12,11 +17,22 @@ def main(arguments: list[str]) -> int:
         print(f"{__doc__}\n\n{config.describe(MakeShards)}")
         return 0
     options = config.parse(MakeShards, arguments, Path("recipes"))
-    for made in convert(options).values():
-        rejected = made.job["rejects"]
-        note = f", {rejected} rejected (see {made.folder / REJECTS})" if rejected else ""
-        print(f"{made.folder}: {made.samples} samples, {len(made.classes)} classes, {len(made.shards)} shards{note}")
+    rank, world = launched()
+    made = convert(options, rank, world)
+    for part in made.values():
+        rejected, doubled = part.job["rejects"], part.job.get("duplicates")
+        note = f", {rejected} rejected (see {part.name}/{REJECTS})" if rejected else ""
+        note += f", {doubled} equal to an earlier one" if doubled else ""
+        print(f"{part.name}: {part.samples} samples, {len(part.classes)} classes, {len(part.shards)} shards{note}")
+    if not made:
+        print(f"process {rank} of {world}: its shards are done; the one that ends last writes the manifest")
     return 0
+
+
+def launched() -> tuple[int, int]:
+    """This process's number, and how many torchrun, accelerate or srun started."""
+    names = [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")]
+    return next(((int(os.environ[r]), int(os.environ[w])) for r, w in names if w in os.environ), (0, 1))
 
 
 if __name__ == "__main__":

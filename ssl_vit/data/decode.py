@@ -6,6 +6,7 @@ becomes RGB.
 """
 
 import io
+import struct
 import warnings
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps
 FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with a second picture behind it
 MAX_PIXELS = 64_000_000  # a PNG just below Pillow's own limit took 6 s and 500 MB before it failed
 MAX_SIDE = 20_000
+MAX_BYTES = 1 << 28  # of an encoded image
 
 
 class BadImage(ValueError):
@@ -62,13 +64,34 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Height and width of an ordinary JPEG within the limits, None for anything that only Pillow reads."""
-    if data[:3] != b"\xff\xd8\xff" or b"Exif\0\0" in data or b"tiff:Orientation" in data:  # these may turn the image
+    if data[:3] != b"\xff\xd8\xff" or b"tiff:Orientation" in data or _orientation(data) != 1:
         return None
     try:
         height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
     except ValueError:
         return None
     return (height, width) if height * width <= MAX_PIXELS and max(height, width) <= MAX_SIDE else None
+
+
+def _orientation(data: bytes) -> int | None:
+    """A JPEG's EXIF orientation, 1 = upright, also where it has none; None where that takes Pillow to say."""
+    at = data.find(b"Exif\0\0")
+    if at < 0:
+        return 1
+    tiff = data[at + 6 : at + (1 << 16)]
+    if data.find(b"Exif\0\0", at + 6) >= 0 or tiff[:2] not in (b"II", b"MM"):
+        return None
+    order = "<" if tiff[:2] == b"II" else ">"
+    try:
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, start)
+        entries = [struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * i) for i in range(count)]
+    except struct.error:
+        return None
+    said = [entry for entry in entries if entry[0] == 0x0112]
+    if not said:
+        return 1
+    return said[0][3] if len(said) == 1 and said[0][1:3] == (3, 1) else None
 
 
 def decode(data: bytes, half: bool = False) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_vit.counter import key
@@ -10,48 +9,57 @@ from ssl_vit.exits import DATA, Refusal
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 OTHER_IMAGES = {".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jp2", ".ppm"}
-LINK = "/"  # stands for the suffix of a link to a folder, which is not followed: it may lead in a circle
+LINK = "/"  # stands for the suffix of a link that is not followed: to a folder, or out of the input
 SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
-@dataclass(frozen=True)
-class Source:
-    """One image file of the input."""
-
-    path: str  # relative to the input, with forward slashes
-    size: int
-    changed: int  # modification time, ns
-    label: int  # -1 = none
-
-
-def images(root: Path) -> tuple[list[str], list[str]]:
-    """Relative paths of the images below a folder, and of what is left out: other formats, links to folders.
+def images(root: Path, follow_links: bool = False) -> tuple[list[str], list[str]]:
+    """Relative paths of the images below a folder, and of what is left out: other formats, links not followed.
 
     Raises Refusal(DATA) where there are none, or a folder cannot be read.
     """
-    files = list(_scan(root))
+    files = list(_scan(root, follow_links))
     names = [name for name, suffix in files if suffix in SUFFIXES]
+    others = [name for name, suffix in files if suffix in {*OTHER_IMAGES, LINK}]
     if not names:
-        raise Refusal(DATA, f"{root}: no images (looked for {', '.join(sorted(SUFFIXES))} in it and below)")
-    return names, [name for name, suffix in files if suffix in {*OTHER_IMAGES, LINK}]
+        links = "; there are links, which follow_links=true follows" if any(s == LINK for _, s in files) else ""
+        raise Refusal(DATA, f"{root}: no images (looked for {', '.join(sorted(SUFFIXES))} in it and below){links}")
+    return names, others
 
 
-def _scan(root: Path) -> Iterator[tuple[str, str]]:
-    """Relative path and lower-case suffix of every file, sorted, and links to folders; hidden ones are passed over."""
+def _scan(root: Path, follow_links: bool) -> Iterator[tuple[str, str]]:
+    """Relative path and lower-case suffix of every file, sorted, and links; hidden ones are passed over."""
     if not root.is_dir():
         raise Refusal(DATA, f"{root}: no such folder")
 
     def unreadable(error: OSError) -> None:
         raise Refusal(DATA, f"{error.filename}: {error.strerror}")
 
-    for folder, below, files in os.walk(root, onerror=unreadable):
+    real = os.path.realpath(root)
+    for folder, below, files in os.walk(root, onerror=unreadable, followlinks=follow_links):
+        relative = Path(folder).relative_to(root)
         below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in below:
-            if (Path(folder) / name).is_symlink():
-                yield (Path(folder) / name).relative_to(root).as_posix(), LINK
+        for name in list(below):
+            path = os.path.join(folder, name)
+            if os.path.islink(path) and (not follow_links or _circles(path)):
+                below.remove(name)
+                yield (relative / name).as_posix(), LINK
         for name in sorted(files):
-            if not name.startswith("."):
-                yield (Path(folder) / name).relative_to(root).as_posix(), Path(name).suffix.lower()
+            path = os.path.join(folder, name)
+            if name.startswith("."):
+                continue
+            out = not follow_links and os.path.islink(path) and not _inside(path, real)
+            yield (relative / name).as_posix(), LINK if out else Path(name).suffix.lower()
+
+
+def _circles(link: str) -> bool:
+    """Whether a link leads to a folder that it lies in."""
+    target = os.path.realpath(link)
+    return os.path.commonpath([target, os.path.realpath(os.path.dirname(link))]) == target
+
+
+def _inside(path: str, folder: str) -> bool:
+    return os.path.commonpath([os.path.realpath(path), folder]) == folder
 
 
 def splits(names: list[str], val_fraction: float) -> dict[str, list[str]]:
@@ -64,6 +72,11 @@ def splits(names: list[str], val_fraction: float) -> dict[str, list[str]]:
     if "train" in tops and len(tops & SPLITS) > 1:
         strange = sorted(tops - SPLITS) or [next(name for name in names if "/" not in name)]
         raise Refusal(DATA, f"beside the split folders {', '.join(sorted(tops & SPLITS))} stands {strange[0]}; move it")
+    return hashed_splits(names, val_fraction)
+
+
+def hashed_splits(names: list[str], val_fraction: float) -> dict[str, list[str]]:
+    """Split name -> files by a hash of each path, so that a file keeps its split when others come."""
     if not val_fraction:
         return {"": names}
     limit = int(val_fraction * 2**64)
@@ -79,17 +92,3 @@ def class_of(name: str, split: str) -> str:
     """An image's class: the folders between the split and the file; "" for a file in no folder."""
     inside = name[len(split) + 1 :] if split and name.startswith(split + "/") else name
     return inside.rpartition("/")[0]
-
-
-def sources(root: Path, names: list[str], split: str, classes: list[str]) -> list[Source]:
-    """The files of these names, in their order, with the number of their class (-1 = in no class folder)."""
-    number = {name: i for i, name in enumerate(classes)}
-    found = []
-    for name in names:
-        label = number.get(class_of(name, split), -1)
-        try:
-            stat = (root / name).stat()
-            found.append(Source(name, stat.st_size, stat.st_mtime_ns, label))
-        except OSError:  # a dead link: rejected when it is read
-            found.append(Source(name, 0, 0, label))
-    return found

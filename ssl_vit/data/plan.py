@@ -18,6 +18,7 @@ from ssl_vit.counter import key, permutation
 @dataclass(frozen=True)
 class _Epoch:
     order: np.ndarray  # shards in this epoch's order
+    ranks: np.ndarray  # each shard's rank in it
     ends: np.ndarray  # samples in the shards up to and with each of them
 
 
@@ -60,6 +61,18 @@ class Plan:
             ids[mine] = self._window(*map(int, group))[index[mine] % self.window]
         return list(zip(epoch.tolist(), ids.tolist(), strict=True))
 
+    def neighbour(self, epoch: int, sample: int, attempt: int) -> int:
+        """Another sample id from the shuffle window in which a sample lies (it may be the same where that is small)."""
+        shards = self._shards(epoch)
+        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        rank = int(shards.ranks[shard])
+        place = int(shards.ends[rank] - self.sizes[shard]) + sample - int(self.starts[shard])
+        base, longer = divmod(self.total, self.lanes)
+        lane = place // (base + 1) if place < longer * (base + 1) else (place - longer) // base
+        first = lane * base + min(lane, longer)
+        window = self._window(epoch, lane, (place - first) // self.window)
+        return int(window[key(self.seed, "substitute", epoch, sample, attempt) % len(window)])
+
     def _window(self, epoch: int, lane: int, number: int) -> np.ndarray:
         """The sample ids of one window in their shuffled order."""
         name = (epoch, lane, number)
@@ -75,14 +88,17 @@ class Plan:
         self._windows.move_to_end(name)
         return self._windows[name]
 
-    def _ids(self, epoch: int, place: np.ndarray) -> np.ndarray:
-        """Sample ids at places of the epoch's shard order."""
+    def _shards(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
             order = permutation(key(self.seed, "shards", epoch), len(self.sizes))
-            self._epochs[epoch] = _Epoch(order, np.cumsum(self.sizes[order]))
+            self._epochs[epoch] = _Epoch(order, np.argsort(order), np.cumsum(self.sizes[order]))
             while len(self._epochs) > 2:
                 self._epochs.popitem(last=False)
-        shards = self._epochs[epoch]
+        return self._epochs[epoch]
+
+    def _ids(self, epoch: int, place: np.ndarray) -> np.ndarray:
+        """Sample ids at places of the epoch's shard order."""
+        shards = self._shards(epoch)
         which = np.searchsorted(shards.ends, place, side="right")
         shard = shards.order[which]
         return self.starts[shard] + place - (shards.ends[which] - self.sizes[shard])

@@ -3,11 +3,15 @@
 Nothing here keeps a state: everything about a sample follows from its epoch, its id and the run's seed.
 """
 
+import errno
 import os
 import resource
+import time
 import zlib
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,24 +20,45 @@ from torch.utils.data import Dataset
 
 from ssl_vit.config import Config
 from ssl_vit.counter import sample_seed
-from ssl_vit.data import augment
+from ssl_vit.data import augment, remote
+from ssl_vit.data.cache import Store
 from ssl_vit.data.decode import BadImage, decode, jpeg_size
+from ssl_vit.data.faults import BadSample, Fault
 from ssl_vit.data.manifest import Manifest
-from ssl_vit.exits import DATA, DISK, Refusal
+from ssl_vit.exits import DATA, Refusal
 from ssl_vit.model import Batch
 
 OPEN_SHARDS = min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)  # file handles a process keeps
+TRIES, PAUSE = 5, 0.1  # of an operation of the disk that fails, and seconds before the second try, then doubled
+LASTING = (errno.ENOTDIR, errno.EISDIR, errno.EACCES)  # failures that no other try cures
 Keys = list[tuple[int, int]]
 """(epoch, sample id); id -1 is padding."""
+Made = tuple[Batch, list[Fault]]
+Substitutes = Callable[[int, int], Iterator[int]]
+"""(epoch, sample id) -> samples to take in its place, one after the other; the same on any process."""
 
 
 class Data(Config):
     """Where the images are and how they reach the encoder."""
 
-    train: str | None = Field(
-        default=None, description="shards to train on, or a folder of images, which is converted first"
+    train: tuple[str, ...] | None = Field(
+        default=None,
+        description="shards to train on: a folder, a URL (s3://, gs://, https://, hf://), or several with commas; "
+        "or a folder of images, which is converted first",
     )
-    val: str | None = Field(default=None, description="shards or images to evaluate on (none: no evaluation)")
+    val: tuple[str, ...] | None = Field(
+        default=None, description="shards or images to evaluate on, as for train (none: no evaluation)"
+    )
+    reader: Literal["indexed", "webdataset"] = Field(
+        default="indexed",
+        description="webdataset streams tars that have no manifest; neither exactly once nor exactly resumable",
+    )
+    cache: str | None = Field(default=None, description="this node's folder for remote shards (none: ~/.cache/ssl_vit)")
+    cache_gb: float = Field(default=100.0, gt=0, description="most that the cache may hold, 10^9 bytes")
+    verify: bool = Field(default=False, description="compare every shard's sha256 with the manifest before training")
+    max_bad: int | None = Field(
+        default=None, ge=0, description="damaged samples borne in an epoch (none: 10, or 0.01 % where that is more)"
+    )
     image_size: int | tuple[int, int] = Field(default=224, description="input size, pixels: one side, or H,W")
     crop_area: tuple[float, float] = Field(
         default=(0.05, 1.0), description="share of the area that a random crop takes"
@@ -66,74 +91,139 @@ class Data(Config):
         return area
 
     @property
+    def store(self) -> Store:
+        """The cache of remote shards."""
+        room = int(self.cache_gb * 1e9)
+        return Store(Path(self.cache), room) if self.cache else Store(room=room)
+
+    @property
     def image_hw(self) -> tuple[int, int]:
         """Input height and width, pixels."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
 class Samples(Dataset[Any]):
-    """Samples by (epoch, id), whole batches at a time: image, label, seed, valid."""
+    """Samples by (epoch, id), whole batches at a time: image, label, seed, valid.
 
-    def __init__(self, manifest: Manifest, config: Data, seed: int, training: bool):
+    A sample that cannot be had is replaced by the first of its `substitutes` that can, under its own seed; where there
+    is none it is left out (valid=False). A fault that no other sample cures, such as a source that stays away, is a
+    Refusal.
+    """
+
+    def __init__(
+        self, manifest: Manifest, config: Data, seed: int, training: bool, substitutes: Substitutes | None = None
+    ):
         self.manifest, self.config, self.seed, self.training = manifest, config, seed, training
+        self.substitutes = substitutes
         self._shards: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+        self._lost: dict[int, str] = {}  # shards that could not be opened, and why
 
-    def __getitems__(self, keys: Keys) -> Batch | Refusal:
+    def __getitems__(self, keys: Keys) -> Made | Refusal:
         """A batch; or, as a value, why there is none: an exception would not leave a worker in one line."""
         try:
             return self.batch(keys)
         except Refusal as refusal:
             return refusal
 
-    def batch(self, keys: Keys) -> Batch:
-        """The samples of these keys; raises Refusal where one cannot be had."""
-        size = self.config.image_hw
-        batch = {
-            "image": torch.zeros(len(keys), 3, *size, dtype=torch.uint8),
-            "label": torch.full((len(keys),), -1),
-            "seed": torch.zeros(len(keys), dtype=torch.int64),
-            "valid": torch.zeros(len(keys), dtype=torch.bool),
-        }
+    def batch(self, keys: Keys) -> Made:
+        """The samples of these keys, and the faults among them; raises Refusal."""
+        batch, faults = self.empty(len(keys)), []
         for slot, (epoch, sample) in enumerate(keys):
             if sample < 0:
                 continue  # padding
-            data, label = self.read(sample)
             seed = sample_seed(self.seed, epoch, sample)
-            batch["image"][slot] = self.crop(data, seed, sample)
-            batch["label"][slot], batch["seed"][slot], batch["valid"][slot] = label, seed, True
-        return batch
+            try:
+                image, label = self.sample(sample, seed)
+            except BadSample as error:
+                substitute, image, label = self._instead(epoch, sample, seed)
+                faults.append(Fault(slot, epoch, sample, substitute, str(error)))
+                if substitute is None:
+                    continue
+            batch["image"][slot], batch["label"][slot] = image, label
+            batch["seed"][slot], batch["valid"][slot] = seed, True
+        return batch, faults
+
+    def empty(self, count: int) -> Batch:
+        """A batch in which nothing is valid."""
+        return {
+            "image": torch.zeros(count, 3, *self.config.image_hw, dtype=torch.uint8),
+            "label": torch.full((count,), -1),
+            "seed": torch.zeros(count, dtype=torch.int64),
+            "valid": torch.zeros(count, dtype=torch.bool),
+        }
+
+    def _instead(self, epoch: int, sample: int, seed: int) -> tuple[int | None, torch.Tensor, int]:
+        """The first substitute that can be had, its image and its label."""
+        for substitute in self.substitutes(epoch, sample) if self.substitutes else ():
+            try:
+                return substitute, *self.sample(substitute, seed)
+            except BadSample:
+                continue
+        return None, torch.empty(0), -1
+
+    def sample(self, sample: int, seed: int) -> tuple[torch.Tensor, int]:
+        """The augmented image and the label of a sample; raises BadSample."""
+        data, label = self.read(sample)
+        try:
+            return self.crop(data, seed), label
+        except BadImage as error:
+            raise BadSample(f"{self._where(sample)} cannot be decoded: {error}") from error
 
     def read(self, sample: int) -> tuple[bytes, int]:
-        """The image bytes and the label of a sample; raises Refusal(DATA) where the shard is damaged."""
-        shard = int(np.searchsorted(self.manifest.starts, sample, side="right")) - 1
-        handle, rows = self._open(shard)
-        row = rows[sample - int(self.manifest.starts[shard])]
-        path = self.manifest.folder / self.manifest.shards[shard].name
-        try:
-            data = os.pread(handle, int(row["size"]), int(row["offset"]))
-        except OSError as error:
-            raise Refusal(DISK, f"{path}: {error.strerror}; look after the disk and start again") from error
-        if len(data) != row["size"] or zlib.crc32(data) != row["crc32"]:
-            where = f"{path} at byte {row['offset']}"
-            raise Refusal(DATA, f"{where}: sample {sample} is damaged (its checksum differs); convert the shard again")
-        return data, int(row["label"])
+        """The image bytes and the label of a sample; raises BadSample where they are damaged or gone."""
+        shard = self._shard_of(sample)
+        for attempt in range(2):  # what was damaged on its way is whole when it is read again
+            if shard in self._lost:
+                raise BadSample(self._lost[shard])
+            handle, rows = self._open(shard)
+            row = rows[sample - int(self.manifest.starts[shard])]
+            size, offset = int(row["size"]), int(row["offset"])
+            try:
+                data = self._tried(sample, lambda h=handle, s=size, o=offset: os.pread(h, s, o))
+                if len(data) == size and zlib.crc32(data) == row["crc32"]:
+                    return data, int(row["label"])
+                why = "its checksum differs" if len(data) == size else "the shard is too short"
+                raise BadSample(f"{self._where(sample)} is damaged ({why})")
+            except BadSample:
+                self._close(shard)
+                if attempt:
+                    raise
+        raise AssertionError("unreachable")
 
-    def crop(self, data: bytes, seed: int, sample: int) -> torch.Tensor:
-        """The augmented image, uint8 [3, h, w]; decoded at half its size where the crop is large enough for it."""
+    def _tried(self, sample: int, operation: Callable[[], Any]) -> Any:
+        """Do what the disk may fail at; raises BadSample where it keeps failing."""
+        for attempt in range(TRIES):
+            try:
+                return operation()
+            except OSError as error:
+                if attempt == TRIES - 1 or error.errno in LASTING:
+                    raise BadSample(f"{self._where(sample)} cannot be read: {error.strerror}") from error
+                time.sleep(PAUSE * 2**attempt)
+        raise AssertionError("unreachable")
+
+    def _shard_of(self, sample: int) -> int:
+        return int(np.searchsorted(self.manifest.starts, sample, side="right")) - 1
+
+    def _where(self, sample: int) -> str:
+        shard = self._shard_of(sample)
+        return f"{self.manifest.where(shard)}: sample {sample - int(self.manifest.starts[shard])}"
+
+    def crop(self, data: bytes, seed: int) -> torch.Tensor:
+        """The augmented image, uint8 [3, h, w]; decoded at half its size where the crop is large enough for it.
+
+        Raises BadImage.
+        """
         size = self.config.image_hw
         flip = self.training and self.config.flip and augment.flips(seed)
-        try:
-            full = jpeg_size(data)
-            if full is None:
-                pixels = decode(data)
-                return augment.resized(pixels, self.box(pixels.shape[0], pixels.shape[1], seed), size, flip)
-            box = self.box(*full, seed)
-            half = box.height >= 2 * size[0] and box.width >= 2 * size[1]
-            pixels = decode(data, half)
-            halved = pixels.shape[:2] != full
-            return augment.resized(pixels, box.halved() if halved else box, size, flip)
-        except BadImage as error:
-            raise Refusal(DATA, f"{self.manifest.folder}: sample {sample} cannot be decoded: {error}") from error
+        full = jpeg_size(data)
+        if full is None:
+            pixels = decode(data)
+            return augment.resized(pixels, self.box(pixels.shape[0], pixels.shape[1], seed), size, flip)
+        box = self.box(*full, seed)
+        half = box.height >= 2 * size[0] and box.width >= 2 * size[1]
+        pixels = decode(data, half)
+        halved = pixels.shape[:2] != full
+        return augment.resized(pixels, box.halved() if halved else box, size, flip)
 
     def box(self, height: int, width: int, seed: int) -> augment.Box:
         """The part of an image that is used: a random one in training, else the central one."""
@@ -145,12 +235,20 @@ class Samples(Dataset[Any]):
 
     def _open(self, shard: int) -> tuple[int, np.ndarray]:
         if shard not in self._shards:
-            path = self.manifest.folder / self.manifest.shards[shard].name
+            first = int(self.manifest.starts[shard])
             try:
-                self._shards[shard] = os.open(path, os.O_RDONLY), self.manifest.index(shard)
-            except OSError as error:
-                raise Refusal(DATA, f"{path}: {error.strerror}; the shard was there at the start") from error
+                rows = self.manifest.index(shard)
+                handle = self._tried(first, lambda: os.open(self.manifest.tar(shard), os.O_RDONLY | os.O_NONBLOCK))
+                self._shards[shard] = handle, rows
+            except (BadSample, remote.BadSource, Refusal) as error:
+                if isinstance(error, Refusal) and error.code != DATA:
+                    raise
+                self._lost[shard] = str(error)
+                raise BadSample(str(error)) from error
             if len(self._shards) > OPEN_SHARDS:
-                os.close(self._shards.popitem(last=False)[1][0])
+                self._close(next(iter(self._shards)))
         self._shards.move_to_end(shard)
         return self._shards[shard]
+
+    def _close(self, shard: int) -> None:
+        os.close(self._shards.pop(shard)[0])

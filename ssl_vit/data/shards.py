@@ -1,40 +1,48 @@
-"""A folder of images becomes shards: splits and classes, worker processes, what is done already, the manifest.
+"""Images become shards: splits and classes, worker processes, what is done already, the manifest.
 
-The manifest is written last; until then a shard's note says that it is done.
+Shards are dealt to the processes of a launcher, on one machine or many; each is written down in a note when it is done,
+and whoever finds all notes there writes the manifest. So nobody waits for anybody, and the manifest comes last.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from ssl_vit.config import Config
 from ssl_vit.counter import key, permutation
-from ssl_vit.data import folder, manifest
-from ssl_vit.data.manifest import Manifest, Shard
-from ssl_vit.data.write import NOTES, Job, write_shard
-from ssl_vit.durable import write_bytes
+from ssl_vit.data import duplicates, interop, listing, manifest, remote
+from ssl_vit.data.cache import Store
+from ssl_vit.data.listing import Listing
+from ssl_vit.data.manifest import FILE, Manifest, Shard
+from ssl_vit.data.pool import do
+from ssl_vit.data.target import Target
+from ssl_vit.data.write import DIGEST, NOTES, Job, name_of_note, write_shard
+from ssl_vit.durable import writing
 from ssl_vit.exits import CANNOT_CREATE, DATA, Refusal
-from ssl_vit.family import serve_parent
 
 REJECTS = "rejects.jsonl"
+DUPLICATES = "duplicates.jsonl"
 
 
 class MakeShards(Config):
-    """Convert a folder of images to shards."""
+    """Convert images to shards."""
 
     input: str = Field(
-        description="folder of images: class folders of any depth, or flat; split folders are kept apart"
+        description="folder of images: class folders of any depth, or flat; split folders are kept apart. "
+        "Or a .csv or .parquet file with columns path, label and split (the last two may be missing)"
     )
-    output: str = Field(description="folder for the shards; with splits, one folder each in it")
+    output: str = Field(description="folder or URL (s3://, gs://, hf://) for the shards; with splits, one folder each")
     resize: int | None = Field(
         default=None, ge=1, description="shrink to this short side, pixels (none: original bytes)"
     )
@@ -42,6 +50,14 @@ class MakeShards(Config):
     val_fraction: float = Field(
         default=0.0, ge=0, lt=1, description="share of images for output/val, chosen by a stable hash"
     )
+    class_map: str | None = Field(
+        default=None,
+        description="the classes and their numbers: .txt (a name a line), .json (names, or name -> number), or shards",
+    )
+    exclude: tuple[str, ...] = Field(
+        default=(), description="shards whose images are left out: those of the sets one will be tested on"
+    )
+    follow_links: bool = Field(default=False, description="follow links to folders, and out of the input")
     shard_samples: int = Field(default=1000, ge=1, description="images a shard")
     workers: int | None = Field(default=None, ge=1, description="processes (none: one a core)")
     seed: int = Field(default=0, description="of the shuffle")
@@ -49,157 +65,216 @@ class MakeShards(Config):
 
     @model_validator(mode="after")
     def _apart(self) -> "MakeShards":
+        if remote.is_url(self.output):
+            remote.check(self.output)
+            return self
         source, target = Path(self.input).resolve(), Path(self.output).resolve()
         if target == source or source in target.parents:
             raise ValueError(f"output {self.output} lies inside the input; name a folder outside it")
         return self
 
+    @property
+    def target(self) -> Target:
+        """Where the shards go."""
+        if not remote.is_url(self.output):
+            return Target(Path(self.output))
+        url = remote.check(self.output)
+        return Target(Store().folder / f"sending-{key(url):016x}", url)
 
-def convert(options: MakeShards) -> dict[str, Manifest]:
+
+def convert(options: MakeShards, rank: int = 0, world: int = 1) -> dict[str, Manifest]:
     """Write the shards of every split; a split that is complete is left alone, one begun is continued.
 
-    Returns the manifests by split name ("" where there are no splits). Raises Refusal on empty input and where the
-    output belongs to another job.
+    Process `rank` of `world` writes its share. Returns the manifests by split name ("" where there are no splits), and
+    nothing where other processes are still at work. Raises Refusal on empty input and where the output belongs to
+    another job.
     """
-    root = Path(options.input)
-    names, others = folder.images(root)
-    splits = folder.splits(names, options.val_fraction)
-    classes = sorted({folder.class_of(name, split) for split, names in splits.items() for name in names} - {""})
-    jobs = {split: _job(options, root, split, names, classes) for split, names in splits.items()}
-    with _alone_in(Path(options.output)):
+    found = listing.read(Path(options.input), options.val_fraction, options.follow_links)
+    classes, number = listing.numbers(found.class_of.values(), options.class_map)
+    with _at_work_in(options.target, several=world > 1):
+        excluded = _excluded(options)
+        jobs = {split: _job(options, found, split, number, excluded) for split in found.splits}
         _claim_splits(options, jobs)
         for job in jobs.values():
             _claim(job)
-        done = {split: _write_split(job, classes, options) for split, job in jobs.items()}
-    if others:
-        print(f"{len(others)} were left out, images of other formats or links to folders (first: {others[0]})")
-    return done
+        for job in jobs.values():
+            _write(job, options, rank, world)
+        made = _finish(jobs, classes, options)
+    if found.left_out and rank == 0:
+        what = "images of other formats, or links that are not followed"
+        print(f"{len(found.left_out)} were left out, {what} (first: {found.left_out[0]})")
+    return made
 
 
-def _job(options: MakeShards, root: Path, split: str, names: list[str], classes: list[str]) -> Job:
+def processes(options: MakeShards) -> int:
+    """Worker processes of this process: as asked, or the node's cores shared by the launcher's processes."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return options.workers or max(1, len(os.sched_getaffinity(0)) // local)
+
+
+def _excluded(options: MakeShards) -> Path | None:
+    """The digests of what is to be left out, in a file that is named by its content."""
+    if not options.exclude:
+        return None
+    sets = [manifest.load(name) for name in options.exclude]
+    digests = duplicates.held(sets, processes(options))
+    path = options.target.folder / f".exclude-{hashlib.sha256(digests.tobytes()).hexdigest()}.npy"
+    with writing(path) as file:
+        np.save(file, digests)
+    return path
+
+
+def _job(options: MakeShards, found: Listing, split: str, number: dict[str, int], excluded: Path | None) -> Job:
+    names = found.splits[split]
     order = permutation(key(options.seed, "shuffle", split), len(names))
-    sources = folder.sources(root, [names[i] for i in order], split, classes)
+    sources = listing.sources(found, [names[i] for i in order], number)
     settings = {name: getattr(options, name) for name in ("resize", "val_fraction", "shard_samples", "seed")}
     settings |= {"quality": options.quality if options.resize else None, "split": split}
-    return Job(root, Path(options.output) / split, sources, settings)
+    settings |= {"exclude": excluded.stem.removeprefix(".exclude-") if excluded else None}
+    return Job(found.root, options.target.below(split), sources, settings, excluded)
 
 
 def _claim_splits(options: MakeShards, jobs: dict[str, Job]) -> None:
     """Refuse an output that holds shards in splits where this job has none, or the reverse."""
-    output, folders = Path(options.output), {job.folder for job in jobs.values()}
-    for other in (output, *(output / split for split in ("train", "val"))):
-        if other not in folders and ((other / "manifest.json").exists() or (other / NOTES).exists()):
+    mine = {job.target for job in jobs.values()}
+    for other in (options.target, *map(options.target.below, ("train", "val"))):
+        if other not in mine and (other.size(FILE) or other.size(f"{NOTES}/job")):
             why = f"val_fraction or split folders: this one writes {', '.join(split or 'no split' for split in jobs)}"
-            raise Refusal(CANNOT_CREATE, f"{other}: holds the shards of another job ({why}); name another output")
+            raise Refusal(CANNOT_CREATE, f"{other.name}: holds the shards of another job ({why}); name another output")
 
 
 def _claim(job: Job) -> None:
-    """Make the output folder this job's, or refuse: it may hold this job's shards, and nothing else's."""
-    note = job.folder / NOTES / "job"
-    if (job.folder / "manifest.json").exists():
-        found = manifest.load(job.folder).job
-    elif note.exists():
-        found = json.loads(note.read_text())
-    elif job.folder.exists() and any(path.name != NOTES for path in job.folder.iterdir()):
-        raise Refusal(CANNOT_CREATE, f"{job.folder}: is not empty and holds no shards; name another output")
+    """Make the output this job's, or refuse: it may hold this job's shards, and nothing else's."""
+    target = job.target
+    target.prepare()
+    names = [] if target.size(FILE) or target.size(f"{NOTES}/job") else target.names()
+    text = target.read(FILE)  # read after the files were listed: another process of this job may have begun meanwhile
+    note = target.read(f"{NOTES}/job") if text is None else None
+    if text is not None:
+        known = manifest.read(text, f"{target.name}/{FILE}", target.folder).job
+    elif note is not None:
+        known = json.loads(note)
+    elif any(not name.startswith((f"{NOTES}/", ".exclude-")) for name in names):
+        raise Refusal(CANNOT_CREATE, f"{target.name}: is not empty and holds no shards; name another output")
     else:
-        (job.folder / NOTES).mkdir(parents=True, exist_ok=True)
-        write_bytes(note, json.dumps(job.options | {"digest": job.digest}).encode())
+        target.write(f"{NOTES}/job", json.dumps(job.options | {"digest": job.digest}).encode())
         return
-    if found.get("digest") != job.digest:
+    if known.get("digest") != job.digest:
         changed = [
-            f"{name} {found.get(name)} -> {value}" for name, value in job.options.items() if found.get(name) != value
+            f"{name} {known.get(name)} -> {value}" for name, value in job.options.items() if known.get(name) != value
         ]
         why = ", ".join(changed) or "the input or the options changed"
-        raise Refusal(CANNOT_CREATE, f"{job.folder}: holds the shards of another job ({why}); name another output")
+        raise Refusal(CANNOT_CREATE, f"{target.name}: holds the shards of another job ({why}); name another output")
 
 
-def _write_split(job: Job, classes: list[str], options: MakeShards) -> Manifest:
-    if (job.folder / "manifest.json").exists():
-        return manifest.load(job.folder)
-    size = options.shard_samples
-    numbers = range(-(-len(job.sources) // size))
-    bar = tqdm(total=len(job.sources), unit="img", desc=str(job.folder), disable=options.quiet or None)
-    with bar, _workers(options.workers) as pool:
-        parts = [job.sources[n * size : (n + 1) * size] for n in numbers]
-        lean = replace(job, sources=[])  # a piece of work is sent with its own images only
-        futures = [pool.submit(write_shard, lean, n, part, size) for n, part in zip(numbers, parts, strict=True)]
-        notes = []
-        for future, part in zip(futures, parts, strict=True):
-            notes.append(future.result())
-            bar.update(len(part))
+def _parts(job: Job) -> int:
+    return -(-len(job.sources) // int(str(job.options["shard_samples"])))
+
+
+def _write(job: Job, options: MakeShards, rank: int, world: int) -> None:
+    """Write this process's shards: every `world`-th, so that each is written by one."""
+    if job.target.size(FILE):
+        return
+    size, lean = options.shard_samples, replace(job, sources=[])  # a piece is sent with its own images only
+    parts = {number: job.sources[number * size : (number + 1) * size] for number in range(rank, _parts(job), world)}
+    deadly: set[str] = set()
+
+    def learn(number: int) -> bool:
+        """Find the image at which a worker died, and have it rejected."""
+        mark = job.target.folder / name_of_note(number, "at")
+        if not mark.exists() or not (place := mark.read_bytes()):
+            return False
+        path = parts[number][int.from_bytes(place, "little")].path
+        known = path in deadly
+        deadly.add(path)
+        return not known
+
+    images = sum(map(len, parts.values()))
+    bar = tqdm(total=images, unit="img", desc=job.target.name, disable=options.quiet or rank > 0 or None)
+    with bar:
+        arguments = lambda number: (lean, number, parts[number], size, frozenset(deadly))  # noqa: E731
+        for number, _ in do(list(parts), processes(options), write_shard, arguments, learn):
+            bar.update(len(parts[number]))
+
+
+def _finish(jobs: dict[str, Job], classes: list[str], options: MakeShards) -> dict[str, Manifest]:
+    """Write what comes last, where every shard of every split is done; nothing is returned where one is not."""
+    notes: dict[str, list[dict[str, Any]]] = {}
+    done: dict[str, Manifest] = {}
+    for split, job in jobs.items():
+        text = job.target.read(FILE)
+        if text is not None:
+            done[split] = manifest.read(text, f"{job.target.name}/{FILE}", job.target.folder)
+            continue
+        with ThreadPoolExecutor(32) as pool:
+            found = list(pool.map(job.target.read, map(name_of_note, range(_parts(job)))))
+        if any(note is None for note in found):
+            again = job.target.read(FILE)  # another process may have finished while we looked
+            return _finish(jobs, classes, options) if again is not None else {}
+        notes[split] = [json.loads(note or b"") for note in found]
+    doubled = _duplicates(jobs, options.target) if notes else {}
+    for split, found in notes.items():
+        done[split] = _publish(jobs[split], found, classes, doubled.get(split, 0))
+    if notes and "" not in jobs:
+        options.target.write("_info.json", interop.info(done, below=True))
+    for job in jobs.values():
+        job.target.remove(NOTES)
+    for rest in options.target.folder.glob(".exclude-*.npy"):
+        rest.unlink(missing_ok=True)
+    url = options.target.url
+    return {
+        split: replace(done[split], indexes=Store().of(jobs[split].target.name)) if url else done[split]
+        for split in jobs
+    }
+
+
+def _publish(job: Job, notes: list[dict[str, Any]], classes: list[str], doubled: int) -> Manifest:
+    """Write a split's manifest, and before it what stands beside it."""
     rejects = [reject for note in notes for reject in note["rejects"]]
-    shards = [Shard(**note["shard"]) for note in notes if note["shard"]["samples"]]
-    if not shards:
+    shards = [Shard(**note["shard"]) for note in notes]
+    if not any(shard.samples for shard in shards):
         raise Refusal(DATA, f"{job.root}: not one image could be decoded (first: {rejects[0]})")
-    for note in notes:
-        if not note["shard"]["samples"]:  # every image of it was rejected
-            for suffix in (".tar", ".npy"):
-                (job.folder / note["shard"]["name"]).with_suffix(suffix).unlink(missing_ok=True)
+    for shard in shards:
+        if not shard.samples:  # every image of it was rejected
+            job.target.remove(shard.name)
+            job.target.remove(shard.index)
     if rejects:
-        write_bytes(job.folder / REJECTS, "".join(json.dumps(r) + "\n" for r in rejects).encode())
-    made = Manifest(job.folder, job.options | {"digest": job.digest, "rejects": len(rejects)}, classes, shards)
-    for draft in job.folder.glob(".*.tmp-*"):  # of a run that was killed
-        draft.unlink()
-    manifest.save(made)
-    shutil.rmtree(job.folder / NOTES)
+        lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
+        job.target.write(REJECTS, lines.encode())
+    said = job.options | {"digest": job.digest, "rejects": len(rejects), "duplicates": doubled}
+    made = Manifest(job.target.folder, said, classes, [shard for shard in shards if shard.samples])
+    for draft in job.target.folder.glob(".*.tmp-*"):  # of a run that was killed
+        draft.unlink(missing_ok=True)
+    job.target.write("sizes.json", interop.sizes(made))
+    job.target.write("_info.json", interop.info({str(job.options["split"]): made}, below=False))
+    job.target.write(FILE, manifest.encode(made))
     return made
 
 
-@contextlib.contextmanager
-def _workers(count: int | None) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes that end with this one; when it is interrupted, work that has not begun is dropped."""
-    pool = ProcessPoolExecutor(count, initializer=serve_parent)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _duplicates(jobs: dict[str, Job], target: Target) -> dict[str, int]:
+    """How many images of each split are doubled in it; those in two splits are listed in a file."""
+    splits = {}
+    for split, job in jobs.items():
+        parts = [job.target.read(name_of_note(number, "sha256")) or b"" for number in range(_parts(job))]
+        splits[split] = (np.frombuffer(b"".join(parts), DIGEST), [source.path for source in job.sources])
+    rows = list(duplicates.across(splits))
+    if rows:
+        target.write(DUPLICATES, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        shown = ", ".join(f"{split}: {path}" for split, path in rows[0].items() if split != "sha256")
+        print(f"{len(rows)} images stand in two splits (first: {shown}); all are in {target.name}/{DUPLICATES}")
+    return {split: duplicates.within(digests) for split, (digests, _) in splits.items()}
 
 
 @contextlib.contextmanager
-def _alone_in(output: Path) -> Iterator[None]:
-    """Hold a folder: a second conversion of this machine into it waits, and then finds the work done."""
+def _at_work_in(target: Target, several: bool) -> Iterator[None]:
+    """Hold a folder: a second conversion of this machine into it waits, and then finds the work done.
+
+    The processes of one launcher hold it together.
+    """
+    target.prepare()
+    handle = os.open(target.folder, os.O_RDONLY)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        handle = os.open(output, os.O_RDONLY)
-    except OSError as error:
-        raise Refusal(CANNOT_CREATE, f"{output}: {error.strerror}; name another output") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        fcntl.flock(handle, fcntl.LOCK_SH if several else fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
-
-
-def resolve(path: str, split: str, cache: Path, may_convert: bool = True) -> Manifest:
-    """The manifest of a folder of shards; a folder of images is converted first, into a folder under `cache`.
-
-    Where the folder holds splits, `split` (train or val) is taken. Raises Refusal(DATA) where the folder is missing,
-    has tars but no manifest, or would have to be converted and `may_convert` is False.
-    """
-    given = Path(path)
-    if not given.is_dir() or (given / "manifest.json").exists():
-        return manifest.load(given)
-    parts = {p.parent.name: manifest.load(p.parent) for p in given.glob("*/manifest.json")}
-    if parts:
-        return _part(parts, split, given)
-    if any(given.glob("*.tar")):
-        raise Refusal(
-            DATA, f"{given}: has tars but no manifest.json; its conversion did not end: run make_shards again"
-        )
-    listing = folder.sources(given, folder.images(given)[0], "", [])  # other images in it are another data set
-    target = cache / f"{given.resolve().name}-{key(str(given.resolve()), *map(str, listing)):016x}"
-    command = f"tools/make_shards.py input={given} output={target}"
-    if not may_convert:
-        raise Refusal(DATA, f"{given}: is a folder of images, which several processes cannot convert; first: {command}")
-    print(f"{given} is a folder of images; doing {command}", flush=True)
-    made = convert(MakeShards(input=path, output=str(target)))
-    return made[""] if "" in made else _part(made, split, given)
-
-
-def _part(parts: dict[str, Manifest], split: str, given: Path) -> Manifest:
-    names = ("train",) if split == "train" else ("val", "validation", "valid", "test")
-    found = next((parts[name] for name in names if name in parts), None)
-    if found is None:
-        raise Refusal(DATA, f"{given}: has no split {split}, only {', '.join(sorted(parts))}")
-    return found

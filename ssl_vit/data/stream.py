@@ -4,10 +4,13 @@ Workers keep no state: they are told (epoch, sample id) and everything else foll
 """
 
 import atexit
+import math
 import os
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -15,12 +18,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from ssl_vit.counter import key, permutation
+from ssl_vit.data.cache import Ahead, Wanted
+from ssl_vit.data.faults import Faults
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.plan import Plan, in_order
-from ssl_vit.data.samples import Data, Keys, Samples
+from ssl_vit.data.samples import Data, Keys, Made, Samples
 from ssl_vit.exits import Refusal
 from ssl_vit.family import serve_parent
 from ssl_vit.model import Batch
+
+SUBSTITUTES = 3  # tried in the shuffle window of a bad sample, and as many in the whole set
 
 
 @dataclass(frozen=True)
@@ -36,29 +43,77 @@ class TrainingStream:
     """The endless training data of one process, from any position in it."""
 
     def __init__(self, manifest: Manifest, config: Data, seed: int, batch: int):
-        self.samples = Samples(manifest, config, seed, training=True)
-        self.config, self.batch = config, batch
-        self.ids = subset(manifest.samples, config.subset)
-        per_shard = np.diff(np.searchsorted(self.ids, manifest.starts))
-        self.plan = Plan(per_shard, seed, batch, config.lanes, config.window)
+        self.config, self.batch, self.seed = config, batch, seed
+        self.ids = subset(manifest.samples, config.subset) if config.subset < 1 else None  # all: no list of them
+        sizes = [shard.samples for shard in manifest.shards]
+        self._sizes = sizes if self.ids is None else np.diff(np.searchsorted(self.ids, manifest.starts))
+        self.plan = self._plan()
+        self.samples = Samples(manifest, config, seed, training=True, substitutes=self.substitutes)
+        self.faults = Faults()
+
+    def _plan(self) -> Plan:
+        return Plan(self._sizes, self.seed, self.batch, self.config.lanes, self.config.window)
 
     @property
     def epoch_samples(self) -> int:
         """Samples in an epoch."""
-        return len(self.ids)
+        return self.plan.total
+
+    @property
+    def identity(self) -> str:
+        """A digest of what is streamed."""
+        return self.samples.manifest.identity
+
+    def _id(self, place: int) -> int:
+        return place if self.ids is None else int(self.ids[place])
 
     def keys(self, seen: int, share: Share) -> Iterator[Keys]:
         """The micro batches of this process from stream position `seen` (in samples) on."""
         while True:
             mine = self.plan.samples(seen, self.batch, share.rank, share.world)
-            chosen = [(epoch, int(self.ids[i])) for epoch, i in mine]
+            chosen = [(epoch, self._id(place)) for epoch, place in mine]
             for first in range(0, len(chosen), share.micro_batch):
                 yield chosen[first : first + share.micro_batch]
             seen += self.batch
 
+    def substitutes(self, epoch: int, sample: int) -> Iterator[int]:
+        """What may take the place of a sample: three of its shuffle window, then three of the whole set."""
+        place = sample if self.ids is None else int(np.searchsorted(self.ids, sample))
+        for attempt in range(SUBSTITUTES):
+            yield self._id(self.plan.neighbour(epoch, place, attempt))
+        for attempt in range(SUBSTITUTES):
+            yield self._id(key(self.seed, "anywhere", epoch, sample, attempt) % self.epoch_samples)
+
     def batches(self, seen: int, share: Share, device: torch.device) -> Iterator[Batch]:
         """Micro batches on the device."""
-        return _batches(self.samples, self.keys(seen, share), self.config.workers, device)
+        keys = self.keys(seen, share)
+        ahead = self._ahead(seen, share) if self.samples.manifest.wanted(0) else None
+        made = _made(self.samples, _following(keys, ahead) if ahead else keys, self.config.workers, device)
+        yield from on_device(accepted(made, self.samples, share.micro_batch, self.faults), device)
+
+    def _ahead(self, seen: int, share: Share) -> Iterator[None]:
+        """Have remote shards fetched one shuffle window before they are needed; to be advanced once a micro batch."""
+        plan, fetcher, asked = self._plan(), Ahead(), OrderedDict[int, None]()
+        span = plan.lanes * plan.window  # samples of the whole stream until each lane is through a window
+        shards = self.samples.manifest
+        try:
+            for start in count(seen, self.batch):
+                # the first call looks over the whole window, each later one at the batch that comes into sight
+                first = start if start == seen else start + span // self.batch * self.batch
+                for at in range(first, start + span + self.batch, self.batch):
+                    ids = [self._id(place) for _, place in plan.samples(at, self.batch, share.rank, share.world)]
+                    for shard in dict.fromkeys((np.searchsorted(shards.starts, ids, side="right") - 1).tolist()):
+                        if shard not in asked:
+                            for cache, name, size, digest in shards.wanted(shard):
+                                fetcher.fetch(Wanted(cache.url, str(cache.folder), cache.room, name, size, digest))
+                        asked[shard] = None
+                        asked.move_to_end(shard)
+                while len(asked) > 4 * plan.lanes * self.config.window:
+                    asked.popitem(last=False)
+                for _ in range(self.batch // share.world // share.micro_batch):
+                    yield
+        finally:
+            fetcher.close()
 
 
 class EvaluationStream:
@@ -67,17 +122,18 @@ class EvaluationStream:
     def __init__(self, manifest: Manifest, config: Data, batch: int):
         self.samples = Samples(manifest, config, seed=0, training=False)
         self.batch, self.count = batch, manifest.samples
+        self.faults = Faults()
 
     def batches(self, share: Share, device: torch.device) -> Iterator[Batch]:
-        """This process's batches, padded with valid=False."""
+        """This process's batches, padded with valid=False; a sample that cannot be had is padding too."""
         keys = in_order(self.count, self.batch, share.rank, share.world)
-        return _batches(self.samples, keys, self.samples.config.workers, device)
+        made = _made(self.samples, keys, self.samples.config.workers, device)
+        yield from on_device(accepted(made, self.samples, self.batch, self.faults, len(keys)), device)
 
 
 def subset(samples: int, share: float) -> np.ndarray:
     """The ids of a fixed random share of the samples, ascending; a smaller share is part of a larger one."""
-    count = max(1, round(samples * share))
-    return np.sort(permutation(key("subset", samples), samples)[:count]) if share < 1 else np.arange(samples)
+    return np.sort(permutation(key("subset", samples), samples)[: max(1, round(samples * share))])
 
 
 def default_workers() -> int:
@@ -86,11 +142,23 @@ def default_workers() -> int:
     return max(1, min(12, len(os.sched_getaffinity(0)) // local - 1))
 
 
-def _batches(samples: Samples, keys: Iterable[Keys], workers: int | None, device: torch.device) -> Iterator[Batch]:
+def _following(keys: Iterator[Keys], ahead: Iterator[None]) -> Iterator[Keys]:
+    for micro_batch in keys:
+        next(ahead)
+        yield micro_batch
+
+
+def _made(samples: Samples, keys: Iterable[Keys], workers: int | None, device: torch.device) -> Any:
+    """What the workers make of the keys, in their order."""
+    return loaded(samples, workers, device, batch_sampler=keys)
+
+
+def loaded(source: Any, workers: int | None, device: torch.device, **options: Any) -> Iterator[Made | Refusal]:
+    """What worker processes make of a torch data set."""
     workers = default_workers() if workers is None else workers
     loader = DataLoader(
-        samples,
-        batch_sampler=keys,  # type: ignore[arg-type]  # any iterable of lists of keys does
+        source,
+        **(options or {"batch_size": None}),
         collate_fn=_as_is,
         num_workers=workers,
         pin_memory=device.type == "cuda",
@@ -100,7 +168,7 @@ def _batches(samples: Samples, keys: Iterable[Keys], workers: int | None, device
     iterator = iter(loader)
     if workers:
         _working.add(iterator)
-    return _on_device(iterator, device)
+    return iterator
 
 
 _working: "weakref.WeakSet[Any]" = weakref.WeakSet()
@@ -113,6 +181,26 @@ def _dismiss() -> None:
         iterator._shutdown_workers()
 
 
+def accepted(
+    made: Iterable[Made | Refusal], samples: Samples, size: int, faults: Faults, left: float = math.inf
+) -> Iterator[Batch]:
+    """The `left` batches of `size`, their faults noted.
+
+    After a fatal fault the rest is empty batches: no process may leave the others alone.
+    """
+    for answer in made:
+        if isinstance(answer, Refusal):
+            faults.fatal = answer
+            break
+        batch, bad = answer
+        faults.met(len(batch["valid"]), bad)
+        left -= 1
+        yield batch
+    while faults.fatal is not None and left > 0:
+        left -= 1
+        yield samples.empty(size)
+
+
 def _as_is(batch: Any) -> Any:
     return batch
 
@@ -123,16 +211,16 @@ def _begin_work(worker: int) -> None:
     serve_parent()
 
 
-def _on_device(batches: Iterator[Batch | Refusal], device: torch.device) -> Iterator[Batch]:
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Move batches to the device; on a GPU one ahead, on a stream of its own beside the computation."""
     if device.type != "cuda":
-        yield from map(_accept, batches)
+        yield from batches
         return
     side = torch.cuda.Stream(device)
     ready: Batch | None = None
     for batch in batches:
         with torch.cuda.stream(side):
-            coming = {name: value.to(device, non_blocking=True) for name, value in _accept(batch).items()}
+            coming = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         if ready is not None:
             yield ready
         torch.cuda.current_stream(device).wait_stream(side)
@@ -141,9 +229,3 @@ def _on_device(batches: Iterator[Batch | Refusal], device: torch.device) -> Iter
         ready = coming
     if ready is not None:
         yield ready
-
-
-def _accept(batch: Batch | Refusal) -> Batch:
-    if isinstance(batch, Refusal):
-        raise batch
-    return batch

@@ -1,27 +1,34 @@
 """One shard: a pure function of (job, shard number).
 
-Any worker may write any shard, in any order, again after a kill, and the bytes are the same.
+Any worker on any machine may write any shard, in any order, again after a kill, and the bytes are the same.
 """
 
 import contextlib
 import hashlib
 import io
 import json
+import os
 import tarfile
 import zlib
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from ssl_vit.data.decode import FORMATS, BadImage, open_image, to_rgb
-from ssl_vit.data.folder import Source
-from ssl_vit.data.manifest import ENTRY, Shard
-from ssl_vit.durable import sha256, write_bytes, writing
+from ssl_vit.data import decode
+from ssl_vit.data.decode import BadImage
+from ssl_vit.data.listing import Source
+from ssl_vit.data.manifest import ENTRY, Shard, name_of_index
+from ssl_vit.data.target import Target
+from ssl_vit.durable import writing
 
-NOTES = ".notes"  # the shards' notes, until the manifest takes their place
+NOTES = ".notes"  # what is known of each shard, until the manifest takes its place
+DIGEST = np.dtype("S32")  # a sha256; zeros stand for none
+NO_DIGEST = bytes(32)
 
 
 @dataclass(frozen=True)
@@ -29,9 +36,10 @@ class Job:
     """Everything that one split's shards are a function of."""
 
     root: Path
-    folder: Path
+    target: Target
     sources: list[Source]  # in their final order
     options: dict[str, object]  # what the manifest says of the job
+    excluded: Path | None = None  # a sorted array of DIGEST, of the images to leave out
 
     @cached_property
     def digest(self) -> str:
@@ -40,37 +48,90 @@ class Job:
         return hashlib.sha256((json.dumps(self.options, sort_keys=True) + listing).encode()).hexdigest()
 
 
-def write_shard(job: Job, number: int, sources: list[Source], shard_samples: int) -> dict:
-    """Write shard `number`, its index and then its note; returns the note, at once where it is there already."""
-    tar, note_path = job.folder / f"{number:06d}.tar", job.folder / NOTES / f"{number:06d}.json"
-    with contextlib.suppress(OSError, ValueError):
-        note = json.loads(note_path.read_text())
-        if tar.stat().st_size == note["shard"]["bytes"] and tar.with_suffix(".npy").exists():
+def name_of_note(number: int, suffix: str = "json") -> str:
+    """Where what is known of a shard is written down."""
+    return f"{NOTES}/{number:06d}.{suffix}"
+
+
+class _Hashed:
+    """A file that is hashed as it is written."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.size
+
+
+def write_shard(
+    job: Job, number: int, sources: list[Source], shard_samples: int, deadly: Container[str] = ()
+) -> dict[str, Any]:
+    """Write shard `number`, its index and then its note; returns the note, at once where it is there already.
+
+    `deadly` are the paths of images at which a decoder crashed.
+    """
+    target, name = job.target, f"{number:06d}.tar"
+    with contextlib.suppress(ValueError, KeyError):
+        note = json.loads(target.read(name_of_note(number)) or b"")
+        if target.size(name) == note["shard"]["bytes"] and target.size(name_of_index(name)) is not None:
             return note
-    rows, rejects = [], []
-    with writing(tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for place, source in enumerate(sources, start=number * shard_samples):
-            try:
-                data, suffix = load(job.root / source.path, job.options["resize"], job.options["quality"])
-            except BadImage as error:
-                rejects.append({"path": source.path, "reason": str(error)})
-                continue
-            add(archive, f"{place:09d}.{suffix}", data)
-            rows.append((archive.offset - -(-len(data) // 512) * 512, len(data), source.label, zlib.crc32(data)))
-            if source.label >= 0:
-                add(archive, f"{place:09d}.cls", str(source.label).encode())
-            add(
-                archive,
-                f"{place:09d}.json",
-                json.dumps({"path": source.path}, ensure_ascii=False).encode(errors="backslashreplace"),
-            )
+    (target.folder / NOTES).mkdir(parents=True, exist_ok=True)
+    mark = target.folder / name_of_note(number, "at")
+    excluded = np.load(job.excluded, mmap_mode="r") if job.excluded else None
+    rows, rejects, digests = [], [], [NO_DIGEST] * len(sources)
+    with writing(target.folder / name) as file, mark.open("wb", buffering=0) as at:
+        hashed = _Hashed(file)
+        with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as archive:  # type: ignore[call-overload]
+            for place, source in enumerate(sources):
+                os.pwrite(at.fileno(), place.to_bytes(8, "little"), 0)  # whoever finds us dead sees where
+                try:
+                    if source.path in deadly:
+                        raise BadImage("its decoder crashes")
+                    original = read(job.root / source.path, source)
+                    digest = hashlib.sha256(original).digest()
+                    if excluded is not None and contains(excluded, digest):
+                        raise BadImage("it is in what exclude= names")
+                    data, suffix = checked(original, job.options["resize"], job.options["quality"])
+                except BadImage as error:
+                    rejects.append({"path": source.path, "reason": str(error)})
+                    continue
+                digests[place] = digest
+                stem = f"{number * shard_samples + place:09d}"
+                add(archive, f"{stem}.{suffix}", data)
+                rows.append((archive.offset - -(-len(data) // 512) * 512, len(data), source.label, zlib.crc32(data)))
+                if source.label >= 0:
+                    add(archive, f"{stem}.cls", str(source.label).encode())
+                said = json.dumps({"path": source.path, "sha256": digest.hex()}, ensure_ascii=False)
+                add(archive, f"{stem}.json", said.encode(errors="backslashreplace"))
     buffer = io.BytesIO()
     np.save(buffer, np.array(rows, dtype=ENTRY), allow_pickle=False)
-    write_bytes(tar.with_suffix(".npy"), buffer.getvalue())
-    shard = Shard(name=tar.name, samples=len(rows), bytes=tar.stat().st_size, sha256=sha256(tar))
+    index = buffer.getvalue()
+    shard = Shard(
+        name=name,
+        samples=len(rows),
+        bytes=hashed.size,
+        sha256=hashed.sha256.hexdigest(),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+    )
+    target.send(name)
+    target.write(shard.index, index)
+    target.write(name_of_note(number, "sha256"), b"".join(digests))
     note = {"shard": shard.model_dump(), "rejects": rejects}
-    write_bytes(note_path, json.dumps(note, ensure_ascii=False).encode(errors="backslashreplace"))
+    target.write(name_of_note(number), json.dumps(note, ensure_ascii=False).encode(errors="backslashreplace"))
+    mark.unlink()
     return note
+
+
+def contains(digests: np.ndarray, digest: bytes) -> bool:
+    """Whether a sorted array of DIGEST holds a digest."""
+    wanted = np.frombuffer(digest, DIGEST)[0]
+    place = int(np.searchsorted(digests, wanted))
+    return place < len(digests) and digests[place] == wanted
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -80,19 +141,29 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(member, io.BytesIO(data))
 
 
-def load(path: Path, resize: object, quality: object) -> tuple[bytes, str]:
-    """An image file's bytes and suffix, decoded once to be sure; shrunk where asked. Raises BadImage."""
+def read(path: Path, source: Source) -> bytes:
+    """An image file as it was when it was listed. Raises BadImage."""
     try:
         if not path.is_file():
             raise BadImage("not a regular file")
+        if source.size > decode.MAX_BYTES:
+            raise BadImage(f"{source.size} bytes are over the limit of {decode.MAX_BYTES}")
         data = path.read_bytes()
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror}") from error
-    image = open_image(data)
-    suffix = FORMATS[str(image.format)]
-    pixels = to_rgb(image)
-    if not isinstance(resize, int) or min(pixels.size) <= resize:
+    if len(data) != source.size:
+        raise BadImage("it changed while it was converted")
+    return data
+
+
+def checked(data: bytes, resize: object, quality: object) -> tuple[bytes, str]:
+    """Bytes and suffix of an image that was decoded once to be sure; shrunk where asked. Raises BadImage."""
+    image = decode.open_image(data)
+    suffix = decode.FORMATS[str(image.format)]
+    if not isinstance(resize, int) or min(image.size) <= resize:
+        decode.decode(data)
         return data, suffix
+    pixels = decode.to_rgb(image)
     scale = resize / min(pixels.size)
     size = (max(resize, round(pixels.width * scale)), max(resize, round(pixels.height * scale)))
     buffer = io.BytesIO()

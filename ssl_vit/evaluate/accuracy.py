@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit.data.stream import EvaluationStream, Share
+from ssl_vit.exits import DATA, Refusal
 
+SHOWN = 10  # faults that a process prints
 Sums = dict[str, Tensor]
 
 
@@ -37,13 +39,21 @@ class HeldOut:
         self.total, self.report = total, report
 
     def run(self, model: nn.Module) -> Iterator[tuple[str, float]]:
-        """The head's report, and `samples`: how many were counted."""
+        """The head's report, and how many `samples` were counted, how many `bad_samples` could not be."""
         sums: Sums = {}
         for batch in self.stream.batches(self.share, self.device):
             output = model(batch)
             parts = {**output.sums, "_weight": output.weight}
             sums = {name: sums[name] + part if name in sums else part for name, part in parts.items()}
-        sums = self.total(sums)
+        faults, fatal = self.stream.faults.take(), self.stream.faults.fatal
+        for fault in faults[:SHOWN]:
+            print(f"evaluation leaves out sample {fault.sample}: {fault.reason}", flush=True)
+        mine = torch.tensor([len(faults), fatal is not None], device=self.device)
+        sums = self.total({**sums, "_faults": mine})
+        bad, failed = sums.pop("_faults").tolist()
+        if failed:
+            raise fatal or Refusal(DATA, "another process cannot read the evaluation data; see its message")
         weight = float(sums.pop("_weight"))
         yield from self.report(sums, max(1.0, weight)).items()
         yield "samples", int(weight)
+        yield "bad_samples", bad

@@ -80,20 +80,52 @@ def total(accelerator: "Accelerator", sums: dict[str, Tensor]) -> dict[str, Tens
     return {name: value.cpu() for name, value in whole.items()}
 
 
+class Later:
+    """Sums over all processes that are started in one step and read in the next, on the CPU: no step waits for them."""
+
+    def __init__(self, accelerator: "Accelerator"):
+        self._several = accelerator.num_processes > 1
+        self._group: Any = dist.new_group(backend="gloo") if self._several else None
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def sums(self, values: Tensor, wait: bool = False) -> list[list[float]]:
+        """Give this step's values; returns the sums of the last step, and with `wait` this step's too, oldest first."""
+        if not self._several:
+            return [values.tolist()]
+        found = self.close()
+        total = values.clone()
+        self._pending = dist.all_reduce(total, group=self._group, async_op=True), total
+        return found + (self.close() if wait else [])
+
+    def first(self, value: Value | None) -> Value | None:
+        """The first process's value that is not None, on every process, which all have to ask at once."""
+        found: list[Any] = [value]
+        if self._several:
+            found = [None] * dist.get_world_size()
+            dist.all_gather_object(found, value, group=self._group)
+        return next((one for one in found if one is not None), None)
+
+    def close(self) -> list[list[float]]:
+        """Wait for the sums that are under way."""
+        if self._pending is None:
+            return []
+        work, values = self._pending
+        work.wait()
+        self._pending = None
+        return [values.tolist()]
+
+
 class StopSignal:
     """Whether to stop: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to any process stops all after the same step.
 
-    The handler only sets a flag. The flags are summed by an asynchronous all-reduce on the CPU that is started in one
-    step and read in the next, so no step waits for it. A second signal ends the process at once.
+    The handler only sets a flag, and the flags are summed. A second signal ends the process at once.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self, accelerator: "Accelerator"):
         self.raised = 0
-        self._several = accelerator.num_processes > 1
-        self._group: Any = dist.new_group(backend="gloo") if self._several else None
-        self._pending: tuple[Any, Tensor] | None = None
+        self._later = Later(accelerator)
         self._before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
 
     def _handle(self, number: int, frame: object) -> None:
@@ -104,20 +136,10 @@ class StopSignal:
 
     def agreed(self) -> bool:
         """Called once a step by every process: True on all of them in the same step."""
-        if not self._several:
-            return bool(self.raised)
-        stop = False
-        if self._pending is not None:
-            work, votes = self._pending
-            work.wait()
-            stop = bool(votes)
-        votes = torch.tensor(float(self.raised))
-        self._pending = dist.all_reduce(votes, group=self._group, async_op=True), votes
-        return stop
+        return any(bool(votes) for (votes,) in self._later.sums(torch.tensor([float(self.raised)])))
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""
-        if self._pending is not None:
-            self._pending[0].wait()
+        self._later.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)

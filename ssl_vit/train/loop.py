@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ssl_vit.config import Config
 from ssl_vit.counter import key
+from ssl_vit.data.sequential import SequentialStream
 from ssl_vit.data.stream import Share, TrainingStream
 from ssl_vit.evaluate.accuracy import Evaluator
 from ssl_vit.exits import DATA, MISMATCH, PREEMPTED, USAGE, Refusal
@@ -24,6 +25,7 @@ from ssl_vit.train.distributed import Precision, StopSignal, from_main, total
 from ssl_vit.train.optim import Optim, set_rate
 from ssl_vit.train.run import Run
 from ssl_vit.train.tracker import Tracker, TrackerName
+from ssl_vit.train.watch import DataWatch
 from ssl_vit.train.window import Window
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class Task:
     """What a loop needs beside its config, built by the recipe."""
 
     model: Model
-    stream: TrainingStream
+    stream: TrainingStream | SequentialStream
     optim: Optim
     evaluators: Sequence[Evaluator] = ()
     panel: Batch | None = None  # a few fixed images to draw at every evaluation
@@ -80,7 +82,7 @@ def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop
     """
     share = shared(loop, accelerator.process_index, accelerator.num_processes)
     model, optimizer = task.model.to(accelerator.device), task.optim.build(task.model)
-    run.step, window = resume(run, accelerator, task, optimizer)
+    run.step, window, bad = resume(run, accelerator, task, optimizer)
     if run.step >= loop.steps:
         return last_row(run)
     if loop.compile or (loop.compile is None and accelerator.device.type == "cuda" and has_compiler()):
@@ -89,6 +91,9 @@ def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop
     batches = task.stream.batches(run.step * loop.batch, share, accelerator.device)
     tracker = Tracker(accelerator, run.folder, run.step, loop.steps, loop.quiet)
     stop = stop or StopSignal(accelerator)
+    data = task.stream
+    watch = DataWatch(accelerator, data.faults, run.folder, data.epoch_samples, data.config.max_bad)
+    watch.resume(run.step * loop.batch, bad)
     row: dict[str, Any] = {}
     began, first = time.monotonic(), run.step
     try:
@@ -103,13 +108,16 @@ def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop
                 left = (time.monotonic() - began) / (run.step - first) * (loop.steps - run.step)
                 row = {"step": run.step, "samples_seen": run.step * loop.batch, "lr": rate}
                 row |= window.report(accelerator, task.model.head.report, task.flops)
+                row["bad_samples"] = watch.bad
                 check_numbers(row)
                 row |= evaluate(wrapped, task, tracker, run) if judge else {}
                 tracker.row(row, left)
                 window = Window()
             stopping = stop.agreed()
-            if stopping or run.step == loop.steps or run.step % loop.save_every == 0:
-                save(run, accelerator, loop, task, optimizer, window)
+            due = bool(stopping or run.step == loop.steps or run.step % loop.save_every == 0)
+            watch.check(run.step * loop.batch, wait=due)
+            if due:
+                save(run, accelerator, loop, task, optimizer, window, watch.bad)
             if stopping and run.step < loop.steps:
                 raise Refusal(PREEMPTED, f"stopped at step {run.step} of {loop.steps}; the same command goes on")
     finally:
@@ -209,30 +217,36 @@ def evaluate(model: nn.Module, task: Task, tracker: Tracker, run: Run) -> dict[s
     return values
 
 
-def save(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, optimizer: Optimizer, window: Window) -> None:
+def save(
+    run: Run, accelerator: "Accelerator", loop: Loop, task: Task, optimizer: Optimizer, window: Window, bad: int
+) -> None:
     """Publish a checkpoint; the main process writes, all take part in the sums and in its verdict."""
     state: dict[str, Any] = {f"window.{name}": value for name, value in total(accelerator, window.sums).items()}
     state |= {
         "step": run.step,
         "samples_seen": run.step * loop.batch,
         "seed": loop.seed,
-        "data": task.stream.samples.manifest.identity,
+        "data": task.stream.identity,
+        "bad_samples": bad,
     }
     from_main(accelerator, lambda: checkpoint.save(run.checkpoints, run.step, loop.keep, task.model, optimizer, state))
 
 
-def resume(run: Run, accelerator: "Accelerator", task: Task, optimizer: Optimizer) -> tuple[int, Window]:
-    """The step to go on from, with weights and optimizer put in place; step 0 where there is no checkpoint."""
+def resume(run: Run, accelerator: "Accelerator", task: Task, optimizer: Optimizer) -> tuple[int, Window, int]:
+    """The step to go on from, what was summed since its last row, and the bad samples of its epoch.
+
+    Weights and optimizer are put in place; it is step 0 where there is no checkpoint.
+    """
     folder = from_main(accelerator, lambda: checkpoint.newest(run.checkpoints))
     if folder is None:
-        return 0, Window()
+        return 0, Window(), 0
     state = checkpoint.load(folder, task.model, optimizer)
-    if state["data"] != task.stream.samples.manifest.identity:
+    if state["data"] != task.stream.identity:
         raise Refusal(MISMATCH, f"run={run.folder}: was started on other data than data.train holds now")
     sums = {name.removeprefix("window."): value for name, value in state.items() if name.startswith("window.")}
     device = accelerator.device
     mine = {name: value.to(device) for name, value in sums.items()} if accelerator.is_main_process else {}
-    return state["step"], Window(mine)
+    return state["step"], Window(mine), state["bad_samples"]
 
 
 def last_row(run: Run) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 from pictures import NAMES, contents, encoded, make, one, picture, write_pictures
 
 from ssl_vit import exits
-from ssl_vit.data import manifest, shards
+from ssl_vit.data import manifest, pool, shards
 from ssl_vit.data.shards import write_shard
 
 
@@ -226,7 +226,7 @@ class Weighing(ProcessPoolExecutor):
 
 def test_a_piece_of_work_does_not_grow_with_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Sent with the whole listing, the 1,281 shards of ImageNet cost over an hour of pickling alone."""
-    monkeypatch.setattr(shards, "ProcessPoolExecutor", Weighing)
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", Weighing)
     heaviest = []
     for count in (10, 100):
         Weighing.weights = []

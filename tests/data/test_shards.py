@@ -17,7 +17,8 @@ from PIL import Image
 
 from ssl_vit import exits
 from ssl_vit.data import manifest
-from ssl_vit.data.shards import resolve
+from ssl_vit.data.cache import Store
+from ssl_vit.data.find import sets
 
 
 @pytest.fixture
@@ -47,7 +48,11 @@ def test_the_manifest_tells_the_truth(source: Path, tmp_path: Path):
         data = (made.folder / shard.name).read_bytes()
         assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     made.check()
-    allowed = {f"{n:06d}.{kind}" for n in range(3) for kind in ("tar", "npy")} | {"manifest.json"}
+    allowed = {f"{n:06d}.{kind}" for n in range(3) for kind in ("tar", "npy")} | {
+        "manifest.json",
+        "sizes.json",
+        "_info.json",
+    }
     assert set(contents(tmp_path / "out")) == allowed
 
 
@@ -164,7 +169,7 @@ def test_rejects_are_listed_with_a_reason(source: Path, tmp_path: Path):
         n: (source / n).read_bytes() for n in NAMES
     }
     assert [shard.samples for shard in made.shards] == [1] * len(NAMES)
-    assert len(contents(tmp_path / "out")) == 2 * len(NAMES) + 2
+    assert len(contents(tmp_path / "out")) == 2 * len(NAMES) + 4
     made.check()
 
 
@@ -205,6 +210,9 @@ def test_a_name_that_is_not_unicode_is_no_obstacle(source: Path, tmp_path: Path)
 
 
 def test_a_folder_of_images_may_stand_for_its_shards(source: Path, tmp_path: Path):
+    def resolve(path: str, split: str, converted: Path) -> manifest.Manifest:
+        return sets((path,), split, converted, Store())
+
     made = resolve(str(source), "train", tmp_path / "cache")
     assert made.samples == len(NAMES)
     assert made.folder.is_relative_to(tmp_path / "cache")
@@ -213,7 +221,7 @@ def test_a_folder_of_images_may_stand_for_its_shards(source: Path, tmp_path: Pat
     with pytest.raises(exits.Refusal, match="no such folder"):
         resolve(str(tmp_path / "nowhere"), "train", tmp_path / "cache")
     (made.folder / "manifest.json").unlink()
-    with pytest.raises(exits.Refusal, match=r"no manifest\.json"):
+    with pytest.raises(exits.Refusal, match=r"tars but no manifest\.json"):
         resolve(str(made.folder), "train", tmp_path / "cache")
 
 

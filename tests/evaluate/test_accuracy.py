@@ -32,8 +32,8 @@ def test_equals_a_plain_loop_over_the_split(shards: Path, world: int, batch: int
     samples = Samples(split, DATA, seed=0, training=False)
     right, loss = 0, 0.0
     for i in range(split.samples):
-        one = samples.__getitems__([(0, i)])
-        assert isinstance(one, dict)
+        one, faults = samples.batch([(0, i)])
+        assert not faults
         with torch.no_grad():
             logits = model.head.layers(model.encoder(one["image"])[:, 0])
         right += int(logits.argmax()) == int(one["label"])

@@ -1,0 +1,310 @@
+"""Shards that others wrote get our manifest and indexes by one scan of their bytes.
+
+A sample is the members of one key, as webdataset cuts it: the path up to the first dot of the file name; one of them is
+a JPEG, PNG or WebP, and `cls` or a field of `json` says its class. Where no member of a shard is plainly KEY.jpg (as in
+`val.00001.JPEG`), the key goes up to the last dot instead.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+from tqdm import tqdm
+
+from ssl_vit.config import Config
+from ssl_vit.counter import key
+from ssl_vit.data import decode, listing, manifest, remote
+from ssl_vit.data.cache import Store
+from ssl_vit.data.decode import BadImage
+from ssl_vit.data.find import expand
+from ssl_vit.data.manifest import ENTRY, FILE, Manifest, Shard, name_of_index
+from ssl_vit.data.pool import do
+from ssl_vit.data.tar import Damage, Member, walk
+from ssl_vit.data.target import Target
+from ssl_vit.exits import CANNOT_CREATE, DATA, USAGE, Refusal
+
+IMAGES = {"jpg", "jpeg", "png", "webp"}
+LABELS = ("label", "cls", "class", "target")  # JSON fields that are looked at, in this order
+REJECTS = "rejects.jsonl"
+TEXT = 1 << 20  # bytes of a cls or json member that are read
+SHOWN = 200  # characters of a name in a report
+
+Class = int | str | None
+
+
+class IndexShards(Config):
+    """Index WebDataset shards that others wrote."""
+
+    shards: str = Field(description="folder or URL of tars, or a pattern such as s3://bucket/{000000..000999}.tar")
+    output: str | None = Field(
+        default=None, description="folder or URL for manifest and indexes (none: beside the shards)"
+    )
+    class_map: str | None = Field(
+        default=None,
+        description="the classes and their numbers: .txt (a name a line), .json (names, or name -> number), or shards",
+    )
+    label_key: str | None = Field(
+        default=None, description=f"JSON field that holds the class (none: cls, else the first of {', '.join(LABELS)})"
+    )
+    full: bool = Field(default=False, description="decode every image, instead of reading its header")
+    workers: int | None = Field(default=None, ge=1, description="processes (none: one a core)")
+    quiet: bool = Field(default=False, description="no progress bar")
+
+
+@dataclass
+class Scan:
+    """What one tar holds."""
+
+    name: str
+    bytes: int
+    sha256: str
+    rows: list[tuple[int, int, Class, int]]  # offset, size, class, crc32
+    rejects: list[dict[str, str]]  # what could be a sample and is none
+    ignored: Counter[str]  # suffixes of members that are not read
+
+
+def index(options: IndexShards) -> Manifest:
+    """Write the manifest of foreign shards, and an index for each; raises Refusal(DATA) where there is no sample."""
+    root, names = find(options.shards)
+    target = _target(options, root)
+    target.prepare()
+    if target.size(FILE) is not None and "scan" not in manifest.read(target.read(FILE) or b"", FILE, Path()).job:
+        raise Refusal(CANNOT_CREATE, f"{target.name}: has a {FILE} of make_shards; name another output")
+    scans: dict[str, Scan] = {}
+    bar = tqdm(total=len(names), unit="shard", desc=options.shards, disable=options.quiet or None)
+    count = options.workers or len(os.sched_getaffinity(0))
+    with bar:
+        for name, scan in do(names, count, scan_at, lambda name: (root, name, options.label_key, options.full)):
+            scans[name] = scan
+            bar.update()
+    made = _publish([scans[name] for name in names], root, target, options)
+    report(made, [scans[name] for name in names], target)
+    return made
+
+
+def find(shards: str) -> tuple[str, list[str]]:
+    """The folder or URL that shards have in common, and their names in it, sorted."""
+    if remote.is_url(shards):
+        remote.check(shards)
+    if remote.is_url(shards) and not shards.endswith(".tar"):
+        found = [f"{shards.rstrip('/')}/{name}" for name in remote.sizes(shards) if name.endswith(".tar")]
+    elif Path(shards).is_dir():
+        found = [str(path) for path in Path(shards).rglob("*.tar")]
+    else:
+        found = expand(shards)
+    if not found:
+        raise Refusal(DATA, f"{shards}: has no .tar files")
+    strange = [name for name in found if not name.endswith(".tar")]
+    if strange:
+        raise Refusal(DATA, f"{strange[0]}: is no .tar file (compressed ones cannot be read in any order: unpack them)")
+    folders = [name.rpartition("/")[0] for name in found]
+    root = folders[0]
+    while not all(folder == root or folder.startswith(f"{root}/") for folder in folders):
+        root = root.rpartition("/")[0]
+    root = shards.rstrip("/") if Path(shards).is_dir() else root
+    return root, sorted({name[len(root) + 1 if root else 0 :] for name in found})
+
+
+def _target(options: IndexShards, root: str) -> Target:
+    output = options.output or root or "."
+    if not remote.is_url(output):
+        return Target(Path(output))
+    if output.startswith("http"):
+        raise Refusal(USAGE, f"{output}: cannot be written to; give output=FOLDER")
+    return Target(Store().folder / f"sending-{key(output):016x}", remote.check(output))
+
+
+def scan_at(root: str, name: str, label_key: str | None, full: bool) -> Scan:
+    """Scan one tar, which is fetched first where it is remote."""
+    where = f"{root}/{name}" if root else name
+    try:
+        if not remote.is_url(where):
+            return scan(Path(where), name, label_key, full)
+        with tempfile.TemporaryDirectory() as folder:
+            remote.get(where, Path(folder) / "shard.tar")
+            return scan(Path(folder) / "shard.tar", name, label_key, full)
+    except (OSError, remote.BadSource) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        return Scan(name, 0, "", [], [{"shard": name, "key": "", "reason": f"cannot be read: {why}"}], Counter())
+
+
+def scan(path: Path, name: str, label_key: str | None = None, full: bool = False) -> Scan:
+    """Every sample of a tar with its class and checksum, and what is none with the reason."""
+    if not path.is_file():
+        raise FileNotFoundError(2, "not a regular file")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found = Scan(name, os.fstat(file.fileno()).st_size, digest, [], [], Counter())
+
+        def reject(key: str, reason: str) -> None:
+            shown = key.encode("utf-8", "backslashreplace").decode()[:SHOWN]
+            found.rejects.append({"shard": name, "key": shown, "reason": reason})
+
+        members = []
+        for item in walk(path):
+            if isinstance(item, Damage):
+                reject("", f"at byte {item.offset}: {item.reason[:SHOWN]}")
+            else:
+                members.append(item)
+        for stem, parts in _samples(members, found.ignored):
+            try:
+                found.rows.append(_row(file.fileno(), parts, label_key, full))
+            except BadImage as error:
+                reject(stem, str(error))
+    return found
+
+
+def _samples(members: list[Member], ignored: Counter[str]) -> Iterator[tuple[str, dict[str, list[Member]]]]:
+    """Key and members by suffix (image, cls, json) of every sample, in the order of their first members."""
+    cut = [_cut(member.name, first=True) for member in members]
+    if not any(suffix in IMAGES for _, suffix in cut):
+        cut = [_cut(member.name, first=False) for member in members]
+    samples: dict[str, dict[str, list[Member]]] = {}
+    for (stem, suffix), member in zip(cut, members, strict=True):
+        kind = "image" if suffix in IMAGES else suffix
+        if kind in ("image", "cls", "json"):
+            samples.setdefault(stem, {}).setdefault(kind, []).append(member)
+        else:
+            ignored[suffix.encode("utf-8", "backslashreplace").decode()[:32] or "(no suffix)"] += 1
+    yield from samples.items()
+
+
+def _cut(name: str, first: bool) -> tuple[str, str]:
+    """Key and lower-case suffix of a member: cut at the first or at the last dot of its file name."""
+    folder, _, file = name.rpartition("/")
+    stem, _, suffix = file.partition(".") if first else file.rpartition(".")
+    return f"{folder}/{stem}", suffix.lower()
+
+
+def _row(handle: int, parts: dict[str, list[Member]], label_key: str | None, full: bool) -> tuple[int, int, Class, int]:
+    doubled = [kind for kind, members in parts.items() if len(members) > 1]
+    if doubled:
+        raise BadImage(f"{len(parts[doubled[0]])} members are its {doubled[0]}: the key is not unique")
+    if "image" not in parts:
+        raise BadImage("has no image")
+    (image,) = parts["image"]
+    if image.size > decode.MAX_BYTES:
+        raise BadImage(f"its image has {image.size} bytes, over the limit of {decode.MAX_BYTES}")
+    data = os.pread(handle, image.size, image.offset)
+    decode.decode(data) if full else decode.open_image(data)
+    return image.offset, image.size, _class(handle, parts, label_key), zlib.crc32(data)
+
+
+def _class(handle: int, parts: dict[str, list[Member]], label_key: str | None) -> Class:
+    """A sample's class, a number or a name; raises BadImage where it says one that cannot be read."""
+    text = {
+        kind: os.pread(handle, min(TEXT, parts[kind][0].size), parts[kind][0].offset)
+        for kind in ("cls", "json")
+        if kind in parts
+    }
+    if "cls" in text and label_key is None:
+        said: Any = text["cls"].decode("utf-8", "replace").strip()
+    else:
+        try:
+            fields = json.loads(text.get("json", b"{}"))
+        except (ValueError, RecursionError) as error:
+            raise BadImage("its json cannot be read") from error
+        fields = fields if isinstance(fields, dict) else {}
+        said = next((fields[name] for name in ([label_key] if label_key else LABELS) if name in fields), None)
+    if said is None or said == "" or said == -1 or said == "-1":
+        return None
+    if isinstance(said, int) and not isinstance(said, bool) and 0 <= said < 1 << 31:
+        return said
+    if isinstance(said, str):
+        return int(said) if said.isascii() and said.isdigit() and len(said) < 10 else said
+    raise BadImage(f"its class is {str(said)[:SHOWN]!r}, neither a number nor a name")
+
+
+def _publish(scans: list[Scan], root: str, target: Target, options: IndexShards) -> Manifest:
+    classes, number = classes_of({row[2] for scan in scans for row in scan.rows} - {None}, options.class_map)
+    shards = []
+    for scan in scans:
+        if not scan.rows:
+            continue
+        rows = [(offset, size, number[label], crc) for offset, size, label, crc in scan.rows]
+        buffer = io.BytesIO()
+        np.save(buffer, np.array(rows, dtype=ENTRY), allow_pickle=False)
+        data = buffer.getvalue()
+        target.write(name_of_index(scan.name), data)
+        digest = hashlib.sha256(data).hexdigest()
+        shards.append(
+            Shard(name=scan.name, samples=len(rows), bytes=scan.bytes, sha256=scan.sha256, index_sha256=digest)
+        )
+    rejects = [reject for scan in scans for reject in scan.rejects]
+    if rejects:
+        target.write(REJECTS, "".join(json.dumps(reject) + "\n" for reject in rejects).encode())
+    if not shards:
+        why = f"{rejects[0]['shard']}: {rejects[0]['key']} {rejects[0]['reason']}" if rejects else "no images"
+        raise Refusal(DATA, f"{options.shards}: not one sample can be used (first: {why})")
+    beside = options.output is None or target.name == root
+    at = None if beside else root if remote.is_url(root) else str(Path(root).resolve())
+    tars = None if at is None else Store().of(at) if remote.is_url(at) else Path(at)
+    indexes = Store().of(target.url) if target.url else None
+    job = {"scan": options.shards, "full": options.full, "rejects": len(rejects)}
+    made = Manifest(target.folder, job, classes, shards, indexes=indexes, tars=tars, at=at)
+    target.write(FILE, manifest.encode(made))
+    return made
+
+
+def classes_of(said: set[Any], class_map: str | None) -> tuple[list[str], dict[Class, int]]:
+    """The classes, and the number of each that was said: numbers stand for themselves, names are sorted or mapped."""
+    if class_map is not None:
+        classes, mapped = listing.numbers(map(str, said), class_map) if not _numeric(said) else _mapped(said, class_map)
+        return classes, {label: mapped[str(label)] for label in said} | {None: -1}
+    if _numeric(said):
+        most = max(said, default=-1)
+        if most >= MOST_CLASSES:
+            raise Refusal(DATA, f"class {most} was found: numbers of classes count from 0; give class_map=")
+        return [str(number) for number in range(most + 1)], {number: number for number in said} | {None: -1}
+    classes, number = listing.numbers(map(str, said), None)
+    return classes, {label: number[str(label)] for label in said} | {None: -1}
+
+
+MOST_CLASSES = 1_000_000
+
+
+def _numeric(said: set[Any]) -> bool:
+    return all(isinstance(label, int) for label in said)
+
+
+def _mapped(said: set[int], class_map: str) -> tuple[list[str], dict[str, int]]:
+    """A map that names what numbers mean."""
+    number = listing.read_map(class_map)
+    if {str(label) for label in said} <= set(number):
+        return listing.numbers(map(str, said), class_map)
+    classes = listing.numbers([], class_map)[0]
+    strange = sorted(label for label in said if label >= len(classes))
+    if strange:
+        raise Refusal(DATA, f"class_map={class_map}: has {len(classes)} classes, the shards have number {strange[0]}")
+    return classes, {str(label): label for label in said}
+
+
+def report(made: Manifest, scans: list[Scan], target: Target) -> None:
+    """Say what can be used and what cannot, shard by shard where anything was lost."""
+    bad = [scan for scan in scans if scan.rejects]
+    for scan in bad[:20]:
+        reasons = Counter(reject["reason"] for reject in scan.rejects)
+        said = "; ".join(f"{reason} ({count})" if count > 1 else reason for reason, count in reasons.most_common(3))
+        samples = len(scan.rows) + sum(bool(reject["key"]) for reject in scan.rejects)
+        print(f"{scan.name}: {len(scan.rows)} of {samples} samples can be used: {said}")
+    if len(bad) > 20:
+        print(f"... and {len(bad) - 20} more shards")
+    ignored = sum((scan.ignored for scan in scans), Counter())
+    if ignored:
+        print("not read: " + ", ".join(f"{count} .{suffix}" for suffix, count in ignored.most_common(8)))
+    none = sum(int((made.index(shard)["label"] < 0).sum()) for shard in range(len(made.shards)) if not target.url)
+    labels = f", {none} without a class" if made.classes and none else ""
+    lost = f", {made.job['rejects']} faults (see {target.name}/{REJECTS})" if bad else ""
+    print(
+        f"{target.name}: {made.samples} samples{labels}, {len(made.classes)} classes, {len(made.shards)} shards{lost}"
+    )

@@ -1,0 +1,223 @@
+"""Files on https://, s3://, gs:// and hf://, through fsspec: guarded, with retries, time limits and a clear end."""
+
+import contextlib
+import ipaddress
+import os
+import queue
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+from ssl_vit.durable import sha256 as digest_of
+from ssl_vit.exits import CANNOT_CREATE, DISK, USAGE, Refusal
+
+PACKAGES = {"http": "remote", "https": "remote", "s3": "remote", "gs": "gs", "hf": "hf"}
+TRIES = 5
+PAUSE = 0.5  # seconds before the second try, doubled before each further one
+PATIENCE = 30.0  # seconds in which something has to come
+SLOWEST = 32_768  # bytes a second that count as something
+Value = TypeVar("Value")
+
+
+class BadSource(Exception):
+    """The source answers, and has something else than what was promised; the text says what."""
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is no plain local one."""
+    return "://" in path or "::" in path or path.startswith("pipe:")
+
+
+def check(url: str) -> str:
+    """The URL without its last slash, or Refusal(USAGE): other schemes, chained URLs, and link-local hosts."""
+    scheme, _, rest = url.partition("://")
+    if "::" in url:
+        raise Refusal(USAGE, f"{url}: chained URLs are not taken; give a folder, or one of {_schemes()}")
+    if scheme not in PACKAGES or not rest:
+        raise Refusal(USAGE, f"{url}: is not taken; give a folder, or one of {_schemes()}")
+    if scheme in ("http", "https"):
+        _refuse_link_local(url)
+    return url.rstrip("/")
+
+
+def _schemes() -> str:
+    return ", ".join(f"{scheme}://" for scheme in PACKAGES)
+
+
+def _refuse_link_local(url: str) -> None:
+    """Link-local addresses are where clouds keep a machine's own credentials."""
+    try:
+        found = socket.getaddrinfo(urlsplit(url).hostname, None)
+    except (OSError, ValueError):
+        return  # nobody there: fetching will say so
+    for *_, address in found:
+        ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
+        if (getattr(ip, "ipv4_mapped", None) or ip).is_link_local:
+            raise Refusal(USAGE, f"{url}: is a link-local address, which is refused")
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL and the path in it. Instances belong to a process: ask anew in each."""
+    scheme = url.partition("://")[0]
+    try:
+        import fsspec
+
+        options = _web() if scheme in ("http", "https") else {}
+        return fsspec.core.url_to_fs(check(url), **options)
+    except ImportError as error:
+        raise Refusal(
+            USAGE, f"{url}: {error.name} is not installed: pip install 'ssl_vit[{PACKAGES[scheme]}]'"
+        ) from error
+
+
+def _web() -> dict[str, Any]:
+    import aiohttp
+
+    async def look(session: Any, context: Any, parameters: Any) -> None:
+        del session, context
+        where = parameters.response.headers.get("Location", "")
+        _refuse_link_local(urljoin(str(parameters.url), where))
+
+    redirects = aiohttp.TraceConfig()
+    redirects.on_request_redirect.append(look)
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
+    plain = {"Accept-Encoding": "identity"}  # a compressed answer has no known size
+    return {"client_kwargs": {"timeout": limits, "trace_configs": [redirects], "headers": plain}}
+
+
+def get(url: str, path: Path, size: int | None = None, sha256: str | None = None) -> None:
+    """Fetch a file, verify it, and give it its name in one step.
+
+    Raises BadSource where it is not there or has other bytes, Refusal(DISK) where the source stays away.
+    """
+
+    def once() -> None:
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            source, inside = _filesystem(url)
+            _watched(lambda: source.get_file(inside, str(draft)), draft)
+            found = draft.stat().st_size
+            if size is not None and found != size:
+                raise BadSource(f"{url}: {found} bytes came, not {size}")
+            if sha256 and digest_of(draft) != sha256:
+                raise BadSource(f"{url}: other bytes than the manifest says")
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _tried(url, once)
+
+
+def read(url: str) -> bytes | None:
+    """A small file's content, None where there is none."""
+    source, inside = _filesystem(url)
+    try:
+        return _tried(url, lambda: _watched(lambda: source.cat_file(inside)))
+    except BadSource:
+        return None
+
+
+def put(path: Path, url: str) -> None:
+    """Store a local file; whoever reads the URL sees all of it or nothing."""
+    source, inside = _writable(url)
+    _tried(url, lambda: _watched(lambda: source.put_file(str(path), inside), size=path.stat().st_size))
+
+
+def write(url: str, data: bytes) -> None:
+    """Store a small file."""
+    source, inside = _writable(url)
+    _tried(url, lambda: _watched(lambda: source.pipe_file(inside, data), size=len(data)))
+
+
+def _writable(url: str) -> tuple[Any, str]:
+    if url.startswith("http"):
+        raise Refusal(CANNOT_CREATE, f"{url}: cannot be written to; give a folder, s3://, gs:// or hf://")
+    return _filesystem(url)
+
+
+def sizes(url: str) -> dict[str, int]:
+    """Name -> bytes of the files in a folder and below; Refusal(USAGE) on plain web servers, which list nothing."""
+    if url.startswith("http"):
+        raise Refusal(USAGE, f"{url}: a web server lists no files; name them, as in {url}/{{000000..000099}}.tar")
+    source, inside = _filesystem(url)
+    found = _tried(url, lambda: _watched(lambda: source.find(inside, detail=True, refresh=True)))
+    return {name.removeprefix(inside).lstrip("/"): entry["size"] for name, entry in found.items()}
+
+
+def size(url: str) -> int | None:
+    """A file's bytes, None where it is missing; -1 where the server does not say."""
+    source, inside = _filesystem(url)
+    try:
+        found = _tried(url, lambda: _watched(lambda: source.info(inside)))["size"]
+    except BadSource:
+        return None
+    return -1 if found is None else int(found)
+
+
+def remove(url: str) -> None:
+    """Delete a folder and what is in it; missing is fine."""
+    source, inside = _writable(url)
+    with contextlib.suppress(BadSource):
+        _tried(url, lambda: _watched(lambda: source.rm(inside, recursive=True)))
+
+
+def _tried(url: str, once: Callable[[], Value]) -> Value:
+    """Try again what may pass. What is missing is not asked for again; wrong bytes are, and stay BadSource."""
+    began, last = time.monotonic(), None
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(PAUSE * 2 ** (attempt - 1))
+        try:
+            return once()
+        except FileNotFoundError as error:
+            raise BadSource(f"{url}: is not there") from error
+        except (Refusal, MemoryError, ImportError):
+            raise
+        except PermissionError as error:
+            raise Refusal(DISK, f"{url}: access is denied ({error}); look after the credentials") from error
+        except Exception as error:  # every store raises kinds of its own
+            if isinstance(error, OSError) and error.filename and not is_url(str(error.filename)):
+                raise  # the local disk's
+            last = error
+    if isinstance(last, BadSource):
+        raise last
+    reason = f"{type(last).__name__}: {' '.join(str(last).split())[:200]}".removesuffix(": ")
+    waited = f"{TRIES} tries in {time.monotonic() - began:.0f} s"
+    raise Refusal(
+        DISK, f"{url}: cannot be reached ({waited}; {reason}); when it can, the same command goes on"
+    ) from last
+
+
+def _watched(call: Callable[[], Value], draft: Path | None = None, size: int = 0) -> Value:
+    """Run a call that may hang; TimeoutError where nothing, or hardly anything, came within PATIENCE seconds.
+
+    Progress is seen by the growth of `draft`; a call that sends `size` bytes has the time that the slowest takes.
+    """
+    box: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            box.put((call(), None))
+        except BaseException as error:
+            box.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    had, patience = 0, max(PATIENCE, size / SLOWEST)
+    while True:
+        try:
+            value, error = box.get(timeout=patience)
+        except queue.Empty:
+            has = draft.stat().st_size if draft is not None and draft.exists() else 0
+            if has - had < SLOWEST * PATIENCE:
+                raise TimeoutError(f"{has - had} bytes in {patience:.0f} s") from None
+            had = has
+            continue
+        if error is not None:
+            raise error
+        return value

@@ -1,0 +1,181 @@
+"""Tars without a manifest, streamed by webdataset's own pipeline: a quick look, neither exact nor exactly resumable.
+
+What is ours in it closes its traps: shards are dealt anew each epoch over all workers of all processes, without an end,
+so that every process takes as many steps; images are decoded by us, and no other member is; nothing is unpickled and no
+shell is started, because we open the files.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ssl_vit.counter import key, permutation
+from ssl_vit.data import foreign, remote
+from ssl_vit.data.cache import Store
+from ssl_vit.data.decode import BadImage
+from ssl_vit.data.faults import IN_A_ROW, Fault, Faults
+from ssl_vit.data.manifest import Manifest
+from ssl_vit.data.samples import Data, Made, Samples
+from ssl_vit.data.stream import Share, accepted, loaded, on_device
+from ssl_vit.exits import DATA, USAGE, Refusal
+from ssl_vit.model import Batch
+
+BUFFER = 1000  # samples among which a worker shuffles
+EPOCH = 1_000_000  # samples: how many there are is not known, and bad ones are counted in so many
+
+
+@dataclass(frozen=True)
+class Tars:
+    """Tars of which nothing is known but their names."""
+
+    names: list[str]
+    store: Store
+    classes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.names[0]} and {len(self.names) - 1} more tars" if len(self.names) > 1 else self.names[0]
+
+    def path(self, number: int) -> Path:
+        """A local path of a tar, fetched first where it is remote."""
+        name = self.names[number]
+        if not remote.is_url(name):
+            return Path(name)
+        folder, _, file = name.rpartition("/")
+        return self.store.of(folder).fetch(file, None, "")
+
+
+def tars(patterns: tuple[str, ...], store: Store) -> Tars:
+    """The tars that folders, URLs and patterns name; raises Refusal where there are none, or webdataset is missing."""
+    try:
+        import webdataset  # noqa: F401
+    except ImportError as error:
+        raise Refusal(
+            USAGE, "data.reader=webdataset: it is not installed: pip install 'ssl_vit[webdataset]'"
+        ) from error
+    names = []
+    for pattern in patterns:
+        root, found = foreign.find(pattern)
+        names += [f"{root}/{name}" if root else name for name in found]
+    return Tars(names, store)
+
+
+class SequentialStream:
+    """Training data of one process, from tars read from their beginning to their end."""
+
+    epoch_samples = EPOCH
+
+    def __init__(self, source: Tars, config: Data, seed: int, batch: int):
+        self.source, self.config, self.seed, self.batch = source, config, seed, batch
+        self.samples = Samples(Manifest(Path(), {}, [], []), config, seed, training=True)  # for its decoding and crop
+        self.faults = Faults()
+        self.identity = hashlib.sha256("\n".join(source.names).encode(errors="surrogateescape")).hexdigest()
+
+    def batches(self, seen: int, share: Share, device: torch.device) -> Iterator[Batch]:
+        """Micro batches on the device; after a resumption at `seen` samples the order is a new one."""
+        made = loaded(_Reader(self, seen, share), self.config.workers, device)
+        yield from on_device(accepted(made, self.samples, share.micro_batch, self.faults), device)
+
+    def first(self, count: int) -> Batch:
+        """A few samples, for a picture."""
+        return next(self.batches(0, Share(micro_batch=count), torch.device("cpu")))
+
+
+class _Reader(IterableDataset[Made | Refusal]):
+    """One worker's micro batches, without an end."""
+
+    def __init__(self, stream: SequentialStream, seen: int, share: Share):
+        self.stream, self.seen, self.share = stream, seen, share
+
+    def __iter__(self) -> Iterator[Made | Refusal]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        place = self.share.rank * workers + number
+        try:
+            yield from self._batches(place, self.share.world * workers)
+        except Refusal as refusal:
+            yield refusal
+
+    def _batches(self, place: int, of: int) -> Iterator[Made]:
+        import webdataset
+
+        stream, faults = self.stream, []
+        handler = partial(self._handle, faults)
+        files = self._files(islice(self._dealt(), place, None, of))
+        members = webdataset.tariterators.tar_file_expander(files, handler=handler, select_files=_is_read)
+        samples = webdataset.tariterators.group_by_keys(members, handler=handler)
+        shuffled = webdataset.filters.shuffle(BUFFER, rng=Random(key(stream.seed, "shuffle", self.seen, place)))(
+            samples
+        )
+        batch, slot, in_a_row = stream.samples.empty(self.share.micro_batch), 0, 0
+        for number, sample in enumerate(shuffled):
+            seed = key(stream.seed, "sequential", self.seen, place, number) >> 1
+            try:
+                image = stream.samples.crop(_image(sample), seed)
+            except BadImage as error:
+                faults.append(
+                    Fault(-1, 0, -1, None, f"{sample['__url__']}: {sample['__key__']} cannot be used: {error}")
+                )
+                in_a_row += 1
+                if in_a_row >= IN_A_ROW:
+                    raise Refusal(DATA, f"{faults[-1].reason}; it is the {IN_A_ROW}th in a row") from error
+                continue
+            batch["image"][slot], batch["seed"][slot], batch["valid"][slot] = image, seed, True
+            in_a_row, slot = 0, slot + 1
+            if slot == self.share.micro_batch:
+                yield batch, faults.copy()
+                batch, slot = stream.samples.empty(slot), 0
+                faults.clear()
+
+    def _dealt(self) -> Iterator[int]:
+        """The numbers of all tars, shuffled anew in each epoch, for all workers together."""
+        for epoch in count():
+            yield from permutation(
+                key(self.stream.seed, "tars", self.seen, epoch), len(self.stream.source.names)
+            ).tolist()
+
+    def _files(self, numbers: Iterator[int]) -> Iterator[dict[str, Any]]:
+        """Open tars for webdataset, whose own way to open a name may start a shell."""
+        failed = 0
+        for number in numbers:
+            name = self.stream.source.names[number]
+            try:
+                with self.stream.source.path(number).open("rb") as file:
+                    if file.read(262)[257:262] != b"ustar":
+                        raise OSError(0, "is no plain tar file")
+                    file.seek(0)
+                    yield {"url": name, "stream": file}
+                failed = 0
+            except (OSError, remote.BadSource) as error:
+                failed += 1
+                why = getattr(error, "strerror", None) or str(error)
+                if failed >= 2 * len(self.stream.source.names):
+                    raise Refusal(DATA, f"{name}: {why}; not one of the tars can be read") from error
+                print(f"{name}: {why}; it is passed over", flush=True)
+
+    def _handle(self, faults: list[Fault], error: Exception) -> bool:
+        """What webdataset met in a tar: counted, and the rest of the tar passed over."""
+        if isinstance(error, (Refusal, MemoryError)):
+            raise error
+        faults.append(Fault(-1, 0, -1, None, f"{type(error).__name__}: {' '.join(map(str, error.args))[:200]}"))
+        return True
+
+
+def _is_read(name: str) -> bool:
+    return name.rsplit(".", 1)[-1].lower() in foreign.IMAGES
+
+
+def _image(sample: dict[str, Any]) -> bytes:
+    for suffix, data in sample.items():
+        if suffix.rsplit(".", 1)[-1] in foreign.IMAGES:
+            return data
+    raise BadImage("has no image")

@@ -1,0 +1,101 @@
+"""Whether shards are what their manifest says, and of those that are not, which samples can still be read."""
+
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+from tqdm import tqdm
+
+from ssl_vit.config import Config
+from ssl_vit.data import manifest, remote
+from ssl_vit.data.cache import Store
+from ssl_vit.data.manifest import Manifest
+from ssl_vit.data.pool import do
+from ssl_vit.exits import DATA, Refusal
+
+
+class VerifyShards(Config):
+    """Compare shards with their manifest."""
+
+    shards: tuple[str, ...] = Field(description="folder or URL of shards, or several with commas; splits are all taken")
+    full: bool = Field(default=False, description="compare every sha256, which reads all bytes; else sizes only")
+    workers: int | None = Field(default=None, ge=1, description="processes (none: one a core)")
+    quiet: bool = Field(default=False, description="no progress bar")
+
+
+@dataclass
+class Found:
+    """What is left of one shard."""
+
+    shard: str
+    samples: int
+    readable: int
+    fault: str | None  # none: it is whole
+
+
+def verify(options: VerifyShards) -> list[Found]:
+    """Every shard's state, in order; raises Refusal(DATA) where there is no manifest."""
+    found = []
+    for made in _sets(options.shards):
+        known = made.faults()
+        suspects = [number for number in range(len(made.shards)) if options.full or number in known]
+        states = {n: Found(made.where(n), shard.samples, shard.samples, None) for n, shard in enumerate(made.shards)}
+        bar = tqdm(total=len(states), unit="shard", desc=made.name, disable=options.quiet or None)
+        with bar:
+            bar.update(len(states) - len(suspects))
+            count = options.workers or len(os.sched_getaffinity(0))
+            for number, state in do(suspects, count, look, lambda n, m=made, k=known: (m, n, k.get(n))):
+                states[number] = state
+                bar.update()
+        found += states.values()
+    return found
+
+
+def _sets(names: tuple[str, ...]) -> list[Manifest]:
+    made = []
+    for name in names:
+        if remote.is_url(name):
+            parts = [manifest.fetch(f"{name}{split}", Store()) for split in ("", "/train", "/val", "/test")]
+            made += [part for part in parts if part is not None]
+        else:
+            inside = sorted(Path(name).glob(f"*/{manifest.FILE}"))
+            here = (Path(name) / manifest.FILE).exists()
+            made += [manifest.load(p.parent) for p in inside] if inside and not here else [manifest.load(name)]
+    if not made:
+        raise Refusal(DATA, f"{', '.join(names)}: no {manifest.FILE}")
+    return made
+
+
+def look(made: Manifest, number: int, known: str | None) -> Found:
+    """A shard whose fault is `known`, or is to be found by its digest: where there is one, every sample is read."""
+    samples = made.shards[number].samples
+    fault = known or made.altered(number)
+    return Found(made.where(number), samples, readable(made, number) if fault else samples, fault)
+
+
+def readable(made: Manifest, number: int) -> int:
+    """How many samples of a shard have the bytes that the index promises."""
+    try:
+        rows = made.index(number)
+        handle = os.open(made.tar(number), os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, remote.BadSource):
+        return 0
+    except Refusal as error:
+        if error.code != DATA:
+            raise
+        return 0
+    try:
+        return sum(_whole(handle, row) for row in rows)
+    finally:
+        os.close(handle)
+
+
+def _whole(handle: int, row: np.void) -> bool:
+    try:
+        data = os.pread(handle, int(row["size"]), int(row["offset"]))
+    except OSError:
+        return False
+    return len(data) == row["size"] and zlib.crc32(data) == row["crc32"]
