@@ -19,23 +19,28 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write in; it takes the name `path` when the block ends well, and leaves nothing when it does not."""
+def writing(path: Path, flush: bool = True) -> Iterator[BinaryIO]:
+    """A file to write in; it takes the name `path` when the block ends well, and leaves nothing when it does not.
+
+    Without `flush` it is not forced to the disk: for what can be made again, and whose loss is noticed.
+    """
     draft = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")  # machines may share the folder
     try:
         with draft.open("w+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         os.replace(draft, path)
-        sync_folder(path.parent)
+        if flush:
+            sync_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, flush: bool = True) -> None:
     """Write a whole file in one step."""
-    with writing(path) as file:
+    with writing(path, flush) as file:
         file.write(data)
 
 

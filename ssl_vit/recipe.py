@@ -199,7 +199,8 @@ def first_images(source: Manifest | TrainingStream | SequentialStream, data: Dat
         return source.first(PANEL)
     manifest = source.samples.manifest if isinstance(source, TrainingStream) else source
     samples = Samples(manifest, data, seed=0, training=False)
-    return samples.batch([(0, i) for i in range(min(PANEL, manifest.samples))])[0]
+    batch, _ = samples.batch([(0, i) for i in range(min(PANEL, manifest.samples))])
+    return {name: value.contiguous() for name, value in batch.items()}
 
 
 def flops(model: Model) -> int:

@@ -1,10 +1,12 @@
-"""Measure speed side by side: tools/benchmark.py step [recipe=NAME] [key=value ...]
+"""Measure speed side by side: tools/benchmark.py step [recipe=NAME] [key=value ...], or loader images=FOLDER|TAR
 
 `step` is the training step of a recipe, forward to optimizer, on `micro_batch` (or `batch`) images on the device.
 Beside ours runs a timm ViT of the same size with the same head in the simplest loop (eager, torch's default AdamW,
 loss.item() each step), and a large matrix product as the measure of what the machine can do. One process, interleaved
 rounds; medians, and ratios within a round with their spread. Both start from the same weights: their first losses show
 that they compute the same.
+
+`loader` is images/s of a core, from shards to batches, beside webdataset + Pillow + torchvision: benchmark_loader.py.
 """
 
 import json
@@ -75,20 +77,38 @@ class TimmEncoder(nn.Module):
 
 def main(arguments: list[str]) -> int:
     if config.usage(arguments) or not arguments:
-        print(f"{__doc__}\n\n{config.describe(Benchmark)}")
+        import benchmark_loader as loader
+
+        print(f"{__doc__}\n\nstep\n{config.describe(Benchmark)}\n\nloader\n{config.describe(loader.LoaderBenchmark)}")
         return 0
+    if arguments[0] == "loader":
+        return main_loader(arguments[1:])
     if arguments[0] != "step":
-        raise Refusal(USAGE, f"no benchmark '{arguments[0]}'; there is step")
+        raise Refusal(USAGE, f"no benchmark '{arguments[0]}'; there are step and loader")
     options = config.parse(Benchmark, arguments[1:], recipe.FOLDER)
     resolved, tensors, source = recipe.resolve(options)
     measured = resolved.model_copy(update={"batch": resolved.micro_batch or resolved.batch})
     rows = benchmark_step(measured, recipe.build(measured, 1000, tensors, source), options)
     print(table(rows))
-    path = Path(options.output) / "step.json"
+    store(rows, Path(options.output) / "step.json")
+    return 0
+
+
+def main_loader(arguments: list[str]) -> int:
+    import benchmark_loader as loader
+
+    options = config.parse(loader.LoaderBenchmark, arguments, recipe.FOLDER)
+    rows = loader.benchmark_loader(options)
+    print(loader.table(rows))
+    store(rows, Path(options.output) / "loader.json")
+    return 0
+
+
+def store(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write the rows with where they were measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, (json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n").encode())
     print(f"\n{path}")
-    return 0
 
 
 def benchmark_step(made: recipe.Recipe, model: Model, options: Benchmark) -> list[dict[str, Any]]:

@@ -59,9 +59,9 @@ def flips(seed: int) -> bool:
 
 
 def resized(pixels: np.ndarray, box: Box, size: tuple[int, int], flip: bool) -> Tensor:
-    """Cut a box out of pixels uint8 [H, W, C] and resize it, antialiased -> uint8 [C, h, w]."""
+    """Cut a box out of pixels uint8 [H, W, C] and resize it, antialiased -> uint8 [C, h, w], in rows of pixels."""
     part = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
-    image = torch.from_numpy(part).permute(2, 0, 1)[None]
+    image = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # so torch sees rows of pixels, and resizes them as such
     if image.shape[2:] != size:
         image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
     return (image.flip(3) if flip else image)[0]

@@ -22,7 +22,7 @@ from ssl_vit.config import Config
 from ssl_vit.counter import sample_seed
 from ssl_vit.data import augment, remote
 from ssl_vit.data.cache import Store
-from ssl_vit.data.decode import BadImage, decode, jpeg_size
+from ssl_vit.data.decode import BadImage, decode_jpeg, decode_other, jpeg_size
 from ssl_vit.data.faults import BadSample, Fault
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.exits import DATA, Refusal
@@ -127,7 +127,7 @@ class Samples(Dataset[Any]):
 
     def batch(self, keys: Keys) -> Made:
         """The samples of these keys, and the faults among them; raises Refusal."""
-        batch, faults = self.empty(len(keys)), []
+        batch, faults = self._empty(len(keys)), []
         for slot, (epoch, sample) in enumerate(keys):
             if sample < 0:
                 continue  # padding
@@ -139,17 +139,24 @@ class Samples(Dataset[Any]):
                 faults.append(Fault(slot, epoch, sample, substitute, str(error)))
                 if substitute is None:
                     continue
-            batch["image"][slot], batch["label"][slot] = image, label
-            batch["seed"][slot], batch["valid"][slot] = seed, True
-        return batch, faults
+            batch["image"][slot] = image.permute(1, 2, 0).numpy()
+            batch["label"][slot], batch["seed"][slot], batch["valid"][slot] = label, seed, True
+        batch["image"][~batch["valid"]] = 0
+        return _tensors(batch), faults
 
     def empty(self, count: int) -> Batch:
         """A batch in which nothing is valid."""
+        batch = self._empty(count)
+        batch["image"][:] = 0
+        return _tensors(batch)
+
+    def _empty(self, count: int) -> dict[str, np.ndarray]:
+        """A batch in which nothing is valid and the pixels are any."""
         return {
-            "image": torch.zeros(count, 3, *self.config.image_hw, dtype=torch.uint8),
-            "label": torch.full((count,), -1),
-            "seed": torch.zeros(count, dtype=torch.int64),
-            "valid": torch.zeros(count, dtype=torch.bool),
+            "image": np.empty((count, *self.config.image_hw, 3), np.uint8),
+            "label": np.full(count, -1),
+            "seed": np.zeros(count, np.int64),
+            "valid": np.zeros(count, bool),
         }
 
     def _instead(self, epoch: int, sample: int, seed: int) -> tuple[int | None, torch.Tensor, int]:
@@ -176,12 +183,11 @@ class Samples(Dataset[Any]):
             if shard in self._lost:
                 raise BadSample(self._lost[shard])
             handle, rows = self._open(shard)
-            row = rows[sample - int(self.manifest.starts[shard])]
-            size, offset = int(row["size"]), int(row["offset"])
+            offset, size, label, crc = rows[sample - int(self.manifest.starts[shard])].item()
             try:
                 data = self._tried(sample, lambda h=handle, s=size, o=offset: os.pread(h, s, o))
-                if len(data) == size and zlib.crc32(data) == row["crc32"]:
-                    return data, int(row["label"])
+                if len(data) == size and zlib.crc32(data) == crc:
+                    return data, label
                 why = "its checksum differs" if len(data) == size else "the shard is too short"
                 raise BadSample(f"{self._where(sample)} is damaged ({why})")
             except BadSample:
@@ -217,11 +223,11 @@ class Samples(Dataset[Any]):
         flip = self.training and self.config.flip and augment.flips(seed)
         full = jpeg_size(data)
         if full is None:
-            pixels = decode(data)
+            pixels = decode_other(data)
             return augment.resized(pixels, self.box(pixels.shape[0], pixels.shape[1], seed), size, flip)
         box = self.box(*full, seed)
         half = box.height >= 2 * size[0] and box.width >= 2 * size[1]
-        pixels = decode(data, half)
+        pixels = decode_jpeg(data, full, 2 if half else 1)
         halved = pixels.shape[:2] != full
         return augment.resized(pixels, box.halved() if halved else box, size, flip)
 
@@ -252,3 +258,9 @@ class Samples(Dataset[Any]):
 
     def _close(self, shard: int) -> None:
         os.close(self._shards.pop(shard)[0])
+
+
+def _tensors(batch: dict[str, np.ndarray]) -> Batch:
+    """A batch of tensors; the image [B, 3, h, w] keeps its rows of pixels: the device makes planes of them for less."""
+    made = {name: torch.from_numpy(value) for name, value in batch.items()}
+    return made | {"image": made["image"].permute(0, 3, 1, 2)}

@@ -57,6 +57,7 @@ class MakeShards(Config):
     exclude: tuple[str, ...] = Field(
         default=(), description="shards whose images are left out: those of the sets one will be tested on"
     )
+    keep_location: bool = Field(default=False, description="keep where an image was taken (GPS in EXIF and XMP)")
     follow_links: bool = Field(default=False, description="follow links to folders, and out of the input")
     shard_samples: int = Field(default=1000, ge=1, description="images a shard")
     workers: int | None = Field(default=None, ge=1, description="processes (none: one a core)")
@@ -128,7 +129,9 @@ def _job(options: MakeShards, found: Listing, split: str, number: dict[str, int]
     names = found.splits[split]
     order = permutation(key(options.seed, "shuffle", split), len(names))
     sources = listing.sources(found, [names[i] for i in order], number)
-    settings = {name: getattr(options, name) for name in ("resize", "val_fraction", "shard_samples", "seed")}
+    settings = {
+        name: getattr(options, name) for name in ("resize", "val_fraction", "shard_samples", "seed", "keep_location")
+    }
     settings |= {"quality": options.quality if options.resize else None, "split": split}
     settings |= {"exclude": excluded.stem.removeprefix(".exclude-") if excluded else None}
     return Job(found.root, options.target.below(split), sources, settings, excluded)

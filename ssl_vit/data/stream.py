@@ -214,13 +214,14 @@ def _begin_work(worker: int) -> None:
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Move batches to the device; on a GPU one ahead, on a stream of its own beside the computation."""
     if device.type != "cuda":
-        yield from batches
+        for batch in batches:
+            yield {name: value.contiguous() for name, value in batch.items()}
         return
     side = torch.cuda.Stream(device)
     ready: Batch | None = None
     for batch in batches:
         with torch.cuda.stream(side):
-            coming = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+            coming = {name: value.to(device, non_blocking=True).contiguous() for name, value in batch.items()}
         if ready is not None:
             yield ready
         torch.cuda.current_stream(device).wait_stream(side)

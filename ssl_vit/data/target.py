@@ -42,13 +42,13 @@ class Target:
         except OSError:
             return None
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small file, whole or not at all."""
+    def write(self, name: str, data: bytes, flush: bool = True) -> None:
+        """Write a small file, whole or not at all; `flush` as for durable.writing."""
         if self.url:
             remote.write(f"{self.url}/{name}", data)
         else:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(self.folder / name, data)
+            write_bytes(self.folder / name, data, flush)
 
     def size(self, name: str) -> int | None:
         """A file's bytes, None where it is missing."""

@@ -23,6 +23,7 @@ from ssl_vit.data import decode
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.listing import Source
 from ssl_vit.data.manifest import ENTRY, Shard, name_of_index
+from ssl_vit.data.privacy import without_location
 from ssl_vit.data.target import Target
 from ssl_vit.durable import writing
 
@@ -78,7 +79,8 @@ def write_shard(
     target, name = job.target, f"{number:06d}.tar"
     with contextlib.suppress(ValueError, KeyError):
         note = json.loads(target.read(name_of_note(number)) or b"")
-        if target.size(name) == note["shard"]["bytes"] and target.size(name_of_index(name)) is not None:
+        sizes = [target.size(file) for file in (name, name_of_index(name), name_of_note(number, "sha256"))]
+        if sizes[0] == note["shard"]["bytes"] and sizes[1] and sizes[2] == len(sources) * DIGEST.itemsize:
             return note
     (target.folder / NOTES).mkdir(parents=True, exist_ok=True)
     mark = target.folder / name_of_note(number, "at")
@@ -96,7 +98,8 @@ def write_shard(
                     digest = hashlib.sha256(original).digest()
                     if excluded is not None and contains(excluded, digest):
                         raise BadImage("it is in what exclude= names")
-                    data, suffix = checked(original, job.options["resize"], job.options["quality"])
+                    whole = original if job.options["keep_location"] else without_location(original)
+                    data, suffix = checked(whole, job.options["resize"], job.options["quality"])
                 except BadImage as error:
                     rejects.append({"path": source.path, "reason": str(error)})
                     continue
@@ -120,9 +123,10 @@ def write_shard(
     )
     target.send(name)
     target.write(shard.index, index)
-    target.write(name_of_note(number, "sha256"), b"".join(digests))
+    target.write(name_of_note(number, "sha256"), b"".join(digests), flush=False)
     note = {"shard": shard.model_dump(), "rejects": rejects}
-    target.write(name_of_note(number), json.dumps(note, ensure_ascii=False).encode(errors="backslashreplace"))
+    text = json.dumps(note, ensure_ascii=False).encode(errors="backslashreplace")
+    target.write(name_of_note(number), text, flush=False)
     mark.unlink()
     return note
 
@@ -158,11 +162,11 @@ def read(path: Path, source: Source) -> bytes:
 
 def checked(data: bytes, resize: object, quality: object) -> tuple[bytes, str]:
     """Bytes and suffix of an image that was decoded once to be sure; shrunk where asked. Raises BadImage."""
+    if not isinstance(resize, int):
+        return data, decode.check(data)
     image = decode.open_image(data)
-    suffix = decode.FORMATS[str(image.format)]
-    if not isinstance(resize, int) or min(image.size) <= resize:
-        decode.decode(data)
-        return data, suffix
+    if min(image.size) <= resize:
+        return data, decode.check(data)
     pixels = decode.to_rgb(image)
     scale = resize / min(pixels.size)
     size = (max(resize, round(pixels.width * scale)), max(resize, round(pixels.height * scale)))

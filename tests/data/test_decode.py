@@ -60,7 +60,7 @@ def test_png_and_webp_are_decoded_exactly():
 @pytest.mark.parametrize("width", [96, 97])
 def test_half_scale_has_half_the_size_and_the_same_picture(height: int, width: int):
     data = encoded(picture(3, height, width), "JPEG", quality=95)
-    half = decode(data, half=True)
+    half = decode(data, scale=2)
     assert half.shape == ((height + 1) // 2, (width + 1) // 2, 3)
     twice = Image.fromarray(half).resize((2 * half.shape[1], 2 * half.shape[0]), Image.Resampling.BICUBIC)
     assert difference(np.asarray(twice)[:height, :width], Image.open(io.BytesIO(data))) < 2
@@ -80,8 +80,8 @@ def test_grey_becomes_three_equal_channels():
 def test_cmyk_jpeg_becomes_rgb(half: bool):
     image = picture(5, 64, 64)
     data = encoded(image.convert("CMYK"), "JPEG", quality=95)
-    wanted = image.resize((32, 32), Image.Resampling.BOX) if half and decode(data, half).shape[0] == 32 else image
-    assert difference(decode(data, half), wanted) < 4
+    wanted = image.resize((32, 32), Image.Resampling.BOX) if half and decode(data, 1 + half).shape[0] == 32 else image
+    assert difference(decode(data, 1 + half), wanted) < 4
 
 
 def test_sixteen_bits_become_the_upper_eight():
@@ -131,7 +131,7 @@ def test_exif_orientation_is_applied(value: int):
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert upright.size == ((60, 40) if value < 5 else (40, 60))
     for half in (False, value > 1):  # the upright one is read as if it had no EXIF
-        assert difference(decode(data, half), upright) < 0.8
+        assert difference(decode(data, 1 + half), upright) < 0.8
     assert difference(decode(encoded(image, "PNG", exif=orientation(value))), pixels(upright)) < 1.5
 
 
@@ -182,7 +182,7 @@ def test_truncated_files_are_refused(kind: str, share: float, half: bool):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = encoded(noise, kind, quality=90)
     with pytest.raises(BadImage):
-        decode(data[: int(share * len(data))], half)
+        decode(data[: int(share * len(data))], 1 + half)
 
 
 def lying_jpeg(width: int, height: int) -> bytes:

@@ -1,0 +1,311 @@
+"""Equal images: between splits they are listed, within one they are counted, those of another set are left out."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import contents, encoded, make, one, picture, samples, write_pictures
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from ssl_vit import exits
+from ssl_vit.data import duplicates
+from ssl_vit.data.foreign import IndexShards, index
+from ssl_vit.data.manifest import Manifest, Shard
+from ssl_vit.data.shards import MakeShards, convert
+from ssl_vit.data.write import DIGEST, contains
+
+REASON = "it is in what exclude= names"
+
+
+def copy(source: Path, **names: str) -> None:
+    """Copy images within a folder: `new="old"`, dots and slashes as in the dictionary given."""
+    for new, old in names.items():
+        (source / new).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / old, source / new)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def rejected(made: Manifest) -> dict[str, str]:
+    file = made.folder / "rejects.jsonl"
+    return {row["path"]: row["reason"] for row in rows(file)} if file.exists() else {}
+
+
+@pytest.fixture
+def splits(tmp_path: Path) -> Path:
+    """Three splits of 4 images each, of which some are equal."""
+    source = tmp_path / "in"
+    write_pictures(source, [f"{split}/c/{i}.png" for split in ("train", "val", "test") for i in range(4)])
+    copies = {
+        "train/c/8.png": "train/c/0.png",  # within
+        "train/d/9.png": "train/c/0.png",  # within, as another class
+        "val/c/7.png": "val/c/1.png",
+        "val/leak.png": "train/c/0.png",  # across, and twice
+        "val/c/leak.png": "train/c/0.png",
+        "test/c/leak.png": "train/c/0.png",
+        "test/c/other.jpg": "val/c/2.png",  # under another suffix
+    }
+    copy(source, **copies)
+    for name in ("train/bad.png", "val/bad.png", "test/bad.png"):
+        (source / name).write_bytes(b"no image")  # equal, but in no split after all
+    return source
+
+
+@pytest.mark.parametrize("options", [{}, {"shard_samples": 2, "workers": 2}, {"resize": 8, "quality": 50}])
+def test_images_of_two_splits_are_listed_and_those_of_one_are_counted(
+    splits: Path, tmp_path: Path, capsys: Any, options: dict
+):
+    """By the bytes of the files, whatever is made of them."""
+    made = make(splits, tmp_path / "out", **options)
+    found = rows(tmp_path / "out" / "duplicates.jsonl")
+    first, second = sha256(splits / "train/c/0.png"), sha256(splits / "val/c/2.png")
+    pairs = {(row["sha256"], tuple(sorted(row.keys() - {"sha256"}))): row for row in found}
+    assert set(pairs) == {
+        (first, ("train", "val")),
+        (first, ("test", "train")),
+        (first, ("test", "val")),
+        (second, ("test", "val")),
+    }
+    assert len(found) == len(pairs)
+    for row in found:  # whatever path is named, it is that image
+        assert {sha256(splits / path) for split, path in row.items() if split != "sha256"} == {row["sha256"]}
+        assert all(path.startswith(f"{split}/") for split, path in row.items() if split != "sha256")
+    assert {split: m.job["duplicates"] for split, m in made.items()} == {"train": 2, "val": 2, "test": 0}
+    assert {split: m.samples for split, m in made.items()} == {"train": 6, "val": 7, "test": 6}  # nothing is dropped
+    said = capsys.readouterr().out
+    assert "4 images stand in two splits" in said
+    assert "duplicates.jsonl" in said
+    assert said.count("\n") == 1
+
+
+def test_splits_by_a_hash_of_the_path_are_compared_too(tmp_path: Path):
+    """Here the same image under two names may fall to both sides."""
+    source = write_pictures(tmp_path / "in", [f"{i}.png" for i in range(30)])
+    copy(source, **{f"again/{i}.png": f"{i}.png" for i in range(30)})
+    made = make(source, tmp_path / "out", val_fraction=0.5)
+    where = {name: split for split, m in made.items() for name in samples(m)}
+    torn = {sha256(source / f"{i}.png") for i in range(30) if where[f"{i}.png"] != where[f"again/{i}.png"]}
+    assert {row["sha256"] for row in rows(tmp_path / "out" / "duplicates.jsonl")} == torn
+    assert len(torn) > 5
+    whole = 30 - len(torn)
+    assert sum(int(str(m.job["duplicates"])) for m in made.values()) == whole
+
+
+def test_splits_that_share_nothing_have_no_list(tmp_path: Path, capsys: Any):
+    source = write_pictures(tmp_path / "in", ["train/0.png", "val/0.png"])
+    copy(source, **{"train/1.png": "train/0.png"})
+    made = make(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "duplicates.jsonl").exists()
+    assert capsys.readouterr().out == ""
+    assert made["train"].job["duplicates"] == 1
+
+
+def test_a_set_without_splits_counts_its_duplicates(tmp_path: Path):
+    source = write_pictures(tmp_path / "in", [f"{i}.png" for i in range(5)])
+    copy(source, **{"a.png": "0.png", "b.png": "0.png", "c.png": "3.png"})
+    assert one(source, tmp_path / "out", shard_samples=2).job["duplicates"] == 3
+
+
+# Digests as numpy sees them: it takes no zeros at the end of a string for part of it.
+DIGESTS = st.lists(st.sampled_from([bytes([i]) * n + bytes(32 - n) for i in (1, 2, 255) for n in (1, 2, 31, 32)]))
+
+
+@settings(deadline=None, max_examples=100, derandomize=True, database=None)
+@given(DIGESTS, DIGESTS, st.integers(0, 2))
+def test_digests_that_end_in_zeros_are_digests(one: list[bytes], other: list[bytes], none: int):
+    """`none` images of each were rejected and have no digest."""
+    sets = {
+        name: (np.array([*digests, *[bytes(32)] * none], DIGEST), [f"{name}{i}" for i in range(len(digests) + none)])
+        for name, digests in (("a", one), ("b", other))
+    }
+    found = {row["sha256"]: (row["a"], row["b"]) for row in duplicates.across(sets)}
+    assert found == {d.hex(): (f"a{one.index(d)}", f"b{other.index(d)}") for d in set(one) & set(other)}
+    assert duplicates.within(sets["a"][0]) == len(one) - len(set(one))
+    held = np.unique(np.array(one, DIGEST))
+    assert all(contains(held, digest) == (digest in one) for digest in {*one, *other, bytes([7]) * 32})
+
+
+SOURCE = [f"c{i % 2}/{i}.jpg" for i in range(12)]
+TESTED = SOURCE[::3]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """12 images, each of its own bytes."""
+    return write_pictures(tmp_path / "in", SOURCE, height=40, width=50)
+
+
+@pytest.fixture
+def tested(source: Path, tmp_path: Path) -> Path:
+    """A third of the images under other names, and others, as a downstream test set."""
+    for number, name in enumerate(TESTED):
+        (tmp_path / "test-in").mkdir(exist_ok=True)
+        shutil.copy(source / name, tmp_path / "test-in" / f"{number}.jpeg")
+    (tmp_path / "test-in" / "other.png").write_bytes(encoded(picture(77), "PNG"))
+    return tmp_path / "test-in"
+
+
+def left_out(made: Manifest) -> set[str]:
+    """The images that were left out, and nothing else was."""
+    assert set(samples(made)) | set(rejected(made)) == set(SOURCE)
+    assert made.samples + int(str(made.job["rejects"])) == len(SOURCE)
+    assert set(rejected(made).values()) <= {REASON}
+    assert not list(made.folder.glob(".*"))
+    return set(rejected(made))
+
+
+@pytest.mark.parametrize("resize", [None, 16], ids=["original bytes", "shrunk"])
+@pytest.mark.parametrize("options", [{}, {"resize": 20, "shard_samples": 4, "workers": 2}])
+def test_what_a_test_set_of_ours_holds_is_left_out(
+    source: Path, tested: Path, tmp_path: Path, resize: int | None, options: dict
+):
+    """Also where both were shrunk in different ways: the JSON members say which files they were made from."""
+    one(tested, tmp_path / "test", resize=resize, shard_samples=2)
+    assert left_out(one(source, tmp_path / "out", exclude=(str(tmp_path / "test"),), **options)) == set(TESTED)
+
+
+def test_several_test_sets_are_left_out_together(source: Path, tested: Path, tmp_path: Path):
+    """One of them an original of which the input is a copy that we shrank: it is found by its own bytes."""
+    one(tested, tmp_path / "a")
+    write_pictures(tmp_path / "b-in", ["x.png"])
+    shutil.copy(source / SOURCE[1], tmp_path / "b-in" / "y.jpg")
+    one(tmp_path / "b-in", tmp_path / "b", resize=16)
+    made = one(source, tmp_path / "out", exclude=(str(tmp_path / "a"), str(tmp_path / "b")))
+    assert left_out(made) == {*TESTED, SOURCE[1]}
+
+
+@pytest.mark.parametrize("style", ["webdataset", "img2dataset"])
+def test_what_foreign_shards_hold_is_left_out(source: Path, tested: Path, tmp_path: Path, style: str):
+    """By the images' bytes; or, where img2dataset shrank them, by the sha256 of the download in its JSON."""
+    (tmp_path / "test").mkdir()
+    with TarWriter(str(tmp_path / "test" / "00000.tar")) as writer:
+        for number, path in enumerate(sorted(tested.iterdir())):
+            data = path.read_bytes()
+            if style == "webdataset":
+                writer.write({"__key__": f"{number:09d}", path.suffix[1:]: data, "cls": number, "txt": "a picture"})
+                continue
+            small = encoded(Image.open(io.BytesIO(data)).convert("RGB").resize((8, 8)), "JPEG")
+            note = {"key": f"{number:09d}", "caption": "a picture", "sha256": hashlib.sha256(data).hexdigest()}
+            writer.write({"__key__": f"{number:09d}", "jpg": small, "txt": "a picture", "json": note})
+    index(IndexShards(shards=str(tmp_path / "test"), quiet=True, workers=1))
+    assert left_out(one(source, tmp_path / "out", exclude=(str(tmp_path / "test"),))) == set(TESTED)
+
+
+def test_splits_take_turns_in_what_is_left_out(source: Path, tested: Path, tmp_path: Path):
+    one(tested, tmp_path / "test")
+    made = make(source, tmp_path / "out", val_fraction=0.4, exclude=(str(tmp_path / "test"),))
+    assert set(rejected(made["train"])) | set(rejected(made["val"])) == set(TESTED)
+    assert sum(m.samples for m in made.values()) == len(SOURCE) - len(TESTED)
+    assert not [name for name in contents(tmp_path / "out") if "exclude" in name]
+
+
+def test_an_image_with_json_that_says_nonsense_is_found_by_its_bytes(source: Path, tmp_path: Path):
+    """Not a dictionary, not hexadecimal, too short, too long: none of it is a digest, and none stops the work."""
+    (tmp_path / "test").mkdir()
+    said = [b"[1]", b'{"sha256": 3}', b'{"sha256": "xyz"}', b'{"sha256": "abcd"}', b"{", b'{"sha256": "' + b"0" * 66]
+    with TarWriter(str(tmp_path / "test" / "0.tar"), encoder=False) as writer:
+        for number, text in enumerate(said):
+            data = (source / SOURCE[number]).read_bytes()
+            writer.write({"__key__": str(number), "jpg": data, "json": text})
+    shard = Shard(name="0.tar", samples=len(said), bytes=0, sha256="", index_sha256="")
+    assert len(duplicates.held([Manifest(tmp_path / "test", {}, [], [shard])], 1)) == len(said)
+
+
+def test_another_exclude_is_another_job(source: Path, tested: Path, tmp_path: Path):
+    """A finished output is kept; the same images in other shards are the same job."""
+    one(tested, tmp_path / "test")
+    made = one(source, tmp_path / "out", exclude=(str(tmp_path / "test"),))
+    kept = contents(tmp_path / "out")
+    one(tested, tmp_path / "again", seed=3, shard_samples=1)
+    for same in ((tmp_path / "test",), (tmp_path / "again",), (tmp_path / "again", tmp_path / "test")):
+        assert one(source, tmp_path / "out", exclude=tuple(map(str, same))) == made
+        assert contents(tmp_path / "out") == kept
+    one(write_pictures(tmp_path / "more-in", ["z.png"]), tmp_path / "more")
+    for other in ((), (str(tmp_path / "more"),), (str(tmp_path / "test"), str(tmp_path / "more"))):
+        with pytest.raises(exits.Refusal, match=r"another job.*exclude") as caught:
+            one(source, tmp_path / "out", exclude=other)
+        assert caught.value.code == exits.CANNOT_CREATE
+    after = contents(tmp_path / "out")
+    assert {name: data for name, data in after.items() if not name.startswith(".exclude-")} == kept
+
+
+@pytest.mark.xfail(strict=True, reason="shards.py _excluded writes into the output before _claim says whose it is")
+@pytest.mark.parametrize("use", ["another job", "a thesis"])
+def test_a_refused_exclude_leaves_nothing_behind(source: Path, tested: Path, tmp_path: Path, use: str):
+    one(tested, tmp_path / "test")
+    if use == "another job":
+        one(source, tmp_path / "out")
+    else:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("precious")
+    kept = contents(tmp_path / "out")
+    with pytest.raises(exits.Refusal, match="name another output"):
+        one(source, tmp_path / "out", exclude=(str(tmp_path / "test"),))
+    assert contents(tmp_path / "out") == kept
+
+
+def test_another_exclude_does_not_go_on_with_a_job_begun(source: Path, tested: Path, tmp_path: Path):
+    one(tested, tmp_path / "test")
+    options = {"input": str(source), "output": str(tmp_path / "out"), "shard_samples": 4, "workers": 1, "quiet": True}
+    assert convert(MakeShards(**options), 0, 2) == {}
+    for exclude in ((str(tmp_path / "test"),), (str(tmp_path / "gone"),)):
+        with pytest.raises(exits.Refusal):
+            convert(MakeShards(**options, exclude=exclude), 1, 2)
+    assert convert(MakeShards(**options), 1, 2)[""].samples == len(SOURCE)
+    assert not [name for name in contents(tmp_path / "out") if "exclude" in name]
+
+
+def test_several_processes_leave_out_the_same(source: Path, tested: Path, tmp_path: Path):
+    one(tested, tmp_path / "test")
+    options: dict[str, Any] = {"shard_samples": 3, "exclude": (str(tmp_path / "test"),)}
+    whole = one(source, tmp_path / "whole", **options)
+    told = MakeShards(input=str(source), output=str(tmp_path / "out"), workers=1, quiet=True, **options)
+    made = [convert(told, rank, 3) for rank in (2, 0, 1)]
+    assert made[:2] == [{}, {}]
+    assert left_out(made[2][""]) == left_out(whole)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_to_leave_out_everything_is_refused(source: Path, tmp_path: Path):
+    one(source, tmp_path / "test", resize=8)
+    with pytest.raises(exits.Refusal, match=REASON) as caught:
+        one(source, tmp_path / "out", exclude=(str(tmp_path / "test"),))
+    assert caught.value.code == exits.DATA
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_set_that_cannot_be_left_out_is_refused(source: Path, tmp_path: Path):
+    """It is not there, or it is images, or splits of which one is to be named."""
+    make(source, tmp_path / "splits", val_fraction=0.5)
+    cases = {tmp_path / "gone": "no such folder", source: "convert the images", tmp_path / "splits": "its splits do"}
+    for name, says in cases.items():
+        with pytest.raises(exits.Refusal, match=says) as caught:
+            one(source, tmp_path / "out", exclude=(str(name),))
+        assert caught.value.code == exits.DATA
+
+
+@pytest.mark.xfail(strict=True, reason="duplicates.py held: shards are not checked; cut ones exclude less in silence")
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_test_set_is_refused(source: Path, tested: Path, tmp_path: Path, damage: str):
+    """Else its images would be trained on, and nobody would know."""
+    made = one(tested, tmp_path / "test")
+    tar = made.tar(0)
+    os.truncate(tar, tar.stat().st_size // 2) if damage == "cut" else tar.unlink()
+    with pytest.raises(exits.Refusal, match=r"000000\.tar") as caught:
+        one(source, tmp_path / "out", exclude=(str(tmp_path / "test"),))
+    assert caught.value.code == exits.DATA

@@ -1,0 +1,232 @@
+"""Our shards in the hands of others: the real webdataset, timm and open_clip read the very same samples and counts."""
+
+import gc
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pictures import encoded, make, members, one, picture, samples
+from PIL import Image
+from torch.utils.data import DataLoader
+from webdataset.compat import WebDataset
+
+from ssl_vit.data.manifest import Manifest
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),  # webdataset leaves its files to the collector
+    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
+]
+COUNT = 17
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "shrunk": {"resize": 8, "quality": 60},
+    "split": {"val_fraction": 0.3},
+    "one sample a shard": {"shard_samples": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of every kind that others decode as we do, in three classes."""
+    folder = tmp_path_factory.mktemp("interop")
+    kinds = [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("jpeg", "JPEG"), ("JPG", "JPEG")]
+    for number in range(COUNT):
+        suffix, kind = kinds[number % len(kinds)]
+        image = picture(number, 20 + number, 24, channels=1 if number % 6 == 3 else 3)
+        path = folder / f"class {number % 3}.v1" / f"{number}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(image, kind))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Manifest]]:
+    """Form -> split -> manifest."""
+    folder = tmp_path_factory.mktemp("converted")
+    return {form: make(images, folder / form, **{"shard_samples": 4} | FORMS[form]) for form in FORMS}
+
+
+def tars(made: Manifest) -> list[str]:
+    return [str(made.tar(number)) for number in range(len(made.shards))]
+
+
+def braces(made: Manifest) -> str:
+    """The pattern that people write."""
+    assert [shard.name for shard in made.shards] == [f"{number:06d}.tar" for number in range(len(made.shards))]
+    return f"{made.folder}/{{000000..{len(made.shards) - 1:06d}}}.tar"
+
+
+def told(read: Iterable[Any]) -> dict[str, tuple[str, bytes, int]]:
+    """Samples as webdataset gives them, in the form of `samples`; with every member a sample has, and no other."""
+    found = {}
+    for sample in read:
+        (kind,) = sample.keys() & {"jpg", "png", "webp"}
+        assert sample.keys() - {"__url__", "__local_path__"} == {"__key__", kind, "cls", "json"}
+        said = json.loads(sample["json"])
+        assert said["path"] not in found
+        found[said["path"]] = (sample["__key__"], sample[kind], int(sample["cls"]))
+    gc.collect()
+    return found
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def in_order(made: Manifest) -> list[tuple[bytes, int]]:
+    """Image bytes and label by sample id, by manifest and indexes."""
+    found = []
+    for shard in range(len(made.shards)):
+        data = made.tar(shard).read_bytes()
+        found += [
+            (data[int(r["offset"]) : int(r["offset"]) + int(r["size"])], int(r["label"])) for r in made.index(shard)
+        ]
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_webdataset_reads_the_same_samples_in_the_same_order(form: str, converted: dict):
+    """By the pattern that people write; our sample ids count as it does."""
+    total = 0
+    for made in converted[form].values():
+        found = told(WebDataset(braces(made), shardshuffle=False))
+        assert found == samples(made)
+        assert [(image, label) for _, image, label in found.values()] == in_order(made)
+        total += len(found)
+    assert total == COUNT
+
+
+def test_webdataset_decodes_them_in_its_usual_pipeline(converted: dict):
+    made = converted["plain"][""]
+    dataset: Any = WebDataset(braces(made), shardshuffle=False).decode("pilrgb").to_tuple("jpg;png;webp", "cls", "json")
+    read = list(dataset)
+    gc.collect()
+    for (image, label, said), (data, wanted) in zip(read, in_order(made), strict=True):
+        assert (np.asarray(image) == pixels(data)).all()
+        assert label == wanted
+        assert said.keys() == {"path", "sha256"}
+        assert made.classes[label] == said["path"].split("/")[0]
+
+
+def test_webdataset_reads_a_set_without_classes(images: Path, tmp_path: Path):
+    made = one(images / "class 0.v1", tmp_path / "out", shard_samples=4)
+    read = list(WebDataset(braces(made), shardshuffle=False))
+    gc.collect()
+    assert len(read) == made.samples == 6
+    assert not any("cls" in sample for sample in read)
+
+
+def test_webdatasets_workers_share_the_shards(converted: dict):
+    made = converted["plain"][""]
+    loader = DataLoader(WebDataset(braces(made), shardshuffle=False), batch_size=None, num_workers=2)  # type: ignore[arg-type]
+    assert told(loader) == samples(made)
+
+
+def timm_reads(root: Path, split: str, **options: Any) -> Any:
+    from timm.data.dataset_factory import create_dataset
+
+    return create_dataset("wds/", root=str(root), split=split, **options)
+
+
+def same(read: Iterable[Any], made: Manifest) -> None:
+    """Pixels and labels, in the order of ids."""
+    found = list(read)
+    gc.collect()
+    for (image, label), (data, wanted) in zip(found, in_order(made), strict=True):
+        assert (np.asarray(image) == pixels(data)).all()
+        assert label == wanted
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_timm_reads_the_same_samples_by_info_json(form: str, converted: dict):
+    """From the folder of the splits, and from a split's own; its length is the number of samples."""
+    for split, made in converted[form].items():
+        places = {(made.folder, split or "train"), (made.folder.parent if split else made.folder, split or "train")}
+        for root, name in places:
+            dataset = timm_reads(root, name)
+            assert len(dataset) == made.samples
+            same(dataset, made)
+
+
+def test_timm_trains_on_every_sample_once(converted: dict):
+    """Shuffled, in one process and in two workers with a shard count that they divide."""
+    made = converted["one sample a shard"][""]
+    wanted = sorted((pixels(data).tobytes(), label) for data, label in in_order(made))
+    dataset = timm_reads(made.folder, "train", is_training=True, batch_size=1)
+    assert len(dataset) == COUNT
+    orders = []
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        orders.append([(np.asarray(image).tobytes(), label) for image, label in dataset])
+        assert sorted(orders[-1]) == wanted
+    assert orders[0] != orders[1]
+    workers = DataLoader(
+        timm_reads(made.folder, "train"), batch_size=None, num_workers=2, collate_fn=lambda batch: batch
+    )
+    assert sorted((np.asarray(image).tobytes(), label) for image, label in workers) == wanted
+    gc.collect()
+
+
+@pytest.mark.parametrize("split", ["val", "valid", "validation", "test"])
+def test_timm_finds_every_split_by_its_name(split: str, tmp_path: Path):
+    for name, count in (("train", 3), (split, 2)):
+        (tmp_path / "in" / name / "c").mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / "in" / name / "c" / f"{number}.png").write_bytes(encoded(picture(number + 5 * count), "PNG"))
+    made = make(tmp_path / "in", tmp_path / "out", shard_samples=2)
+    for name, count in (("train", 3), (split, 2)):
+        dataset = timm_reads(tmp_path / "out", name)
+        assert len(dataset) == count
+        same(dataset, made[name])
+    info = json.loads((tmp_path / "out" / "_info.json").read_text())["splits"]
+    assert info["train"] == {
+        "name": "train", "num_samples": 3, "filenames": ["train/000000.tar", "train/000001.tar"],
+        "shard_lengths": [2, 1],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_open_clip_counts_and_reads_the_same_samples(form: str, converted: dict):
+    """Its sizes.json, and its own way through a tar, which differs from webdataset's."""
+    data = pytest.importorskip("open_clip_train.data")
+    for made in converted[form].values():
+        assert data.get_dataset_size(braces(made)) == (made.samples, len(made.shards))
+        assert data.get_dataset_size("::".join(tars(made))) == (made.samples, len(made.shards))
+        for number, shard in enumerate(made.shards):
+            assert data.get_dataset_size(tars(made)[number]) == (shard.samples, 1)
+        read = data.tarfile_to_samples_nothrow({"url": name} for name in tars(made))
+        assert told(read) == samples(made)
+
+
+def test_a_shard_that_came_to_nothing_is_in_no_list(images: Path, tmp_path: Path):
+    """Where all its images were rejected, there is no tar, and nobody asks for it."""
+    data = pytest.importorskip("open_clip_train.data")
+    source = tmp_path / "in" / "c"
+    source.mkdir(parents=True)
+    for number in range(6):
+        (source / f"{number}.png").write_bytes(encoded(picture(number), "PNG") if number % 2 else b"bad")
+    made = one(tmp_path / "in", tmp_path / "out", shard_samples=1)
+    assert 0 < len(made.shards) == made.samples == 3
+    assert sorted(json.loads((tmp_path / "out" / "sizes.json").read_text())) == [shard.name for shard in made.shards]
+    assert data.get_dataset_size("::".join(tars(made))) == (3, 3)
+    dataset = timm_reads(tmp_path / "out", "train")
+    assert len(dataset) == 3
+    same(dataset, made)
+    assert told(WebDataset(tars(made), shardshuffle=False)) == samples(made)
+
+
+def test_the_tars_are_plain_ones(converted: dict):
+    """USTAR, so that any tool reads them; no time, no owner, no folder, and keys of digits."""
+    for made in converted["plain"].values():
+        for name in tars(made):
+            with tarfile.open(name, format=tarfile.USTAR_FORMAT) as archive:
+                heads = list(archive)
+            assert all(head.isreg() and not head.pax_headers for head in heads)
+            assert {(head.mtime, head.uid, head.gid, head.uname, head.gname) for head in heads} == {(0, 0, 0, "", "")}
+            assert all(head.name.partition(".")[0].isdigit() for head in heads)
+            assert [head.name for head in heads] == list(members(Path(name)))
