@@ -1,10 +1,10 @@
-# make demo | make test | make check | make gpu (on a machine with one)
+# make demo | make test | make check | make test-long | make gpu (on a machine with one)
 # Needs Linux, Python >= 3.11 and make; everything else goes into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check gpu install
+.PHONY: demo test test-long check gpu install
 .DEFAULT_GOAL := demo
 
 install: .venv/installed
@@ -23,6 +23,9 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-long: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -s
 
 gpu: install
 	$(BIN)/python -m pytest -m gpu

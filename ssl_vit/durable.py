@@ -31,10 +31,20 @@ def writing(path: Path, flush: bool = True) -> Iterator[BinaryIO]:
             file.flush()
             if flush:
                 os.fsync(file.fileno())
-        os.replace(draft, path)
+        try:
+            os.replace(draft, path)
+        except FileNotFoundError:
+            if not path.exists():  # else another process made the same, and swept behind itself
+                raise
         if flush:
             sync_folder(path.parent)
     finally:
+        draft.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the drafts in a folder where all work is done: nobody has use for them, whether or not he is alive."""
+    for draft in folder.glob(".*.tmp-*"):
         draft.unlink(missing_ok=True)
 
 

@@ -41,7 +41,7 @@ def _scan(root: Path, follow_links: bool) -> Iterator[tuple[str, str]]:
         below[:] = sorted(name for name in below if not name.startswith("."))
         for name in list(below):
             path = os.path.join(folder, name)
-            if os.path.islink(path) and (not follow_links or _circles(path)):
+            if os.path.islink(path) and (not follow_links or _circles(path, root)):
                 below.remove(name)
                 yield (relative / name).as_posix(), LINK
         for name in sorted(files):
@@ -52,10 +52,11 @@ def _scan(root: Path, follow_links: bool) -> Iterator[tuple[str, str]]:
             yield (relative / name).as_posix(), LINK if out else Path(name).suffix.lower()
 
 
-def _circles(link: str) -> bool:
-    """Whether a link leads to a folder that it lies in."""
-    target = os.path.realpath(link)
-    return os.path.commonpath([target, os.path.realpath(os.path.dirname(link))]) == target
+def _circles(link: str, root: Path) -> bool:
+    """Whether a link leads to a folder that it lies in, also by way of other links."""
+    target, folder = os.path.realpath(link), Path(link).parent
+    passed = [folder, *(above for above in folder.parents if above.is_relative_to(root))]
+    return any(os.path.commonpath([target, os.path.realpath(above)]) == target for above in passed)
 
 
 def _inside(path: str, folder: str) -> bool:

@@ -78,8 +78,7 @@ def index(options: IndexShards) -> Manifest:
     root, names = find(options.shards)
     target = _target(options, root)
     target.prepare()
-    if target.size(FILE) is not None and "scan" not in manifest.read(target.read(FILE) or b"", FILE, Path()).job:
-        raise Refusal(CANNOT_CREATE, f"{target.name}: has a {FILE} of make_shards; name another output")
+    old = _replaced(target, names)
     scans: dict[str, Scan] = {}
     bar = tqdm(total=len(names), unit="shard", desc=options.shards, disable=options.quiet or None)
     count = options.workers or len(os.sched_getaffinity(0))
@@ -88,17 +87,42 @@ def index(options: IndexShards) -> Manifest:
             scans[name] = scan
             bar.update()
     made = _publish([scans[name] for name in names], root, target, options)
+    kept = {shard.index for shard in made.shards} | ({REJECTS} if made.job["rejects"] else set())
+    for name in old - kept:
+        target.remove(name)
     report(made, [scans[name] for name in names], target)
     return made
+
+
+def _replaced(target: Target, names: list[str]) -> set[str]:
+    """The files of an earlier scan in the output; raises Refusal(CANNOT_CREATE) where it holds something else."""
+    text, ours = target.read(FILE), {REJECTS}
+    if text is not None:
+        found = manifest.read(text, f"{target.name}/{FILE}", target.folder)
+        if "scan" not in found.job:
+            raise Refusal(CANNOT_CREATE, f"{target.name}: has a {FILE} of make_shards; name another output")
+        ours |= {shard.index for shard in found.shards}
+    for name in map(name_of_index, names):
+        if name not in ours and (data := target.read(name)) is not None and not _is_index(data):
+            raise Refusal(CANNOT_CREATE, f"{target.name}/{name}: is in the way of an index; name another output")
+    return ours
+
+
+def _is_index(data: bytes) -> bool:
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False).dtype == ENTRY
+    except (ValueError, EOFError, OSError):
+        return False
 
 
 def find(shards: str) -> tuple[str, list[str]]:
     """The folder or URL that shards have in common, and their names in it, sorted."""
     if remote.is_url(shards):
         remote.check(shards)
+    folder = os.path.isdir(shards)  # unlike Path's, it takes any text
     if remote.is_url(shards) and not shards.endswith(".tar"):
         found = [f"{shards.rstrip('/')}/{name}" for name in remote.sizes(shards) if name.endswith(".tar")]
-    elif Path(shards).is_dir():
+    elif folder:
         found = [str(path) for path in Path(shards).rglob("*.tar")]
     else:
         found = expand(shards)
@@ -107,16 +131,17 @@ def find(shards: str) -> tuple[str, list[str]]:
     strange = [name for name in found if not name.endswith(".tar")]
     if strange:
         raise Refusal(DATA, f"{strange[0]}: is no .tar file (compressed ones cannot be read in any order: unpack them)")
-    folders = [name.rpartition("/")[0] for name in found]
-    root = folders[0]
-    while not all(folder == root or folder.startswith(f"{root}/") for folder in folders):
-        root = root.rpartition("/")[0]
-    root = shards.rstrip("/") if Path(shards).is_dir() else root
-    return root, sorted({name[len(root) + 1 if root else 0 :] for name in found})
+    if remote.is_url(shards):
+        scheme, _, _ = shards.partition("://")
+        root = os.path.commonpath([name.removeprefix(f"{scheme}://").rpartition("/")[0] for name in found])
+        root = f"{scheme}://{root}"
+        return root, sorted({name[len(root) + 1 :] for name in found})
+    root = os.path.normpath(shards) if folder else os.path.commonpath([os.path.dirname(name) or "." for name in found])
+    return root or ".", sorted({os.path.relpath(name, root or ".") for name in found})
 
 
 def _target(options: IndexShards, root: str) -> Target:
-    output = options.output or root or "."
+    output = options.output or root
     if not remote.is_url(output):
         return Target(Path(output))
     if output.startswith("http"):
@@ -126,7 +151,7 @@ def _target(options: IndexShards, root: str) -> Target:
 
 def scan_at(root: str, name: str, label_key: str | None, full: bool) -> Scan:
     """Scan one tar, which is fetched first where it is remote."""
-    where = f"{root}/{name}" if root else name
+    where = f"{root}/{name}"
     try:
         if not remote.is_url(where):
             return scan(Path(where), name, label_key, full)
@@ -175,7 +200,8 @@ def _samples(members: list[Member], ignored: Counter[str]) -> Iterator[tuple[str
         if kind in ("image", "cls", "json"):
             samples.setdefault(stem, {}).setdefault(kind, []).append(member)
         else:
-            ignored[suffix.encode("utf-8", "backslashreplace").decode()[:32] or "(no suffix)"] += 1
+            shown = "".join(letter if letter.isprintable() else "?" for letter in suffix[:32])
+            ignored[shown or "(no suffix)"] += 1
     yield from samples.items()
 
 
@@ -183,7 +209,7 @@ def _cut(name: str, first: bool) -> tuple[str, str]:
     """Key and lower-case suffix of a member: cut at the first or at the last dot of its file name."""
     folder, _, file = name.rpartition("/")
     stem, _, suffix = file.partition(".") if first else file.rpartition(".")
-    return f"{folder}/{stem}", suffix.lower()
+    return f"{folder}/{stem}" if folder else stem, suffix.lower()
 
 
 def _row(handle: int, parts: dict[str, list[Member]], label_key: str | None, full: bool) -> tuple[int, int, Class, int]:

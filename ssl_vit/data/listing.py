@@ -70,7 +70,7 @@ def _csv(path: Path) -> Iterable[dict[str, str]]:
         raise Refusal(DATA, f"{path}: not a CSV file in UTF-8 ({error})") from error
     header = [name.strip().lower() for name in rows[0]] if rows else []
     named = "path" in header
-    columns = header if named else ["path", "label"]
+    columns = header if named else ["path", "label", "split"]
     return [dict(zip(columns, (cell.strip() for cell in row), strict=False)) for row in rows[named:] if row]
 
 
@@ -85,7 +85,14 @@ def _parquet(path: Path) -> Iterable[dict[str, str]]:
         raise Refusal(DATA, f"{path}: not a Parquet file ({' '.join(str(error).split())[:200]})") from error
     columns = [name for name in ("path", "label", "split") if name in table.column_names]
     rows = table.select(columns).to_pylist()
-    return [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+    return [{name: _cell(value) for name, value in row.items()} for row in rows]
+
+
+def _cell(value: Any) -> str:
+    """The text of a value; whole numbers that became floats, as beside missing ones in pandas, are whole again."""
+    if value is None or value != value:  # none, or not a number
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def numbers(names: Iterable[str], class_map: str | None) -> tuple[list[str], dict[str, int]]:
@@ -114,14 +121,15 @@ def read_map(path: str) -> dict[str, int]:
     if file.is_dir():
         return {name: number for number, name in enumerate(manifest.load(file).classes)}
     try:
-        text = file.read_text(encoding="utf-8")
-        content: Any = json.loads(text) if file.suffix == ".json" else text.splitlines()
+        text = file.read_text(encoding="utf-8-sig")
+        content: Any = json.loads(text) if file.suffix == ".json" else text.strip().splitlines()
     except (OSError, ValueError) as error:
         raise Refusal(DATA, f"class_map={path}: cannot be read ({error})") from error
     if isinstance(content, list):
         content = {str(name).strip(): number for number, name in enumerate(content)}
-    values = set(content.values()) if isinstance(content, dict) else set()
-    if not values or any(type(value) is not int for value in values) or values != set(range(len(values))):
+    values = list(content.values()) if isinstance(content, dict) else []
+    counted = all(type(value) is int for value in values) and set(values) == set(range(len(set(values))))
+    if not values or "" in content or not counted:
         raise Refusal(
             DATA, f"class_map={path}: give class names, or a JSON object of name -> number from 0 without gaps"
         )

@@ -1,9 +1,12 @@
 """Files on https://, s3://, gs:// and hf://, through fsspec: guarded, with retries, time limits and a clear end."""
 
 import contextlib
+import errno
+import functools
 import ipaddress
 import os
 import queue
+import re
 import socket
 import threading
 import time
@@ -16,7 +19,9 @@ from urllib.parse import urljoin, urlsplit
 from ssl_vit.durable import sha256 as digest_of
 from ssl_vit.exits import CANNOT_CREATE, DISK, USAGE, Refusal
 
-PACKAGES = {"http": "remote", "https": "remote", "s3": "remote", "gs": "gs", "hf": "hf"}
+PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
+EXTRAS = {"gs": "gs", "hf": "hf"}  # of ours, which install these; the rest is in `remote`
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # failures of the local disk
 TRIES = 5
 PAUSE = 0.5  # seconds before the second try, doubled before each further one
 PATIENCE = 30.0  # seconds in which something has to come
@@ -52,8 +57,14 @@ def _schemes() -> str:
 def _refuse_link_local(url: str) -> None:
     """Link-local addresses are where clouds keep a machine's own credentials."""
     try:
-        found = socket.getaddrinfo(urlsplit(url).hostname, None)
-    except (OSError, ValueError):
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        host = ""
+    if not re.fullmatch(r"[\w.:%-]+", host, re.ASCII) or "%" in host.partition(":")[0]:
+        raise Refusal(USAGE, f"{url}: has no plain host name, which is refused")  # digits have many spellings
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:
         return  # nobody there: fetching will say so
     for *_, address in found:
         ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
@@ -70,11 +81,11 @@ def _filesystem(url: str) -> tuple[Any, str]:
         options = _web() if scheme in ("http", "https") else {}
         return fsspec.core.url_to_fs(check(url), **options)
     except ImportError as error:
-        raise Refusal(
-            USAGE, f"{url}: {error.name} is not installed: pip install 'ssl_vit[{PACKAGES[scheme]}]'"
-        ) from error
+        cure = f"pip install 'ssl_vit[{EXTRAS.get(scheme, 'remote')}]'"
+        raise Refusal(USAGE, f"{url}: {PACKAGES[scheme]} is not installed: {cure}") from error
 
 
+@functools.cache  # the same options are the same file system to fsspec, which keeps its connections
 def _web() -> dict[str, Any]:
     import aiohttp
 
@@ -146,18 +157,40 @@ def sizes(url: str) -> dict[str, int]:
     if url.startswith("http"):
         raise Refusal(USAGE, f"{url}: a web server lists no files; name them, as in {url}/{{000000..000099}}.tar")
     source, inside = _filesystem(url)
-    found = _tried(url, lambda: _watched(lambda: source.find(inside, detail=True, refresh=True)))
+    source.invalidate_cache()  # others write there too
+    found = _tried(url, lambda: _watched(lambda: source.find(inside, detail=True)))
     return {name.removeprefix(inside).lstrip("/"): entry["size"] for name, entry in found.items()}
 
 
 def size(url: str) -> int | None:
     """A file's bytes, None where it is missing; -1 where the server does not say."""
     source, inside = _filesystem(url)
+    source.invalidate_cache()
+
+    def ask() -> int:
+        return _web_size(source, inside) if url.startswith("http") else int(source.info(inside)["size"])
+
     try:
-        found = _tried(url, lambda: _watched(lambda: source.info(inside)))["size"]
+        return _tried(url, lambda: _watched(ask))
     except BadSource:
         return None
-    return -1 if found is None else int(found)
+
+
+def _web_size(source: Any, url: str) -> int:
+    """What a web server says a file's size is; fsspec's own question takes any failure for a missing file."""
+    from fsspec.asyn import sync
+
+    async def head() -> int:
+        session = await source.set_session()
+        async with session.head(url, allow_redirects=True) as answer:
+            if answer.status in (404, 410):
+                raise FileNotFoundError(url)
+            if answer.status in (405, 501):  # it does not say
+                return -1
+            answer.raise_for_status()
+            return int(answer.headers.get("Content-Length", -1))
+
+    return sync(source.loop, head)
 
 
 def remove(url: str) -> None:
@@ -179,12 +212,14 @@ def _tried(url: str, once: Callable[[], Value]) -> Value:
             raise BadSource(f"{url}: is not there") from error
         except (Refusal, MemoryError, ImportError):
             raise
-        except PermissionError as error:
-            raise Refusal(DISK, f"{url}: access is denied ({error}); look after the credentials") from error
         except Exception as error:  # every store raises kinds of its own
-            if isinstance(error, OSError) and error.filename and not is_url(str(error.filename)):
-                raise  # the local disk's
-            last = error
+            if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
+                said = " ".join(str(error).split())[:200]
+                raise Refusal(DISK, f"{url}: access is denied ({said}); look after the credentials") from error
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise
+            mismatch = type(error).__name__ == "FlexibleChecksumError"  # of S3, by a checksum of its own
+            last = BadSource(f"{url}: other bytes than were stored") if mismatch else error
     if isinstance(last, BadSource):
         raise last
     reason = f"{type(last).__name__}: {' '.join(str(last).split())[:200]}".removesuffix(": ")

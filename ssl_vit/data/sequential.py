@@ -65,7 +65,7 @@ def tars(patterns: tuple[str, ...], store: Store) -> Tars:
     names = []
     for pattern in patterns:
         root, found = foreign.find(pattern)
-        names += [f"{root}/{name}" if root else name for name in found]
+        names += [f"{root}/{name}" for name in found]
     return Tars(names, store)
 
 

@@ -27,8 +27,8 @@ from ssl_vit.data.listing import Listing
 from ssl_vit.data.manifest import FILE, Manifest, Shard
 from ssl_vit.data.pool import do
 from ssl_vit.data.target import Target
-from ssl_vit.data.write import DIGEST, NOTES, Job, name_of_note, write_shard
-from ssl_vit.durable import writing
+from ssl_vit.data.write import DIGEST, EXCLUDED, NOTES, Job, name_of_note, write_shard
+from ssl_vit.durable import sweep, writing
 from ssl_vit.exits import CANNOT_CREATE, DATA, Refusal
 
 REJECTS = "rejects.jsonl"
@@ -94,12 +94,12 @@ def convert(options: MakeShards, rank: int = 0, world: int = 1) -> dict[str, Man
     classes, number = listing.numbers(found.class_of.values(), options.class_map)
     with _at_work_in(options.target, several=world > 1):
         excluded = _excluded(options)
-        jobs = {split: _job(options, found, split, number, excluded) for split in found.splits}
+        jobs = {split: _job(options, found, split, classes, number, excluded) for split in found.splits}
         _claim_splits(options, jobs)
         for job in jobs.values():
             _claim(job)
         for job in jobs.values():
-            _write(job, options, rank, world)
+            _write(job, options, excluded, rank, world)
         made = _finish(jobs, classes, options)
     if found.left_out and rank == 0:
         what = "images of other formats, or links that are not followed"
@@ -113,19 +113,24 @@ def processes(options: MakeShards) -> int:
     return options.workers or max(1, len(os.sched_getaffinity(0)) // local)
 
 
-def _excluded(options: MakeShards) -> Path | None:
-    """The digests of what is to be left out, in a file that is named by its content."""
+def _excluded(options: MakeShards) -> np.ndarray | None:
+    """The digests of what is to be left out."""
     if not options.exclude:
         return None
     sets = [manifest.load(name) for name in options.exclude]
-    digests = duplicates.held(sets, processes(options))
-    path = options.target.folder / f".exclude-{hashlib.sha256(digests.tobytes()).hexdigest()}.npy"
-    with writing(path) as file:
-        np.save(file, digests)
-    return path
+    for made in sets:
+        made.check()  # what a damaged set lost would not be left out
+    return duplicates.held(sets, processes(options))
 
 
-def _job(options: MakeShards, found: Listing, split: str, number: dict[str, int], excluded: Path | None) -> Job:
+def _job(
+    options: MakeShards,
+    found: Listing,
+    split: str,
+    classes: list[str],
+    number: dict[str, int],
+    excluded: np.ndarray | None,
+) -> Job:
     names = found.splits[split]
     order = permutation(key(options.seed, "shuffle", split), len(names))
     sources = listing.sources(found, [names[i] for i in order], number)
@@ -133,8 +138,10 @@ def _job(options: MakeShards, found: Listing, split: str, number: dict[str, int]
         name: getattr(options, name) for name in ("resize", "val_fraction", "shard_samples", "seed", "keep_location")
     }
     settings |= {"quality": options.quality if options.resize else None, "split": split}
-    settings |= {"exclude": excluded.stem.removeprefix(".exclude-") if excluded else None}
-    return Job(found.root, options.target.below(split), sources, settings, excluded)
+    left_out = hashlib.sha256(excluded.tobytes()).hexdigest() if excluded is not None else None
+    settings |= {"exclude": left_out}
+    target = options.target.below(split)
+    return Job(found.root, target, sources, settings, tuple(classes), excluded is not None)
 
 
 def _claim_splits(options: MakeShards, jobs: dict[str, Job]) -> None:
@@ -157,7 +164,7 @@ def _claim(job: Job) -> None:
         known = manifest.read(text, f"{target.name}/{FILE}", target.folder).job
     elif note is not None:
         known = json.loads(note)
-    elif any(not name.startswith((f"{NOTES}/", ".exclude-")) for name in names):
+    elif any(not name.startswith(f"{NOTES}/") for name in names):
         raise Refusal(CANNOT_CREATE, f"{target.name}: is not empty and holds no shards; name another output")
     else:
         target.write(f"{NOTES}/job", json.dumps(job.options | {"digest": job.digest}).encode())
@@ -174,10 +181,14 @@ def _parts(job: Job) -> int:
     return -(-len(job.sources) // int(str(job.options["shard_samples"])))
 
 
-def _write(job: Job, options: MakeShards, rank: int, world: int) -> None:
+def _write(job: Job, options: MakeShards, excluded: np.ndarray | None, rank: int, world: int) -> None:
     """Write this process's shards: every `world`-th, so that each is written by one."""
     if job.target.size(FILE):
         return
+    if excluded is not None:
+        (job.target.folder / NOTES).mkdir(parents=True, exist_ok=True)
+        with writing(job.target.folder / EXCLUDED, flush=False) as file:
+            np.save(file, excluded)
     size, lean = options.shard_samples, replace(job, sources=[])  # a piece is sent with its own images only
     parts = {number: job.sources[number * size : (number + 1) * size] for number in range(rank, _parts(job), world)}
     deadly: set[str] = set()
@@ -202,70 +213,81 @@ def _write(job: Job, options: MakeShards, rank: int, world: int) -> None:
 
 def _finish(jobs: dict[str, Job], classes: list[str], options: MakeShards) -> dict[str, Manifest]:
     """Write what comes last, where every shard of every split is done; nothing is returned where one is not."""
-    notes: dict[str, list[dict[str, Any]]] = {}
-    done: dict[str, Manifest] = {}
-    for split, job in jobs.items():
-        text = job.target.read(FILE)
-        if text is not None:
-            done[split] = manifest.read(text, f"{job.target.name}/{FILE}", job.target.folder)
-            continue
-        with ThreadPoolExecutor(32) as pool:
-            found = list(pool.map(job.target.read, map(name_of_note, range(_parts(job)))))
-        if any(note is None for note in found):
-            again = job.target.read(FILE)  # another process may have finished while we looked
-            return _finish(jobs, classes, options) if again is not None else {}
-        notes[split] = [json.loads(note or b"") for note in found]
-    doubled = _duplicates(jobs, options.target) if notes else {}
-    for split, found in notes.items():
-        done[split] = _publish(jobs[split], found, classes, doubled.get(split, 0))
-    if notes and "" not in jobs:
-        options.target.write("_info.json", interop.info(done, below=True))
+    if all(job.target.size(FILE) for job in jobs.values()):  # another process was first, or an earlier start
+        made = {split: _read(job) for split, job in jobs.items()}
+    else:
+        notes = {split: _notes(job) for split, job in jobs.items()}
+        equal = _duplicates(jobs)
+        if equal is None or any(found is None for found in notes.values()):
+            again = all(job.target.size(FILE) for job in jobs.values())  # another has finished while we looked
+            return _finish(jobs, classes, options) if again else {}
+        made = {split: _manifest(job, notes[split] or [], classes, equal[0][split]) for split, job in jobs.items()}
+        if "" not in jobs:
+            options.target.write("_info.json", interop.info(made, below=True))
+            _list_doubled(equal[1], options.target)
+        for split, job in jobs.items():
+            _publish(job, notes[split] or [], made[split])
     for job in jobs.values():
         job.target.remove(NOTES)
-    for rest in options.target.folder.glob(".exclude-*.npy"):
-        rest.unlink(missing_ok=True)
-    url = options.target.url
-    return {
-        split: replace(done[split], indexes=Store().of(jobs[split].target.name)) if url else done[split]
-        for split in jobs
-    }
+        sweep(job.target.folder)
+    sweep(options.target.folder)
+    if options.target.url:
+        return {split: replace(made[split], indexes=Store().of(job.target.name)) for split, job in jobs.items()}
+    return made
 
 
-def _publish(job: Job, notes: list[dict[str, Any]], classes: list[str], doubled: int) -> Manifest:
+def _read(job: Job) -> Manifest:
+    return manifest.read(job.target.read(FILE) or b"", f"{job.target.name}/{FILE}", job.target.folder)
+
+
+def _notes(job: Job) -> list[dict[str, Any]] | None:
+    """What was noted of every shard, None where a note is missing."""
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(job.target.read, map(name_of_note, range(_parts(job)))))
+    return None if None in found else [json.loads(note or b"") for note in found]
+
+
+def _manifest(job: Job, notes: list[dict[str, Any]], classes: list[str], doubled: int) -> Manifest:
+    rejects = [reject for note in notes for reject in note["rejects"]]
+    shards = [Shard(**note["shard"]) for note in notes if note["shard"]["samples"]]
+    if not shards:
+        raise Refusal(DATA, f"{job.root}: not one image could be used (first: {rejects[0]})")
+    said = job.options | {"digest": job.digest, "rejects": len(rejects), "duplicates": doubled}
+    return Manifest(job.target.folder, said, classes, shards)
+
+
+def _publish(job: Job, notes: list[dict[str, Any]], made: Manifest) -> None:
     """Write a split's manifest, and before it what stands beside it."""
     rejects = [reject for note in notes for reject in note["rejects"]]
-    shards = [Shard(**note["shard"]) for note in notes]
-    if not any(shard.samples for shard in shards):
-        raise Refusal(DATA, f"{job.root}: not one image could be decoded (first: {rejects[0]})")
-    for shard in shards:
+    for shard in (Shard(**note["shard"]) for note in notes):
         if not shard.samples:  # every image of it was rejected
             job.target.remove(shard.name)
             job.target.remove(shard.index)
     if rejects:
-        lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
-        job.target.write(REJECTS, lines.encode())
-    said = job.options | {"digest": job.digest, "rejects": len(rejects), "duplicates": doubled}
-    made = Manifest(job.target.folder, said, classes, [shard for shard in shards if shard.samples])
-    for draft in job.target.folder.glob(".*.tmp-*"):  # of a run that was killed
-        draft.unlink(missing_ok=True)
+        job.target.write(REJECTS, "".join(json.dumps(reject) + "\n" for reject in rejects).encode())
     job.target.write("sizes.json", interop.sizes(made))
     job.target.write("_info.json", interop.info({str(job.options["split"]): made}, below=False))
     job.target.write(FILE, manifest.encode(made))
-    return made
 
 
-def _duplicates(jobs: dict[str, Job], target: Target) -> dict[str, int]:
-    """How many images of each split are doubled in it; those in two splits are listed in a file."""
+def _duplicates(jobs: dict[str, Job]) -> tuple[dict[str, int], list[dict[str, Any]]] | None:
+    """How many images each split has twice, and those that stand in two splits; None where digests are missing."""
     splits = {}
     for split, job in jobs.items():
-        parts = [job.target.read(name_of_note(number, "sha256")) or b"" for number in range(_parts(job))]
-        splits[split] = (np.frombuffer(b"".join(parts), DIGEST), [source.path for source in job.sources])
-    rows = list(duplicates.across(splits))
+        parts = [job.target.read(name_of_note(number, "sha256")) for number in range(_parts(job))]
+        if None in parts:
+            return None
+        digests = np.frombuffer(b"".join(part or b"" for part in parts), DIGEST)
+        splits[split] = digests, [source.path for source in job.sources]
+    return {s: duplicates.within(digests) for s, (digests, _) in splits.items()}, list(duplicates.across(splits))
+
+
+def _list_doubled(rows: list[dict[str, Any]], target: Target) -> None:
+    """List the images that stand in two splits in a file, and say so."""
     if rows:
         target.write(DUPLICATES, "".join(json.dumps(row) + "\n" for row in rows).encode())
         shown = ", ".join(f"{split}: {path}" for split, path in rows[0].items() if split != "sha256")
         print(f"{len(rows)} images stand in two splits (first: {shown}); all are in {target.name}/{DUPLICATES}")
-    return {split: duplicates.within(digests) for split, (digests, _) in splits.items()}
 
 
 @contextlib.contextmanager

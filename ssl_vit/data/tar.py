@@ -13,6 +13,15 @@ from pathlib import Path
 BLOCK = 512
 LONGEST = 1 << 16  # bytes of an extended header that are read; a longer one is an attack
 FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+BARE = (
+    tarfile.LNKTYPE,
+    tarfile.SYMTYPE,
+    tarfile.CHRTYPE,
+    tarfile.BLKTYPE,
+    tarfile.FIFOTYPE,
+    tarfile.DIRTYPE,
+)  # no data
+DIGITS = 20  # of a number that is read
 ZEROS = bytes(BLOCK)
 
 
@@ -44,6 +53,7 @@ def walk(path: Path) -> Iterator[Member | Damage]:
 
 def _walk(handle: int, end: int) -> Iterator[Member | Damage]:
     at, name, size = 0, None, None  # name and size of the next member, where an extended header gave them
+    begin = 0  # of the tar that is walked: they may stand one behind the other
     while at + BLOCK <= end:
         block = os.pread(handle, BLOCK, at)
         if block == ZEROS:
@@ -52,7 +62,9 @@ def _walk(handle: int, end: int) -> Iterator[Member | Damage]:
                 if end - at < 2 * BLOCK:
                     yield Damage(at, "the end mark is cut")
                 return
-            at = following  # tars that were put one behind the other
+            if (following - begin) % tarfile.RECORDSIZE:  # no tar has its end there
+                yield Damage(at, f"{following - at} bytes are zeros")
+            at = begin = following
             continue
         info = _header(block)
         if info is None:
@@ -62,11 +74,15 @@ def _walk(handle: int, end: int) -> Iterator[Member | Damage]:
                 return
             at, name, size = following, None, None
             continue
-        length = info.size if size is None else size
+        length = 0 if info.type in BARE else info.size if size is None else size
         inside = at + BLOCK
         if inside + length > end:
             yield Damage(at, f"the file ends within {name or info.name}")
-            return
+            following = _next_header(handle, inside, end)
+            if following is None:
+                return
+            at, name, size = following, None, None  # it was a claim only
+            continue
         if info.type == tarfile.GNUTYPE_LONGNAME and length <= LONGEST:
             name = os.pread(handle, length, inside).split(b"\0")[0].decode("utf-8", "surrogateescape")
         elif info.type == tarfile.XHDTYPE and length <= LONGEST:
@@ -105,12 +121,12 @@ def _extended(data: bytes, name: str | None) -> tuple[str | None, int | None]:
     size = None
     while data:
         length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
+        if not length.isdigit() or len(length) > DIGITS or not 0 < int(length) <= len(data):
             break
         keyword, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
         if keyword == b"path":
             name = value.decode("utf-8", "surrogateescape")
-        elif keyword == b"size" and value.isdigit():
+        elif keyword == b"size" and value.isdigit() and len(value) <= DIGITS:
             size = int(value)
         data = data[int(length) :]
     return name, size

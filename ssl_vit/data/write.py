@@ -30,6 +30,7 @@ from ssl_vit.durable import writing
 NOTES = ".notes"  # what is known of each shard, until the manifest takes its place
 DIGEST = np.dtype("S32")  # a sha256; zeros stand for none
 NO_DIGEST = bytes(32)
+EXCLUDED = f"{NOTES}/excluded.npy"  # a sorted array of DIGEST, of the images to leave out
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,13 @@ class Job:
     target: Target
     sources: list[Source]  # in their final order
     options: dict[str, object]  # what the manifest says of the job
-    excluded: Path | None = None  # a sorted array of DIGEST, of the images to leave out
+    classes: tuple[str, ...] = ()
+    excluded: bool = False  # what EXCLUDED holds is left out
 
     @cached_property
     def digest(self) -> str:
         """Equal for equal jobs over an unchanged input."""
-        listing = json.dumps([asdict(source) for source in self.sources], separators=(",", ":"))
+        listing = json.dumps([self.classes, [asdict(source) for source in self.sources]], separators=(",", ":"))
         return hashlib.sha256((json.dumps(self.options, sort_keys=True) + listing).encode()).hexdigest()
 
 
@@ -84,7 +86,7 @@ def write_shard(
             return note
     (target.folder / NOTES).mkdir(parents=True, exist_ok=True)
     mark = target.folder / name_of_note(number, "at")
-    excluded = np.load(job.excluded, mmap_mode="r") if job.excluded else None
+    excluded = np.load(target.folder / EXCLUDED, mmap_mode="r") if job.excluded else None
     rows, rejects, digests = [], [], [NO_DIGEST] * len(sources)
     with writing(target.folder / name) as file, mark.open("wb", buffering=0) as at:
         hashed = _Hashed(file)
@@ -127,7 +129,7 @@ def write_shard(
     note = {"shard": shard.model_dump(), "rejects": rejects}
     text = json.dumps(note, ensure_ascii=False).encode(errors="backslashreplace")
     target.write(name_of_note(number), text, flush=False)
-    mark.unlink()
+    mark.unlink(missing_ok=True)  # with all notes, where another process ended the conversion meanwhile
     return note
 
 

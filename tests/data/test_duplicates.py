@@ -244,7 +244,6 @@ def test_another_exclude_is_another_job(source: Path, tested: Path, tmp_path: Pa
     assert {name: data for name, data in after.items() if not name.startswith(".exclude-")} == kept
 
 
-@pytest.mark.xfail(strict=True, reason="shards.py _excluded writes into the output before _claim says whose it is")
 @pytest.mark.parametrize("use", ["another job", "a thesis"])
 def test_a_refused_exclude_leaves_nothing_behind(source: Path, tested: Path, tmp_path: Path, use: str):
     one(tested, tmp_path / "test")
@@ -299,7 +298,6 @@ def test_a_set_that_cannot_be_left_out_is_refused(source: Path, tmp_path: Path):
         assert caught.value.code == exits.DATA
 
 
-@pytest.mark.xfail(strict=True, reason="duplicates.py held: shards are not checked; cut ones exclude less in silence")
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_test_set_is_refused(source: Path, tested: Path, tmp_path: Path, damage: str):
     """Else its images would be trained on, and nobody would know."""

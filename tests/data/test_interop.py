@@ -192,15 +192,19 @@ def test_timm_finds_every_split_by_its_name(split: str, tmp_path: Path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_open_clip_counts_and_reads_the_same_samples(form: str, converted: dict):
-    """Its sizes.json, and its own way through a tar, which differs from webdataset's."""
+    """By its own function for sizes.json, and by its own grouping of members.
+
+    What stands between the two, its tarfile_to_samples_nothrow, ends with a KeyError on any shards under webdataset
+    1.0, whose marks for the end of a shard it does not know (open_clip 3.3.0); here they are left out.
+    """
     data = pytest.importorskip("open_clip_train.data")
     for made in converted[form].values():
         assert data.get_dataset_size(braces(made)) == (made.samples, len(made.shards))
         assert data.get_dataset_size("::".join(tars(made))) == (made.samples, len(made.shards))
         for number, shard in enumerate(made.shards):
             assert data.get_dataset_size(tars(made)[number]) == (shard.samples, 1)
-        read = data.tarfile_to_samples_nothrow({"url": name} for name in tars(made))
-        assert told(read) == samples(made)
+        files = data.tar_file_expander(data.url_opener({"url": name} for name in tars(made)))
+        assert told(data.group_by_keys_nothrow(file for file in files if "fname" in file)) == samples(made)
 
 
 def test_a_shard_that_came_to_nothing_is_in_no_list(images: Path, tmp_path: Path):
