@@ -119,25 +119,23 @@ def find(shards: str) -> tuple[str, list[str]]:
     """The folder or URL that shards have in common, and their names in it, sorted."""
     if remote.is_url(shards):
         remote.check(shards)
-    folder = os.path.isdir(shards)  # unlike Path's, it takes any text
-    if remote.is_url(shards) and not shards.endswith(".tar"):
-        found = [f"{shards.rstrip('/')}/{name}" for name in remote.sizes(shards) if name.endswith(".tar")]
+    folder, url = os.path.isdir(shards), remote.is_url(shards)  # unlike Path's, this is_dir takes any text
+    if url and not shards.endswith(".tar"):
+        root = shards.rstrip("/")
+        found = [f"{root}/{name}" for name in remote.sizes(shards) if name.endswith(".tar")]
     elif folder:
+        root = os.path.normpath(shards)
         found = [str(path) for path in Path(shards).rglob("*.tar")]
     else:
         found = expand(shards)
+        scheme = f"{shards.partition('://')[0]}://" if url else ""
+        root = scheme + (os.path.commonpath([os.path.dirname(n.removeprefix(scheme)) or "." for n in found]) or ".")
     if not found:
         raise Refusal(DATA, f"{shards}: has no .tar files")
     strange = [name for name in found if not name.endswith(".tar")]
     if strange:
         raise Refusal(DATA, f"{strange[0]}: is no .tar file (compressed ones cannot be read in any order: unpack them)")
-    if remote.is_url(shards):
-        scheme, _, _ = shards.partition("://")
-        root = os.path.commonpath([name.removeprefix(f"{scheme}://").rpartition("/")[0] for name in found])
-        root = f"{scheme}://{root}"
-        return root, sorted({name[len(root) + 1 :] for name in found})
-    root = os.path.normpath(shards) if folder else os.path.commonpath([os.path.dirname(name) or "." for name in found])
-    return root or ".", sorted({os.path.relpath(name, root or ".") for name in found})
+    return root, sorted({name[len(root) + 1 :] if url else os.path.relpath(name, root) for name in found})
 
 
 def _target(options: IndexShards, root: str) -> Target:

@@ -6,15 +6,15 @@ import functools
 import ipaddress
 import os
 import queue
-import re
 import socket
 import threading
 import time
+import unicodedata
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 from ssl_vit.durable import sha256 as digest_of
 from ssl_vit.exits import CANNOT_CREATE, DISK, USAGE, Refusal
@@ -47,6 +47,8 @@ def check(url: str) -> str:
         raise Refusal(USAGE, f"{url}: is not taken; give a folder, or one of {_schemes()}")
     if scheme in ("http", "https"):
         _refuse_link_local(url)
+        if rest.startswith("/"):
+            raise Refusal(USAGE, f"{url}: names no host")
     return url.rstrip("/")
 
 
@@ -57,14 +59,9 @@ def _schemes() -> str:
 def _refuse_link_local(url: str) -> None:
     """Link-local addresses are where clouds keep a machine's own credentials."""
     try:
-        host = urlsplit(url).hostname or ""
-    except ValueError:
-        host = ""
-    if not re.fullmatch(r"[\w.:%-]+", host, re.ASCII) or "%" in host.partition(":")[0]:
-        raise Refusal(USAGE, f"{url}: has no plain host name, which is refused")  # digits have many spellings
-    try:
-        found = socket.getaddrinfo(host, None)
-    except OSError:
+        host = unicodedata.normalize("NFKC", unquote(urlsplit(url).hostname or ""))  # digits have many spellings
+        found = socket.getaddrinfo(host.replace("\u3002", "."), None)
+    except (OSError, ValueError):
         return  # nobody there: fetching will say so
     for *_, address in found:
         ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
@@ -79,10 +76,12 @@ def _filesystem(url: str) -> tuple[Any, str]:
         import fsspec
 
         options = _web() if scheme in ("http", "https") else {}
-        return fsspec.core.url_to_fs(check(url), **options)
+        source, inside = fsspec.core.url_to_fs(check(url), **options)
     except ImportError as error:
         cure = f"pip install 'ssl_vit[{EXTRAS.get(scheme, 'remote')}]'"
         raise Refusal(USAGE, f"{url}: {PACKAGES[scheme]} is not installed: {cure}") from error
+    source.invalidate_cache()  # of listings: others write there too
+    return source, inside
 
 
 @functools.cache  # the same options are the same file system to fsspec, which keeps its connections
@@ -136,20 +135,21 @@ def read(url: str) -> bytes | None:
 
 def put(path: Path, url: str) -> None:
     """Store a local file; whoever reads the URL sees all of it or nothing."""
-    source, inside = _writable(url)
+    source, inside = _filesystem(writable(url))
     _tried(url, lambda: _watched(lambda: source.put_file(str(path), inside), size=path.stat().st_size))
 
 
 def write(url: str, data: bytes) -> None:
     """Store a small file."""
-    source, inside = _writable(url)
+    source, inside = _filesystem(writable(url))
     _tried(url, lambda: _watched(lambda: source.pipe_file(inside, data), size=len(data)))
 
 
-def _writable(url: str) -> tuple[Any, str]:
+def writable(url: str) -> str:
+    """The URL without its last slash, or Refusal where nothing can be written to it."""
     if url.startswith("http"):
         raise Refusal(CANNOT_CREATE, f"{url}: cannot be written to; give a folder, s3://, gs:// or hf://")
-    return _filesystem(url)
+    return check(url)
 
 
 def sizes(url: str) -> dict[str, int]:
@@ -157,7 +157,6 @@ def sizes(url: str) -> dict[str, int]:
     if url.startswith("http"):
         raise Refusal(USAGE, f"{url}: a web server lists no files; name them, as in {url}/{{000000..000099}}.tar")
     source, inside = _filesystem(url)
-    source.invalidate_cache()  # others write there too
     found = _tried(url, lambda: _watched(lambda: source.find(inside, detail=True)))
     return {name.removeprefix(inside).lstrip("/"): entry["size"] for name, entry in found.items()}
 
@@ -165,7 +164,6 @@ def sizes(url: str) -> dict[str, int]:
 def size(url: str) -> int | None:
     """A file's bytes, None where it is missing; -1 where the server does not say."""
     source, inside = _filesystem(url)
-    source.invalidate_cache()
 
     def ask() -> int:
         return _web_size(source, inside) if url.startswith("http") else int(source.info(inside)["size"])
@@ -195,7 +193,7 @@ def _web_size(source: Any, url: str) -> int:
 
 def remove(url: str) -> None:
     """Delete a folder and what is in it; missing is fine."""
-    source, inside = _writable(url)
+    source, inside = _filesystem(writable(url))
     with contextlib.suppress(BadSource):
         _tried(url, lambda: _watched(lambda: source.rm(inside, recursive=True)))
 

@@ -79,7 +79,7 @@ class MakeShards(Config):
         """Where the shards go."""
         if not remote.is_url(self.output):
             return Target(Path(self.output))
-        url = remote.check(self.output)
+        url = remote.writable(self.output)
         return Target(Store().folder / f"sending-{key(url):016x}", url)
 
 
@@ -251,7 +251,7 @@ def _manifest(job: Job, notes: list[dict[str, Any]], classes: list[str], doubled
     rejects = [reject for note in notes for reject in note["rejects"]]
     shards = [Shard(**note["shard"]) for note in notes if note["shard"]["samples"]]
     if not shards:
-        raise Refusal(DATA, f"{job.root}: not one image could be used (first: {rejects[0]})")
+        raise Refusal(DATA, f"{job.root}: not one image could be decoded (first: {rejects[0]})")
     said = job.options | {"digest": job.digest, "rejects": len(rejects), "duplicates": doubled}
     return Manifest(job.target.folder, said, classes, shards)
 

@@ -58,7 +58,8 @@ def _sets(names: tuple[str, ...]) -> list[Manifest]:
     made = []
     for name in names:
         if remote.is_url(name):
-            parts = [manifest.fetch(f"{name}{split}", Store()) for split in ("", "/train", "/val", "/test")]
+            url = remote.check(name)
+            parts = [manifest.fetch(f"{url}{split}", Store()) for split in ("", "/train", "/val", "/test")]
             made += [part for part in parts if part is not None]
         else:
             inside = sorted(Path(name).glob(f"*/{manifest.FILE}"))

@@ -210,6 +210,7 @@ def site(folder: Path) -> Iterator[Site]:
         try:
             yield made
         finally:
+            made.faults = lambda path, nth: gone  # for connections that are kept open
             server.shutdown()
             thread.join()
 

@@ -370,17 +370,17 @@ def test_killed_at_every_step_it_goes_on_to_the_same_bytes(
 
 def at_the_same_time(monkeypatch: pytest.MonkeyPatch, draft: str, other: Callable[[], Any]) -> list[Any]:
     """When this process has a draft of that name in hand, the other does its work; returns what that gave."""
-    plain, answers = os.fsync, []
+    plain, answers = os.replace, []
 
-    def fsync(handle: int) -> None:
-        if not answers and f"/.{draft}.tmp-" in os.readlink(f"/proc/self/fd/{handle}"):
+    def replace(source: Any, target: Any) -> None:
+        if not answers and f"/.{draft}.tmp-" in str(source):
             answers.append(None)
             with monkeypatch.context() as patch:
                 patch.setattr(os, "getpid", lambda: 1)  # it is another process
                 answers[0] = other()
-        plain(handle)
+        plain(source, target)
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
     return answers
 
 
@@ -418,13 +418,26 @@ def test_two_that_publish_together_do_not_trip_each_other(
 
 
 @pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    "draft",
+    [
+        "000001.tar",
+        "000001.npy",
+        *(
+            pytest.param(
+                note, marks=pytest.mark.xfail(strict=True, reason="durable.py writing: the notes' folder is swept away")
+            )
+            for note in ("000001.sha256", "000001.json")
+        ),
+    ],
+)
 def test_a_slow_machine_that_was_replaced_ends_well(
-    source: Path, tmp_path: Path, wholes: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, wholes: Callable[..., dict[str, bytes]], monkeypatch: pytest.MonkeyPatch, draft: str
 ):
     """Taken for dead, it is in the middle of a shard when its replacement ends the whole conversion."""
     options = told(source, tmp_path / "out", shard_samples=4)
     assert convert(options, 0, 2) == {}
-    answers = at_the_same_time(monkeypatch, "000001.tar", lambda: convert(options, 1, 2))
+    answers = at_the_same_time(monkeypatch, draft, lambda: convert(options, 1, 2))
     assert convert(options, 1, 2)[""].samples == 14
     assert answers[0][""].samples == 14
     assert contents(tmp_path / "out") == wholes(shard_samples=4)

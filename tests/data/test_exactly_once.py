@@ -1,0 +1,335 @@
+"""The promise of the stream, by what reaches the model: the augmented pixels and the masks, not names of samples.
+
+Every epoch brings every sample once; neither processes nor loader workers nor a resumption change a bit of it.
+"""
+
+import hashlib
+import io
+import itertools
+import os
+import tarfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pictures import encoded, picture
+from PIL import Image
+
+from ssl_vit.counter import sample_seed
+from ssl_vit.data import manifest
+from ssl_vit.data.manifest import ENTRY, Manifest, Shard
+from ssl_vit.data.samples import Data, Samples
+from ssl_vit.data.stream import Share, TrainingStream
+from ssl_vit.heads.corruption import draw
+from ssl_vit.model import Batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than a small machine has
+CPU = torch.device("cpu")
+SIDE, PATCHES = 12, 9  # of the input; of it in patches of 4 x 4
+PLACES, LARGEST = 5, 6  # shards of a set, samples of a shard
+SIZES = st.lists(st.integers(0, LARGEST), min_size=1, max_size=PLACES).filter(any)
+SEED, LANES, WINDOW = st.integers(0, 2**31), st.integers(1, 7), st.integers(1, 3)
+BATCH = st.integers(1, 12)
+
+
+def light(examples: int) -> settings:
+    unchecked = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    return settings(
+        deadline=None, max_examples=examples, derandomize=True, database=None, suppress_health_check=unchecked
+    )
+
+
+def write_tar(path: Path, images: list[bytes]) -> np.ndarray:
+    """A tar of images, and the index of it: image i of class i % 3."""
+    rows = []
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for number, data in enumerate(images):
+            member = tarfile.TarInfo(f"{number:09d}.img")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+            rows.append((archive.offset - -(-len(data) // 512) * 512, len(data), number % 3, zlib.crc32(data)))
+    return np.array(rows, ENTRY)
+
+
+Sets = Callable[[list[int]], Manifest]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
+    """Data sets by the sizes of their shards: no two images alike, JPEG (some decoded at half size) and PNG."""
+    folder = tmp_path_factory.mktemp("sets")
+    for place in range(PLACES):
+        images = []
+        for number in range(LARGEST):
+            kind = "PNG" if number % 3 == 2 else "JPEG"
+            side = 40 if number == 1 else 12 + number
+            images.append(encoded(picture(100 * place + number, side, side + 3), kind))
+        rows = write_tar(folder / f"{place}.tar", images)
+        for size in range(LARGEST + 1):
+            os.link(folder / f"{place}.tar", folder / f"{place}-{size}.tar")
+            np.save(folder / f"{place}-{size}.npy", rows[:size])
+
+    def of(sizes: list[int]) -> Manifest:
+        shards = [
+            Shard(name=f"{place}-{size}.tar", samples=size, bytes=0, sha256=f"{place}-{size}", index_sha256="")
+            for place, size in enumerate(sizes)
+        ]
+        return Manifest(folder, {}, ["a", "b", "c"], shards)
+
+    return of
+
+
+def data(lanes: int = 3, window: int = 1, workers: int = 0, **options: Any) -> Data:
+    return Data(image_size=SIDE, lanes=lanes, window=window, workers=workers, **options)
+
+
+def prints(batch: Batch) -> list[bytes]:
+    """A digest of all that each sample of a batch means to the model."""
+    assert batch["valid"].all()
+    mask = draw(batch["seed"], PATCHES)
+    parts = [batch["image"], batch["label"], batch["seed"], mask.index, mask.fate, mask.source]
+    rows = zip(*(part.contiguous().numpy() for part in parts), strict=True)
+    return [hashlib.sha256(b"".join(value.tobytes() for value in row)).digest() for row in rows]
+
+
+def global_batches(
+    made: Manifest, config: Data, seed: int, batch: int, seen: int, steps: int, world: int = 1, micro: int | None = None
+) -> list[list[bytes]]:
+    """The samples of each step, of all processes one after the other."""
+    micro = micro or batch // world
+    ranks = []
+    for rank in range(world):
+        stream = TrainingStream(made, config, seed, batch)
+        count = steps * batch // world // micro
+        with closing(stream.batches(seen, Share(rank, world, micro), CPU)) as batches:  # type: ignore[type-var]
+            taken = [name for each in itertools.islice(batches, count) for name in prints(each)]
+        assert not stream.faults.take()
+        ranks.append(taken)
+    share = batch // world
+    return [[n for taken in ranks for n in taken[step * share : (step + 1) * share]] for step in range(steps)]
+
+
+def by_hand(made: Manifest, seed: int, epochs: int) -> dict[bytes, tuple[int, int]]:
+    """What each (epoch, sample) must be, made one by one without any stream."""
+    samples = Samples(made, data(), seed, training=True)
+    known = {}
+    for pair in itertools.product(range(epochs), range(made.samples)):
+        image, label = samples.sample(pair[1], sample_seed(seed, *pair))
+        alone = {
+            "image": image[None], "label": torch.tensor([label]),
+            "seed": torch.tensor([sample_seed(seed, *pair)]), "valid": torch.ones(1, dtype=torch.bool),
+        }  # fmt: skip
+        known[prints(alone)[0]] = pair
+    assert len(known) == epochs * made.samples  # nothing is like another, in another epoch neither
+    return known
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+@light(40)
+@given(SIZES, SEED, LANES, WINDOW, BATCH)
+def test_every_epoch_is_the_data_set(sets: Sets, sizes: list[int], seed: int, lanes: int, window: int, batch: int):
+    """Batches that span epochs, or are larger than one, included."""
+    made = sets(sizes)
+    steps = max(1, -(-2 * made.samples // batch))
+    whole, begun = divmod(steps * batch, made.samples)
+    known = by_hand(made, seed, whole + bool(begun))
+    taken = global_batches(made, data(lanes, window), seed, batch, 0, steps)
+    pairs = [known[name] for each in taken for name in each]
+    assert len(set(pairs)) == len(pairs) == steps * batch
+    assert {pair for pair in pairs if pair[0] < whole} == set(itertools.product(range(whole), range(made.samples)))
+    assert sum(epoch == whole for epoch, _ in pairs) == begun
+
+
+@light(30)
+@given(SIZES, SEED, LANES, WINDOW, st.sampled_from([4, 6, 8, 12]), st.integers(0, 40), st.data())
+def test_every_world_size_gives_the_same_global_batches(
+    sets: Sets, sizes: list[int], seed: int, lanes: int, window: int, batch: int, seen: int, choose: st.DataObject
+):
+    """In micro batches of any size, from any position, also where there are fewer shards or samples than processes."""
+    made, config = sets(sizes), data(lanes, window)
+    alone = global_batches(made, config, seed, batch, seen, 2)
+    for world in divisors(batch)[1:]:
+        micro = choose.draw(st.sampled_from(divisors(batch // world)))
+        assert global_batches(made, config, seed, batch, seen, 2, world, micro) == alone
+
+
+@light(40)
+@given(SIZES, SEED, LANES, WINDOW, BATCH, st.integers(0, 5), st.lists(BATCH, min_size=1, max_size=4))
+def test_a_run_goes_on_exactly_from_any_cut(
+    sets: Sets, sizes: list[int], seed: int, lanes: int, window: int, batch: int, steps: int, others: list[int]
+):
+    """With its batch size the very same batches follow; with others, one after the other, the very same samples."""
+    made, config = sets(sizes), data(lanes, window)
+    whole = global_batches(made, config, seed, batch, 0, steps + 3)
+    assert global_batches(made, config, seed, batch, steps * batch, 3) == whole[steps:]
+    line = [n for (n,) in global_batches(made, config, seed, 1, 0, steps * batch + sum(others))]  # one by one
+    seen = 0
+    for size in [batch] * steps + others:
+        (taken,) = global_batches(made, config, seed, size, seen, 1)
+        assert Counter(taken) == Counter(line[seen : seen + size])
+        seen += size
+
+
+@light(8)
+@given(
+    SIZES, SEED, LANES, st.integers(1, 3), st.sampled_from([1, 2]), st.integers(0, 30), st.sampled_from([1, 2, 3, 6])
+)
+def test_loader_workers_change_no_bit(
+    sets: Sets, sizes: list[int], seed: int, lanes: int, workers: int, world: int, seen: int, micro: int
+):
+    """More of them than shards, than samples, or than micro batches, in one process or several."""
+    made = sets(sizes)
+    wanted = global_batches(made, data(lanes), seed, 12, seen, 3)
+    assert global_batches(made, data(lanes, workers=workers), seed, 12, seen, 3, world, micro) == wanted
+
+
+@pytest.mark.parametrize("sizes", [[1], [0, 1, 0], [2], [1, 1, 1], [6, 5]])
+@pytest.mark.parametrize("world", [4, 12, 24])
+def test_more_processes_than_shards_or_samples_are_served(sets: Sets, sizes: list[int], world: int):
+    """Each takes as many samples as the others; all epochs of a batch are whole but the last."""
+    made = sets(sizes)
+    known = by_hand(made, 5, -(-48 // made.samples))
+    alone = global_batches(made, data(), 5, 24, 0, 2)
+    assert global_batches(made, data(), 5, 24, 0, 2, world) == alone
+    pairs = [known[name] for each in alone for name in each]
+    assert Counter(epoch for epoch, _ in pairs) == Counter(place // made.samples for place in range(48))
+    assert len(set(pairs)) == 48
+
+
+@light(15)
+@given(SIZES.filter(lambda sizes: sum(sizes) > 3), SEED, LANES, st.floats(0.2, 0.9))
+def test_an_epoch_of_a_subset_is_the_subset(sets: Sets, sizes: list[int], seed: int, lanes: int, share: float):
+    made, config = sets(sizes), data(lanes, subset=share)
+    count = TrainingStream(made, config, seed, 1).epoch_samples
+    known = by_hand(made, seed, 2)
+    epochs = [[known[n] for n in each] for each in global_batches(made, config, seed, count, 0, 2)]
+    chosen = [{sample for _, sample in each} for each in epochs]
+    assert chosen[0] == chosen[1]
+    assert len(chosen[0]) == count == max(1, round(made.samples * share))
+    assert [{epoch for epoch, _ in each} for each in epochs] == [{0}, {1}]
+
+
+def test_other_settings_of_the_loader_give_another_stream(sets: Sets):
+    """So that the equalities above are not those of a stream that never changes."""
+    made = sets([6, 5, 6, 3])
+    streams = [
+        global_batches(made, config, seed, 4, seen, 3)
+        for config, seed, seen in (
+            (data(), 0, 0), (data(), 1, 0), (data(lanes=1), 0, 0), (data(window=3), 0, 0), (data(), 0, 4),
+            (data(flip=False), 0, 0), (data(crop_area=(0.5, 1.0)), 0, 0),
+        )
+    ]  # fmt: skip
+    assert len({str(stream) for stream in streams}) == len(streams)
+
+
+GOLDEN = [
+    [(0, 8), (0, 0), (0, 7), (0, 3), (0, 5), (0, 4)],
+    [(0, 1), (0, 2), (1, 0), (1, 1), (0, 6), (1, 5)],
+    [(1, 2), (1, 4), (1, 3), (1, 6), (1, 7), (1, 8)],
+]
+SEEDS = [618074419465792334, 2454421176976838069, 2687984551716291499]  # of the first three
+MASK = [4, 0, 3, 2, 1]  # the corrupted patches of the first
+DIGEST = "984bc9949f3f3202302bc4eea7f2cf0db41bad2a067e0da15b3f8e4c8c5b3bfa"  # of all that reaches the model
+
+
+def test_the_stream_of_a_small_set_is_pinned(tmp_path: Path):
+    """Plain colours, which no version of a decoder or a resizer changes: order, seeds, labels, pixels and masks.
+
+    A change here breaks the resuming of every run, and is a new version of the plan.
+    """
+    shards, first = [], 0
+    for number, size in enumerate((3, 4, 2)):
+        colors = [(10 * i, 200 - 10 * i, i) for i in range(first, first + size)]
+        rows = write_tar(tmp_path / f"{number}.tar", [encoded(Image.new("RGB", (9, 7), c), "PNG") for c in colors])
+        np.save(tmp_path / f"{number}.npy", rows)
+        shards.append(Shard(name=f"{number}.tar", samples=size, bytes=0, sha256=str(number), index_sha256=""))
+        first += size
+    stream = TrainingStream(Manifest(tmp_path, {}, ["a", "b", "c"], shards), data(lanes=2), seed=0, batch=6)
+    batches = list(itertools.islice(stream.batches(0, Share(0, 1, 6), CPU), 3))
+    for batch, wanted in zip(batches, GOLDEN, strict=True):
+        assert batch["seed"].tolist() == [sample_seed(0, *pair) for pair in wanted]
+        assert batch["image"][:, :, 0, 0].tolist() == [[10 * i, 200 - 10 * i, i] for _, i in wanted]
+        assert (batch["image"] == batch["image"][:, :, :1, :1]).all()
+        inside = [i - (0 if i < 3 else 3 if i < 7 else 7) for _, i in wanted]
+        assert batch["label"].tolist() == [i % 3 for i in inside]
+    assert batches[0]["seed"].tolist()[:3] == SEEDS
+    masks = [draw(batch["seed"], PATCHES) for batch in batches]
+    assert masks[0].index[0].tolist() == MASK
+    digest = hashlib.sha256(b"".join(name for batch in batches for name in prints(batch))).hexdigest()
+    assert digest == DIGEST
+
+
+def test_ten_thousand_shards_begin_within_a_second(tmp_path: Path):
+    """12.8 M samples: from the manifest on disk to the first batch, and to one in the middle of a later epoch.
+
+    The time is that of the processor, which a busy machine does not change. All shards are the same file here.
+    """
+    (row,) = write_tar(tmp_path / "0.tar", [encoded(picture(1), "JPEG")])
+    np.save(tmp_path / "0.npy", np.array([row] * 1280, ENTRY))
+    shard = Shard(name="0.tar", samples=1280, bytes=(tmp_path / "0.tar").stat().st_size, sha256="", index_sha256="")
+    manifest.save(Manifest(tmp_path, {}, ["a"], [shard] * 10_000))
+    for rank, seen in ((0, 0), (7, 3 * 12_800_000 + 4_567_890)):
+        start = time.process_time()
+        made = manifest.load(tmp_path)
+        stream = TrainingStream(made, Data(image_size=32, workers=0), seed=1, batch=1024)
+        batch = next(stream.batches(seen, Share(rank, 8, 128), CPU))
+        spent = time.process_time() - start
+        assert (made.samples, int(batch["valid"].sum()), len(set(batch["seed"].tolist()))) == (12_800_000, 128, 128)
+        assert spent < 1, f"{spent:.2f} s"
+
+
+def resident() -> dict[int, int]:
+    """Bytes that this process and each of its children have of their own in memory, what they share left out."""
+    family = [os.getpid()]
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:  # it has ended
+                continue
+            family += [int(entry.name)] if parent == os.getpid() else []
+    own = {}
+    for process in family:
+        try:
+            _, whole, shared, *_ = map(int, Path(f"/proc/{process}/statm").read_text().split())
+        except OSError:
+            continue
+        own[process] = (whole - shared) * os.sysconf("SC_PAGE_SIZE")
+    return own
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_does_not_grow_with_epochs(tmp_path: Path, workers: int):
+    """By the slope of each process's own memory over 400 epochs: 30 bytes a sample would be seen."""
+    shards = []
+    for number, size in enumerate((3, 4, 5)):
+        rows = write_tar(tmp_path / f"{number}.tar", [encoded(picture(i, 6, 6), "PNG") for i in range(size)])
+        np.save(tmp_path / f"{number}.npy", rows)
+        shards.append(Shard(name=f"{number}.tar", samples=size, bytes=0, sha256=str(number), index_sha256=""))
+    config = Data(image_size=4, workers=workers, lanes=2, window=1)
+    stream = TrainingStream(Manifest(tmp_path, {}, ["a", "b", "c"], shards), config, seed=0, batch=12)
+    assert stream.epoch_samples == 12
+    course = []
+    with closing(stream.batches(0, Share(0, 1, 12), CPU)) as batches:  # type: ignore[type-var]
+        for epoch, batch in enumerate(itertools.islice(batches, 601)):
+            del batch
+            if epoch >= 200 and epoch % 20 == 0:
+                course.append(resident())
+    family = set.intersection(*map(set, course))
+    assert len(family) == 1 + workers
+    for process in family:
+        line = [own[process] for own in course]
+        slope = float(np.polyfit(range(len(line)), line, 1)[0]) * len(line)
+        assert slope < 150_000, f"process {process}: {line}"
