@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with a second picture behind it
 MAX_PIXELS = 64_000_000  # a PNG just below Pillow's own limit took 6 s and 500 MB before it failed
 MAX_SIDE = 20_000
+SCANS, MAX_SCANS = b"\xff\xda", 100  # of a progressive JPEG: each takes the time of a whole decoding; ten are usual
 MAX_BYTES = 1 << 28  # of an encoded image
 
 
@@ -34,6 +35,8 @@ def open_image(data: bytes) -> Image.Image:
         raise  # no fault of the image
     except Exception as error:  # Pillow raises many kinds on hostile bytes
         raise BadImage(f"not a readable JPEG, PNG or WebP ({type(error).__name__})") from error
+    if data[:2] == b"\xff\xd8" and data.count(SCANS) > MAX_SCANS:
+        raise BadImage(f"more than {MAX_SCANS} scans")
     if image.format not in FORMATS:
         raise BadImage(f"{image.format} is not taken")
     width, height = image.size
@@ -49,8 +52,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
             warnings.simplefilter("ignore")  # damaged EXIF and transparency chunks warn; the pixels are what counts
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
-                values = np.asarray(image).astype(np.int64)
-                grey = (values >> 8).clip(0, 255).astype(np.uint8)
+                values = np.asarray(image)
+                grey = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
                 grey[values == image.info.get("transparency", -1)] = 255
                 return Image.fromarray(grey).convert("RGB")
             if "A" in image.getbands() or "transparency" in image.info:
@@ -65,7 +68,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Height and width of an ordinary upright JPEG within the limits, None for anything that only Pillow reads."""
-    if data[:3] != b"\xff\xd8\xff" or _orientation(data) != 1:
+    if data[:3] != b"\xff\xd8\xff" or _orientation(data) != 1 or data.count(SCANS) > MAX_SCANS:
         return None
     try:
         height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])

@@ -8,6 +8,11 @@ FEWEST, SHARE = 10, 1e-4  # borne in an epoch: this many, or this share of its s
 IN_A_ROW = 100
 
 
+def printable(text: str) -> str:
+    """Text that may come from a hostile file, fit for a terminal and a log: no control characters, no surrogates."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 class BadSample(Exception):
     """A sample whose bytes are damaged or gone; the text says where and why."""
 

@@ -26,6 +26,7 @@ from ssl_vit.counter import key
 from ssl_vit.data import decode, listing, manifest, remote
 from ssl_vit.data.cache import Store
 from ssl_vit.data.decode import BadImage
+from ssl_vit.data.faults import printable
 from ssl_vit.data.find import expand
 from ssl_vit.data.manifest import ENTRY, FILE, Manifest, Shard, name_of_index
 from ssl_vit.data.pool import do
@@ -40,6 +41,8 @@ TEXT = 1 << 20  # bytes of a cls or json member that are read
 SHOWN = 200  # characters of a name in a report
 
 Class = int | str | None
+Row = tuple[int, int, Class, int]
+"""Offset, size, class and crc32 of a sample."""
 
 
 class IndexShards(Config):
@@ -68,7 +71,7 @@ class Scan:
     name: str
     bytes: int
     sha256: str
-    rows: list[tuple[int, int, Class, int]]  # offset, size, class, crc32
+    rows: list[Row]
     rejects: list[dict[str, str]]  # what could be a sample and is none
     ignored: Counter[str]  # suffixes of members that are not read
 
@@ -150,6 +153,9 @@ def _target(options: IndexShards, root: str) -> Target:
 def scan_at(root: str, name: str, label_key: str | None, full: bool) -> Scan:
     """Scan one tar, which is fetched first where it is remote."""
     where = f"{root}/{name}"
+    if printable(name) != name:
+        said = "its name has letters that a manifest cannot hold; rename it"
+        return Scan(name, 0, "", [], [{"shard": printable(name), "key": "", "reason": said}], Counter())
     try:
         if not remote.is_url(where):
             return scan(Path(where), name, label_key, full)
@@ -176,41 +182,48 @@ def scan(path: Path, name: str, label_key: str | None = None, full: bool = False
         members = []
         for item in walk(path):
             if isinstance(item, Damage):
-                reject("", f"at byte {item.offset}: {item.reason[:SHOWN]}")
+                reject("", f"at byte {item.offset}: {printable(item.reason)[:SHOWN]}")
             else:
                 members.append(item)
+        damaged = bool(found.rejects)
+        rows: list[tuple[str, Row]] = []
         for stem, parts in _samples(members, found.ignored):
             try:
-                found.rows.append(_row(file.fileno(), parts, label_key, full))
+                rows.append((stem, _row(file.fileno(), parts, label_key, full)))
             except BadImage as error:
                 reject(stem, str(error))
+        labelled = any(row[2] is not None for _, row in rows)
+        for stem, row in rows:
+            if damaged and labelled and row[2] is None:
+                reject(stem, "its class was lost to the damage")
+            else:
+                found.rows.append(row)
     return found
 
 
 def _samples(members: list[Member], ignored: Counter[str]) -> Iterator[tuple[str, dict[str, list[Member]]]]:
     """Key and members by suffix (image, cls, json) of every sample, in the order of their first members."""
-    cut = [_cut(member.name, first=True) for member in members]
-    if not any(suffix in IMAGES for _, suffix in cut):
-        cut = [_cut(member.name, first=False) for member in members]
+    keys = [cut(member.name, first=True) for member in members]
+    if not any(suffix in IMAGES for _, suffix in keys):
+        keys = [cut(member.name, first=False) for member in members]
     samples: dict[str, dict[str, list[Member]]] = {}
-    for (stem, suffix), member in zip(cut, members, strict=True):
+    for (stem, suffix), member in zip(keys, members, strict=True):
         kind = "image" if suffix in IMAGES else suffix
         if kind in ("image", "cls", "json"):
             samples.setdefault(stem, {}).setdefault(kind, []).append(member)
         else:
-            shown = "".join(letter if letter.isprintable() else "?" for letter in suffix[:32])
-            ignored[shown or "(no suffix)"] += 1
+            ignored[printable(suffix[:32]) or "(no suffix)"] += 1
     yield from samples.items()
 
 
-def _cut(name: str, first: bool) -> tuple[str, str]:
+def cut(name: str, first: bool) -> tuple[str, str]:
     """Key and lower-case suffix of a member: cut at the first or at the last dot of its file name."""
     folder, _, file = name.rpartition("/")
     stem, _, suffix = file.partition(".") if first else file.rpartition(".")
     return f"{folder}/{stem}" if folder else stem, suffix.lower()
 
 
-def _row(handle: int, parts: dict[str, list[Member]], label_key: str | None, full: bool) -> tuple[int, int, Class, int]:
+def _row(handle: int, parts: dict[str, list[Member]], label_key: str | None, full: bool) -> Row:
     doubled = [kind for kind, members in parts.items() if len(members) > 1]
     if doubled:
         raise BadImage(f"{len(parts[doubled[0]])} members are its {doubled[0]}: the key is not unique")
@@ -250,6 +263,8 @@ def _class(handle: int, parts: dict[str, list[Member]], label_key: str | None) -
 
 
 def _publish(scans: list[Scan], root: str, target: Target, options: IndexShards) -> Manifest:
+    if options.class_map is None:
+        _reject_few(scans)
     classes, number = classes_of({row[2] for scan in scans for row in scan.rows} - {None}, options.class_map)
     shards = []
     for scan in scans:
@@ -278,6 +293,19 @@ def _publish(scans: list[Scan], root: str, target: Target, options: IndexShards)
     made = Manifest(target.folder, job, classes, shards, indexes=indexes, tars=tars, at=at)
     target.write(FILE, manifest.encode(made))
     return made
+
+
+def _reject_few(scans: list[Scan]) -> None:
+    """Reject the samples whose class is a name among numbers: a damaged byte must not make names of all numbers."""
+    said = Counter(type(row[2]) for scan in scans for row in scan.rows)
+    if not said[str] or said[str] > said[int]:
+        return
+    for scan in scans:
+        for offset, _, label, _ in scan.rows:
+            if isinstance(label, str):
+                reason = f"its class {printable(label)[:SHOWN]!r} is a name, those of others are numbers"
+                scan.rejects.append({"shard": scan.name, "key": f"at byte {offset}", "reason": reason})
+        scan.rows = [row for row in scan.rows if not isinstance(row[2], str)]
 
 
 def classes_of(said: set[Any], class_map: str | None) -> tuple[list[str], dict[Class, int]]:
@@ -320,7 +348,7 @@ def report(made: Manifest, scans: list[Scan], target: Target) -> None:
         reasons = Counter(reject["reason"] for reject in scan.rejects)
         said = "; ".join(f"{reason} ({count})" if count > 1 else reason for reason, count in reasons.most_common(3))
         samples = len(scan.rows) + sum(bool(reject["key"]) for reject in scan.rejects)
-        print(f"{scan.name}: {len(scan.rows)} of {samples} samples can be used: {said}")
+        print(f"{printable(scan.name)}: {len(scan.rows)} of {samples} samples can be used: {said}")
     if len(bad) > 20:
         print(f"... and {len(bad) - 20} more shards")
     ignored = sum((scan.ignored for scan in scans), Counter())

@@ -7,6 +7,7 @@ map. Manifest, indexes and tars lie together, in a folder or at a URL; shards th
 import hashlib
 import json
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ VERSION = 2
 ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("crc32", "<u4")])
 """Where a sample's image bytes are in its tar, its class (-1 = none) and the checksum of the bytes."""
 
+EVICTED = 3  # times that a file may be taken out of the cache between fetching and opening it
 Place = Path | Cache
 """Where files lie: in a folder, or at a URL, from which they come through a cache."""
 
@@ -114,7 +116,11 @@ class Manifest:
     def tar(self, shard: int) -> Path:
         """A local path of a shard's tar, which is fetched first where it is remote; raises as `Cache.fetch` does."""
         place, entry = self._place(tars=True), self.shards[shard]
-        return place.fetch(entry.name, entry.bytes, entry.sha256) if isinstance(place, Cache) else place / entry.name
+        if not isinstance(place, Cache):
+            return place / entry.name
+        return place.fetch(
+            entry.name, entry.bytes, entry.sha256, altered=True
+        )  # each sample is compared when it is read
 
     def wanted(self, shard: int) -> list[tuple[Cache, str, int | None, str]]:
         """What `tar` and `index` would fetch for a shard: cache, name, size and digest."""
@@ -125,14 +131,24 @@ class Manifest:
     def index(self, shard: int) -> np.ndarray:
         """The ENTRY rows of a shard, memory-mapped; raises Refusal where the index does not fit the manifest."""
         place, entry = self._place(tars=False), self.shards[shard]
-        path = place.fetch(entry.index, None, entry.index_sha256) if isinstance(place, Cache) else place / entry.index
+        path = self._index(place, entry)
+        for _ in range(EVICTED):
+            if path.exists() or not isinstance(place, Cache):
+                break
+            path = self._index(place, entry)
         try:
+            if not isinstance(place, Cache) and sha256(path) != entry.index_sha256:  # a cache has compared it
+                raise ValueError("it is altered")
             rows = np.load(path, mmap_mode="r" if entry.samples else None, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise Refusal(DATA, f"{path}: the shard's index cannot be read ({error}); convert again") from error
         if rows.dtype != ENTRY or len(rows) != entry.samples:
             raise Refusal(DATA, f"{path}: the index does not fit the manifest; convert again")
         return rows
+
+    @staticmethod
+    def _index(place: Place, entry: Shard) -> Path:
+        return place.fetch(entry.index, None, entry.index_sha256) if isinstance(place, Cache) else place / entry.index
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -299,6 +315,9 @@ def read(data: bytes, name: str, folder: Path) -> Manifest:
         raise Refusal(DATA, f"{name}: not a manifest ({' '.join(str(error).split())[:200]})") from error
     if content.format != FORMAT or content.version != VERSION:
         raise Refusal(DATA, f"{name}: {content.format} version {content.version}, this reads {FORMAT} {VERSION}")
+    digests = (digest for shard in content.shards for digest in (shard.sha256, shard.index_sha256))
+    if not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests):
+        raise Refusal(DATA, f"{name}: not a manifest (a sha256 is none)")
     return Manifest(folder, content.job, content.classes, content.shards, at=content.at)
 
 

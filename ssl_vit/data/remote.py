@@ -100,10 +100,11 @@ def _web() -> dict[str, Any]:
     return {"client_kwargs": {"timeout": limits, "trace_configs": [redirects], "headers": plain}}
 
 
-def get(url: str, path: Path, size: int | None = None, sha256: str | None = None) -> None:
+def get(url: str, path: Path, size: int | None = None, sha256: str | None = None, altered: Path | None = None) -> None:
     """Fetch a file, verify it, and give it its name in one step.
 
-    Raises BadSource where it is not there or has other bytes, Refusal(DISK) where the source stays away.
+    Raises BadSource where it is not there or has other bytes, Refusal(DISK) where the source stays away. A file of the
+    right size and other bytes is then left at `altered`.
     """
 
     def once() -> None:
@@ -115,7 +116,11 @@ def get(url: str, path: Path, size: int | None = None, sha256: str | None = None
             if size is not None and found != size:
                 raise BadSource(f"{url}: {found} bytes came, not {size}")
             if sha256 and digest_of(draft) != sha256:
+                if altered is not None:
+                    os.replace(draft, altered)
                 raise BadSource(f"{url}: other bytes than the manifest says")
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
@@ -188,7 +193,7 @@ def _web_size(source: Any, url: str) -> int:
             answer.raise_for_status()
             return int(answer.headers.get("Content-Length", -1))
 
-    return sync(source.loop, head)
+    return int(sync(source.loop, head) or 0)
 
 
 def remove(url: str) -> None:
@@ -233,12 +238,15 @@ def _watched(call: Callable[[], Value], draft: Path | None = None, size: int = 0
     Progress is seen by the growth of `draft`; a call that sends `size` bytes has the time that the slowest takes.
     """
     box: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    given_up = threading.Event()
 
     def work() -> None:
         try:
             box.put((call(), None))
         except BaseException as error:
             box.put((None, error))
+        if given_up.is_set() and draft is not None:
+            draft.unlink(missing_ok=True)
 
     threading.Thread(target=work, daemon=True).start()
     had, patience = 0, max(PATIENCE, size / SLOWEST)
@@ -248,6 +256,7 @@ def _watched(call: Callable[[], Value], draft: Path | None = None, size: int = 0
         except queue.Empty:
             has = draft.stat().st_size if draft is not None and draft.exists() else 0
             if has - had < SLOWEST * PATIENCE:
+                given_up.set()
                 raise TimeoutError(f"{has - had} bytes in {patience:.0f} s") from None
             had = has
             continue

@@ -116,6 +116,8 @@ class Samples(Dataset[Any]):
         self.manifest, self.config, self.seed, self.training = manifest, config, seed, training
         self.substitutes = substitutes
         self._shards: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+        window = 2 * config.lanes * config.window  # of a cache: a file that is open takes disk when it was deleted
+        self._most_open = min(OPEN_SHARDS, window) if manifest.shards and manifest.wanted(0) else OPEN_SHARDS
         self._lost: dict[int, str] = {}  # shards that could not be opened, and why
 
     def __getitems__(self, keys: Keys) -> Made | Refusal:
@@ -251,7 +253,7 @@ class Samples(Dataset[Any]):
                     raise
                 self._lost[shard] = str(error)
                 raise BadSample(str(error)) from error
-            if len(self._shards) > OPEN_SHARDS:
+            if len(self._shards) > self._most_open:
                 self._close(next(iter(self._shards)))
         self._shards.move_to_end(shard)
         return self._shards[shard]

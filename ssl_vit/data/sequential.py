@@ -1,11 +1,12 @@
 """Tars without a manifest, streamed by webdataset's own pipeline: a quick look, neither exact nor exactly resumable.
 
 What is ours in it closes its traps: shards are dealt anew each epoch over all workers of all processes, without an end,
-so that every process takes as many steps; images are decoded by us, and no other member is; nothing is unpickled and no
-shell is started, because we open the files.
+so that every process takes as many steps; tars are walked and images decoded by us, and no other member is; nothing is
+unpickled and no shell is started. webdataset puts the members together and shuffles the samples.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,17 +19,20 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ssl_vit.counter import key, permutation
-from ssl_vit.data import foreign, remote
+from ssl_vit.data import decode, foreign, remote
 from ssl_vit.data.cache import Store
 from ssl_vit.data.decode import BadImage
-from ssl_vit.data.faults import IN_A_ROW, Fault, Faults
+from ssl_vit.data.faults import IN_A_ROW, Fault, Faults, printable
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data, Made, Samples
 from ssl_vit.data.stream import Share, accepted, loaded, on_device
+from ssl_vit.data.tar import Damage, Member, walk
 from ssl_vit.exits import DATA, USAGE, Refusal
 from ssl_vit.model import Batch
 
 BUFFER = 1000  # samples among which a worker shuffles
+SHOWN = 400  # characters of a fault
+SOME = 64  # members by whose names the keys of a tar are judged
 EPOCH = 1_000_000  # samples: how many there are is not known, and bad ones are counted in so many
 
 
@@ -95,6 +99,8 @@ class _Reader(IterableDataset[Made | Refusal]):
 
     def __init__(self, stream: SequentialStream, seen: int, share: Share):
         self.stream, self.seen, self.share = stream, seen, share
+        self._tar = ""  # that is read
+        self._barren = 0  # tars since the last image
 
     def __iter__(self) -> Iterator[Made | Refusal]:
         worker = get_worker_info()
@@ -109,9 +115,8 @@ class _Reader(IterableDataset[Made | Refusal]):
         import webdataset
 
         stream, faults = self.stream, []
+        members = self._members(islice(self._dealt(), place, None, of), faults)
         handler = partial(self._handle, faults)
-        files = self._files(islice(self._dealt(), place, None, of))
-        members = webdataset.tariterators.tar_file_expander(files, handler=handler, select_files=_is_read)
         samples = webdataset.tariterators.group_by_keys(members, handler=handler)
         shuffled = webdataset.filters.shuffle(BUFFER, rng=Random(key(stream.seed, "shuffle", self.seen, place)))(
             samples
@@ -122,9 +127,7 @@ class _Reader(IterableDataset[Made | Refusal]):
             try:
                 image = stream.samples.crop(_image(sample), seed)
             except BadImage as error:
-                faults.append(
-                    Fault(-1, 0, -1, None, f"{sample['__url__']}: {sample['__key__']} cannot be used: {error}")
-                )
+                self._note(faults, f"{sample['__key__']} cannot be used: {error}")
                 in_a_row += 1
                 if in_a_row >= IN_A_ROW:
                     raise Refusal(DATA, f"{faults[-1].reason}; it is the {IN_A_ROW}th in a row") from error
@@ -143,39 +146,49 @@ class _Reader(IterableDataset[Made | Refusal]):
                 key(self.stream.seed, "tars", self.seen, epoch), len(self.stream.source.names)
             ).tolist()
 
-    def _files(self, numbers: Iterator[int]) -> Iterator[dict[str, Any]]:
-        """Open tars for webdataset, whose own way to open a name may start a shell."""
-        failed = 0
+    def _members(self, numbers: Iterator[int], faults: list[Fault]) -> Iterator[dict[str, Any]]:
+        """The images of tars, for webdataset: its own opening may start a shell, and its own walk ends at damage."""
         for number in numbers:
-            name = self.stream.source.names[number]
+            self._tar = self.stream.source.names[number]
+            self._barren += 1
+            if self._barren > 2 * len(self.stream.source.names) + 1:
+                raise Refusal(DATA, f"{printable(self._tar)}: no image can be used, neither here nor in the other tars")
             try:
-                with self.stream.source.path(number).open("rb") as file:
-                    if file.read(262)[257:262] != b"ustar":
-                        raise OSError(0, "is no plain tar file")
-                    file.seek(0)
-                    yield {"url": name, "stream": file}
-                failed = 0
+                path = self.stream.source.path(number)
+                if not path.is_file():
+                    raise FileNotFoundError(0, "is no file")
+                yield from self._of_tar(path, faults)
+                yield {}  # the end of the tar: its last sample is complete
             except (OSError, remote.BadSource) as error:
-                failed += 1
-                why = getattr(error, "strerror", None) or str(error)
-                if failed >= 2 * len(self.stream.source.names):
-                    raise Refusal(DATA, f"{name}: {why}; not one of the tars can be read") from error
-                print(f"{name}: {why}; it is passed over", flush=True)
+                self._note(faults, getattr(error, "strerror", None) or str(error))
+
+    def _of_tar(self, path: Path, faults: list[Fault]) -> Iterator[dict[str, Any]]:
+        some = [item.name for item in islice(walk(path), SOME) if isinstance(item, Member)]
+        plain = any(foreign.cut(name, first=True)[1] in foreign.IMAGES for name in some)
+        with path.open("rb") as file:
+            for item in walk(path):
+                if isinstance(item, Damage):
+                    self._note(faults, f"at byte {item.offset}: {item.reason}")
+                    continue
+                stem, suffix = foreign.cut(item.name, first=plain)  # keys may have dots, as in val.00001.JPEG
+                if suffix in foreign.IMAGES and item.size <= decode.MAX_BYTES:
+                    self._barren = 0
+                    data = os.pread(file.fileno(), item.size, item.offset)
+                    yield {"fname": f"{stem.replace('.', '_')}.{suffix}", "data": data, "__url__": self._tar}
 
     def _handle(self, faults: list[Fault], error: Exception) -> bool:
-        """What webdataset met in a tar: counted, and the rest of the tar passed over."""
+        """What webdataset met in a tar is counted, and the member passed over."""
         if isinstance(error, (Refusal, MemoryError)):
             raise error
-        faults.append(Fault(-1, 0, -1, None, f"{type(error).__name__}: {' '.join(map(str, error.args))[:200]}"))
+        self._note(faults, " ".join(str(part) for part in error.args if part is not None))
         return True
 
-
-def _is_read(name: str) -> bool:
-    return name.rsplit(".", 1)[-1].lower() in foreign.IMAGES
+    def _note(self, faults: list[Fault], reason: str) -> None:
+        faults.append(Fault(-1, 0, -1, None, printable(f"{self._tar}: {reason}")[:SHOWN]))
 
 
 def _image(sample: dict[str, Any]) -> bytes:
     for suffix, data in sample.items():
-        if suffix.rsplit(".", 1)[-1] in foreign.IMAGES:
+        if suffix in foreign.IMAGES:
             return data
     raise BadImage("has no image")

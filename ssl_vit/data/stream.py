@@ -95,6 +95,7 @@ class TrainingStream:
         """Have remote shards fetched one shuffle window before they are needed; to be advanced once a micro batch."""
         plan, fetcher, asked = self._plan(), Ahead(), OrderedDict[int, None]()
         span = plan.lanes * plan.window  # samples of the whole stream until each lane is through a window
+        span = min(span, plan.total // 20)  # of a small set, little of the next epoch, whose shards are another node's
         shards = self.samples.manifest
         try:
             for start in count(seen, self.batch):

@@ -22,7 +22,7 @@ from PIL import Image
 from ssl_vit.data import decode
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.listing import Source
-from ssl_vit.data.manifest import ENTRY, Shard, name_of_index
+from ssl_vit.data.manifest import ENTRY, FILE, Shard, name_of_index
 from ssl_vit.data.privacy import without_location
 from ssl_vit.data.target import Target
 from ssl_vit.durable import writing
@@ -125,11 +125,15 @@ def write_shard(
     )
     target.send(name)
     target.write(shard.index, index)
-    target.write(name_of_note(number, "sha256"), b"".join(digests), flush=False)
     note = {"shard": shard.model_dump(), "rejects": rejects}
     text = json.dumps(note, ensure_ascii=False).encode(errors="backslashreplace")
-    target.write(name_of_note(number), text, flush=False)
-    mark.unlink(missing_ok=True)  # with all notes, where another process ended the conversion meanwhile
+    try:
+        target.write(name_of_note(number, "sha256"), b"".join(digests), flush=False)
+        target.write(name_of_note(number), text, flush=False)
+    except FileNotFoundError:
+        if target.size(FILE) is None:  # else another process did the same shard, ended it all and took the notes away
+            raise
+    mark.unlink(missing_ok=True)
     return note
 
 

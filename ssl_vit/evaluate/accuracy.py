@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ssl_vit.data.faults import printable
 from ssl_vit.data.stream import EvaluationStream, Share
 from ssl_vit.exits import DATA, Refusal
 
@@ -47,7 +48,7 @@ class HeldOut:
             sums = {name: sums[name] + part if name in sums else part for name, part in parts.items()}
         faults, fatal = self.stream.faults.take(), self.stream.faults.fatal
         for fault in faults[:SHOWN]:
-            print(f"evaluation leaves out sample {fault.sample}: {fault.reason}", flush=True)
+            print(f"evaluation leaves out sample {fault.sample}: {printable(fault.reason)}", flush=True)
         mine = torch.tensor([len(faults), fatal is not None], device=self.device)
         sums = self.total({**sums, "_faults": mine})
         bad, failed = sums.pop("_faults").tolist()

@@ -93,7 +93,7 @@ def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop
     stop = stop or StopSignal(accelerator)
     data = task.stream
     watch = DataWatch(accelerator, data.faults, run.folder, data.epoch_samples, data.config.max_bad)
-    watch.resume(run.step * loop.batch, bad)
+    watch.resume(run.step * loop.batch, *bad)
     row: dict[str, Any] = {}
     began, first = time.monotonic(), run.step
     try:
@@ -103,21 +103,22 @@ def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop
             update(accelerator, loop, task, wrapped, prepared, batches, window, run.step)
             run.step += 1
             tracker.advance()
-            judge = run.step == loop.steps or (loop.eval_every and run.step % loop.eval_every == 0)
-            if judge or run.step % loop.log_every == 0:
+            judge = bool(run.step == loop.steps or (loop.eval_every and run.step % loop.eval_every == 0))
+            told = judge or run.step % loop.log_every == 0
+            stopping = stop.agreed()
+            due = bool(stopping or run.step == loop.steps or run.step % loop.save_every == 0)
+            watch.check(run.step * loop.batch, wait=told or due)
+            if told:
                 left = (time.monotonic() - began) / (run.step - first) * (loop.steps - run.step)
                 row = {"step": run.step, "samples_seen": run.step * loop.batch, "lr": rate}
                 row |= window.report(accelerator, task.model.head.report, task.flops)
-                row["bad_samples"] = watch.bad
+                row["bad_samples"] = watch.total
                 check_numbers(row)
                 row |= evaluate(wrapped, task, tracker, run) if judge else {}
                 tracker.row(row, left)
                 window = Window()
-            stopping = stop.agreed()
-            due = bool(stopping or run.step == loop.steps or run.step % loop.save_every == 0)
-            watch.check(run.step * loop.batch, wait=due)
             if due:
-                save(run, accelerator, loop, task, optimizer, window, watch.bad)
+                save(run, accelerator, loop, task, optimizer, window, watch)
             if stopping and run.step < loop.steps:
                 raise Refusal(PREEMPTED, f"stopped at step {run.step} of {loop.steps}; the same command goes on")
     finally:
@@ -218,7 +219,7 @@ def evaluate(model: nn.Module, task: Task, tracker: Tracker, run: Run) -> dict[s
 
 
 def save(
-    run: Run, accelerator: "Accelerator", loop: Loop, task: Task, optimizer: Optimizer, window: Window, bad: int
+    run: Run, accelerator: "Accelerator", loop: Loop, task: Task, optimizer: Optimizer, window: Window, watch: DataWatch
 ) -> None:
     """Publish a checkpoint; the main process writes, all take part in the sums and in its verdict."""
     state: dict[str, Any] = {f"window.{name}": value for name, value in total(accelerator, window.sums).items()}
@@ -227,26 +228,28 @@ def save(
         "samples_seen": run.step * loop.batch,
         "seed": loop.seed,
         "data": task.stream.identity,
-        "bad_samples": bad,
+        "bad_samples": [watch.bad, watch.total],
     }
     from_main(accelerator, lambda: checkpoint.save(run.checkpoints, run.step, loop.keep, task.model, optimizer, state))
 
 
-def resume(run: Run, accelerator: "Accelerator", task: Task, optimizer: Optimizer) -> tuple[int, Window, int]:
-    """The step to go on from, what was summed since its last row, and the bad samples of its epoch.
+def resume(
+    run: Run, accelerator: "Accelerator", task: Task, optimizer: Optimizer
+) -> tuple[int, Window, tuple[int, int]]:
+    """The step to go on from, what was summed since its last row, and the bad samples of run and epoch.
 
     Weights and optimizer are put in place; it is step 0 where there is no checkpoint.
     """
     folder = from_main(accelerator, lambda: checkpoint.newest(run.checkpoints))
     if folder is None:
-        return 0, Window(), 0
+        return 0, Window(), (0, 0)
     state = checkpoint.load(folder, task.model, optimizer)
     if state["data"] != task.stream.identity:
         raise Refusal(MISMATCH, f"run={run.folder}: was started on other data than data.train holds now")
     sums = {name.removeprefix("window."): value for name, value in state.items() if name.startswith("window.")}
     device = accelerator.device
     mine = {name: value.to(device) for name, value in sums.items()} if accelerator.is_main_process else {}
-    return state["step"], Window(mine), state["bad_samples"]
+    return state["step"], Window(mine), tuple(state["bad_samples"])
 
 
 def last_row(run: Run) -> dict[str, Any]:

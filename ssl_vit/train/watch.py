@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssl_vit.data.faults import IN_A_ROW, Fault, Faults, borne
+from ssl_vit.data.faults import IN_A_ROW, Fault, Faults, borne, printable
 from ssl_vit.exits import DATA, Refusal
 from ssl_vit.train.distributed import Later
 
@@ -19,7 +19,7 @@ FILES = "bad_samples-*.jsonl"
 
 
 class DataWatch:
-    """Counts the bad samples of an epoch over all processes.
+    """Counts the bad samples over all processes: `total` of the run, `bad` of the epoch, which is what is limited.
 
     The counts are summed by a reduction that is read one step later, so no step waits for it; where a checkpoint is due
     it waits, so that none is written after a step that was trained on anything but the plan's samples.
@@ -28,12 +28,12 @@ class DataWatch:
     def __init__(self, accelerator: "Accelerator", faults: Faults, folder: Path, epoch_samples: int, most: int | None):
         self.faults, self.epoch_samples, self.most = faults, epoch_samples, borne(epoch_samples, most)
         self.path = folder / f"bad_samples-{accelerator.process_index}.jsonl"
-        self.bad, self._epoch, self._shown = 0, 0, 0
+        self.total, self.bad, self._epoch, self._shown = 0, 0, 0, 0
         self._later = Later(accelerator)
 
-    def resume(self, seen: int, bad: int) -> None:
-        """Go on in the epoch of a stream position, in which `bad` samples were met."""
-        self._epoch, self.bad = seen // self.epoch_samples, bad
+    def resume(self, seen: int, bad: int, total: int = 0) -> None:
+        """Go on from a stream position: `bad` samples were met in its epoch, `total` before it."""
+        self._epoch, self.total, self.bad = seen // self.epoch_samples, total, bad
 
     def check(self, seen: int, wait: bool) -> None:
         """Called once a step by every process, after `seen` samples; raises the same Refusal on all of them."""
@@ -42,6 +42,7 @@ class DataWatch:
         mine = [len(fresh), self.faults.in_a_row >= IN_A_ROW, self.faults.fatal is not None]
         for bad, in_a_row, fatal in self._later.sums(torch.tensor(mine, dtype=torch.float64), wait):
             self.bad += int(bad)
+            self.total += int(bad)
             self._judge(bool(in_a_row), bool(fatal))
         epoch = seen // self.epoch_samples
         if epoch != self._epoch:
@@ -68,7 +69,7 @@ class DataWatch:
                 self._shown += 1
                 if self._shown <= SHOWN:
                     done = "left out" if fault.substitute is None else f"replaced by sample {fault.substitute}"
-                    print(f"bad sample {fault.sample}, {done}: {fault.reason}", flush=True)
+                    print(f"bad sample {fault.sample}, {done}: {printable(fault.reason)}", flush=True)
                 if self._shown == SHOWN:
                     print(f"further bad samples are listed in {self.path} only", flush=True)
             file.flush()

@@ -43,6 +43,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers one request after the other on a connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def __init__(self, *arguments: Any, site: Site):
         self.site = site

@@ -157,7 +157,7 @@ ENTRANCES: dict[str, Callable[[str, Path], Any]] = {
 
 @pytest.mark.parametrize("entrance", sorted(set(ENTRANCES) - {"put"}))
 def test_nothing_off_the_list_is_ever_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entrance: str):
-    def connects(*_: object) -> None:
+    def connects(*_: object, **__: object) -> None:
         pytest.fail("it connects")
 
     monkeypatch.chdir(tmp_path)
@@ -238,7 +238,7 @@ FAULTS: dict[str, Answer] = {
     "cut at once": servers.cut(0),
     "cut": servers.cut(1234),
     "cut before the last byte": servers.cut(len(FILE) - 1),
-    "drip": servers.drip(5, 0.05),
+    "drip": servers.drip(1500, 0.1),
     "length too long": servers.lying(7),
     "length too short": servers.lying(-7),
     "shorter": servers.other(lambda data: data[:-1]),
@@ -268,7 +268,10 @@ def test_what_stays_ends_soon_and_in_one_line(web: Site, tmp_path: Path, fault: 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").write_bytes(b"before")
     web.faults = lambda path, nth: FAULTS[fault]
-    if fault in WRONG:
+    if fault == "length too short":  # what is too much is taken for a bad answer to a question not asked yet, or is not
+        with pytest.raises((remote.BadSource, Refusal), match=url):
+            quickly(lambda: remote.get(url, tmp_path / "out" / "x", len(FILE), digest(FILE)))
+    elif fault in WRONG:
         with pytest.raises(remote.BadSource, match=url):
             quickly(lambda: remote.get(url, tmp_path / "out" / "x", len(FILE), digest(FILE)))
     else:
@@ -296,6 +299,14 @@ def test_what_is_forbidden_is_not_asked_for_again(web: Site, tmp_path: Path):
     web.faults = lambda path, nth: servers.status(403)
     assert "denied" in refused(lambda: remote.get(f"{web.url}/file", tmp_path / "x"), DISK)
     assert web.got["file"] == 1
+
+
+def test_a_length_is_compared_where_there_is_no_digest(web: Site, tmp_path: Path):
+    for change in (lambda data: data[:-1], lambda data: data + b"x", lambda data: b""):
+        web.faults = lambda path, nth, change=change: servers.other(change)
+        with pytest.raises(remote.BadSource, match=f"not {len(FILE)}"):
+            remote.get(f"{web.url}/file", tmp_path / "out" / "x", len(FILE))
+    assert contents(tmp_path / "out") == {}
 
 
 def test_slow_but_steady_is_borne(web: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -434,7 +445,7 @@ def test_s3_fails_for_good(buckets: Buckets, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(remote.BadSource, match="is not there"):
         remote.get(f"{url}-none", tmp_path / "out" / "x")
     assert remote.read(f"{url}-none") is None
-    assert contents(tmp_path / "out") == {}
+    assert not (tmp_path / "out" / "x").exists()
 
 
 # sets
@@ -471,8 +482,13 @@ def test_a_set_at_a_url_is_found_by_its_split(place: tuple[str, Callable[[str], 
 
 
 def test_missing_and_short_shards_at_a_url_are_named_at_once(
-    place: tuple[str, Callable[[str], None]], tmp_path: Path, request: pytest.FixtureRequest
+    place: tuple[str, Callable[[str], None]],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    servers.hurry(monkeypatch, patience=5)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     url, delete = place
     found = find.sets((url,), "train", tmp_path, Store(tmp_path / "cache"))
     found.check()
@@ -537,7 +553,7 @@ def test_a_conversion_to_s3_writes_what_one_to_disk_does(buckets: Buckets, image
     assert {split: part.shards for split, part in again.items()} == {s: part.shards for s, part in made.items()}
 
 
-@pytest.mark.parametrize("at", [1, 6, 13, 21, 25])
+@pytest.mark.parametrize("at", [13, 25])
 def test_an_interrupted_conversion_to_s3_goes_on(buckets: Buckets, images: Path, disk: Path, tmp_path: Path, at: int):
     """Writing is denied at a certain file, one after the other, until all are there."""
     url = f"{buckets.bucket()}/x"
@@ -609,32 +625,40 @@ def same_samples(one: Manifest, other: Manifest) -> None:
         assert read[0].read(sample) == read[1].read(sample)
 
 
-@pytest.mark.parametrize("kind", ["http", "s3", "s3 folder"])
-def test_foreign_shards_at_a_url_are_indexed_and_read(
-    disk: Path, tmp_path: Path, kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def foreign(disk: Path, tmp_path: Path) -> Path:
     """The tars alone: of our own shards, so that the answer is known."""
-    buckets: Buckets = request.getfixturevalue("buckets")
+    (tmp_path / "tars" / "part").mkdir(parents=True)
     for tar in (disk / "train").glob("*.tar"):
-        (tmp_path / "tars" / "part").mkdir(parents=True, exist_ok=True)
         (tmp_path / "tars" / "part" / tar.name).write_bytes(tar.read_bytes())
-    here = index(IndexShards(shards=str(tmp_path / "tars"), output=str(tmp_path / "here"), quiet=True, workers=1))
-    last = len(here.shards) - 1
+    return tmp_path / "tars"
+
+
+@pytest.mark.parametrize("kind", ["http", "s3", "s3 folder"])
+def test_foreign_shards_at_a_url_are_indexed_and_read(foreign: Path, buckets: Buckets, tmp_path: Path, kind: str):
+    here = index(IndexShards(shards=str(foreign), output=str(tmp_path / "here"), quiet=True, workers=1))
     url = f"{buckets.bucket()}/x"
-    buckets.upload(tmp_path / "tars", url)
-    with servers.site(tmp_path / "tars") as site:
+    buckets.upload(foreign, url)
+    with servers.site(foreign) as site:
         root = site.url if kind == "http" else url
-        given = url if kind == "s3 folder" else f"{root}/part/{{000000..{last:06d}}}.tar"
-        options = IndexShards(shards=given, output=str(tmp_path / "there"), quiet=True, workers=1)
-        made = index(options)
+        given = url if kind == "s3 folder" else f"{root}/part/{{000000..{len(here.shards) - 1:06d}}}.tar"
+        made = index(IndexShards(shards=given, output=str(tmp_path / "there"), quiet=True, workers=1))
         assert remote.is_url(str(made.at))
         loaded = find.sets((str(tmp_path / "there"),), "train", tmp_path, Store(tmp_path / "cache"))
         loaded.check()
         same_samples(loaded, here)
-    if kind == "s3 folder":  # and beside the shards
-        index(IndexShards(shards=url, quiet=True, workers=1))
-        assert left(tmp_path / "home") == []
-        same_samples(find.sets((url,), "train", tmp_path, Store(tmp_path / "cache")), here)
+
+
+def test_foreign_shards_on_s3_are_indexed_where_they_are(foreign: Path, buckets: Buckets, tmp_path: Path):
+    """As on disk: what was indexed by its name is read by the same name."""
+    url = f"{buckets.bucket()}/x"
+    buckets.upload(foreign, url)
+    index(IndexShards(shards=url, quiet=True, workers=1))
+    index(IndexShards(shards=str(foreign), quiet=True, workers=1))
+    assert left(tmp_path / "home") == []
+    assert set(buckets.contents(url)) == set(contents(foreign))
+    here = find.sets((str(foreign),), "train", tmp_path, Store(tmp_path / "cache"))
+    same_samples(find.sets((url,), "train", tmp_path, Store(tmp_path / "cache")), here)
 
 
 def test_a_web_server_that_stays_away_ends_the_scan(web: Site, tmp_path: Path):
@@ -733,17 +757,16 @@ def test_webdataset_has_no_end_though_tars_are_fewer_than_readers(coloured: Path
         assert set(chain(*batches)) <= set(range(2 * EACH))
 
 
-def test_webdataset_passes_over_what_it_cannot_read(
-    coloured: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], web: Site
-):
+def test_webdataset_passes_over_what_it_cannot_read(coloured: Path, tmp_path: Path, web: Site):
     for shard in (0, 1):
         (web.folder / f"{shard}.tar").write_bytes((coloured / f"{shard}.tar").read_bytes())
     (web.folder / "2.tar").write_bytes(b"<html>no tar</html>")  # and 3.tar is not there
-    found = numbers(stream(f"{web.url}/{{0..3}}.tar", tmp_path), 40)
-    assert set(chain(*found)) == set(range(2 * EACH))
-    said = capfd.readouterr().out
-    assert f"{web.url}/2.tar" in said
-    assert f"{web.url}/3.tar" in said
+    some = stream(f"{web.url}/{{0..3}}.tar", tmp_path)
+    assert set(chain(*numbers(some, 40))) == set(range(2 * EACH))
+    said = " ".join(fault.reason for fault in some.faults.take())
+    assert f"{web.url}/2.tar: " in said
+    assert f"{web.url}/3.tar: " in said
+    assert f"{web.url}/0.tar: " not in said
 
 
 def test_webdataset_ends_where_nothing_can_be_read(web: Site, tmp_path: Path):
@@ -760,7 +783,7 @@ def test_webdataset_ends_where_nothing_can_be_read(web: Site, tmp_path: Path):
 
 
 def test_webdataset_says_what_it_does_not_promise(coloured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    words = [*TINY, "data.reader=webdataset", f"data.train={coloured}/{{0..3}}.tar", "head.kind=mpp"]
+    words = [*TINY, "data.reader=webdataset", f"data.train={coloured}/{{0..3}}.tar"]
     asked = config.parse(recipe.Pretrain, [*words, f"run={tmp_path}/run"], recipe.FOLDER)
     recipe.sources(asked)
     assert "neither exactly once an epoch nor exactly resumable" in capsys.readouterr().out

@@ -183,6 +183,21 @@ def test_a_machine_that_died_is_replaced_by_any_other(
 
 
 @pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("lost", ["json", "sha256"])
+def test_a_shard_of_which_a_note_is_missing_is_not_done(
+    source: Path, tmp_path: Path, wholes: Callable[..., dict[str, bytes]], lost: str
+):
+    """Its process died between the two, or the power was cut before they were on the disk."""
+    options = told(source, tmp_path / "out", shard_samples=4)
+    assert convert(options, 1, 2) == {}
+    (tmp_path / "out" / shards.NOTES / f"000001.{lost}").unlink()
+    assert convert(options, 0, 2) == {}
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert convert(options, 1, 2)[""].samples == 14
+    assert contents(tmp_path / "out") == wholes(shard_samples=4)
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_process_that_comes_late_finds_the_work_done(
     source: Path, tmp_path: Path, wholes: Callable[..., dict[str, bytes]]
 ):
