@@ -37,6 +37,12 @@ def draw_squares(folder: Path, count: int = 12, side: int = 20) -> None:
             Image.fromarray(pixels).save(folder / name / f"{i:02d}.png")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes minutes runs where it is asked for: `make test-long`."""
+    if "long" not in config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
 @pytest.fixture(scope="session")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A class folder of coloured squares."""

@@ -176,7 +176,7 @@ def scan(path: Path, name: str, label_key: str | None = None, full: bool = False
         found = Scan(name, os.fstat(file.fileno()).st_size, digest, [], [], Counter())
 
         def reject(key: str, reason: str) -> None:
-            shown = key.encode("utf-8", "backslashreplace").decode()[:SHOWN]
+            shown = printable(key)[:SHOWN]
             found.rejects.append({"shard": name, "key": shown, "reason": reason})
 
         members = []
@@ -257,7 +257,7 @@ def _class(handle: int, parts: dict[str, list[Member]], label_key: str | None) -
         return None
     if isinstance(said, int) and not isinstance(said, bool) and 0 <= said < 1 << 31:
         return said
-    if isinstance(said, str):
+    if isinstance(said, str) and len(said) <= SHOWN:
         return int(said) if said.isascii() and said.isdigit() and len(said) < 10 else said
     raise BadImage(f"its class is {str(said)[:SHOWN]!r}, neither a number nor a name")
 
@@ -298,7 +298,7 @@ def _publish(scans: list[Scan], root: str, target: Target, options: IndexShards)
 def _reject_few(scans: list[Scan]) -> None:
     """Reject the samples whose class is a name among numbers: a damaged byte must not make names of all numbers."""
     said = Counter(type(row[2]) for scan in scans for row in scan.rows)
-    if not said[str] or said[str] > said[int]:
+    if not 4 * said[str] < said[int]:  # then names are meant
         return
     for scan in scans:
         for offset, _, label, _ in scan.rows:

@@ -31,6 +31,7 @@ VERSION = 2
 ENTRY = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("crc32", "<u4")])
 """Where a sample's image bytes are in its tar, its class (-1 = none) and the checksum of the bytes."""
 
+HEADER = 192  # bytes of numpy's header before the rows
 EVICTED = 3  # times that a file may be taken out of the cache between fetching and opening it
 Place = Path | Cache
 """Where files lie: in a folder, or at a URL, from which they come through a cache."""
@@ -137,7 +138,9 @@ class Manifest:
                 break
             path = self._index(place, entry)
         try:
-            if not isinstance(place, Cache) and sha256(path) != entry.index_sha256:  # a cache has compared it
+            if (
+                entry.index_sha256 and not isinstance(place, Cache) and sha256(path) != entry.index_sha256
+            ):  # a cache has compared it
                 raise ValueError("it is altered")
             rows = np.load(path, mmap_mode="r" if entry.samples else None, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -168,7 +171,10 @@ class Manifest:
                 return "missing"
             if size not in (entry.bytes, -1):
                 return f"{size} bytes, not {entry.bytes}"
-            return "its index is missing" if index_size(entry.index) is None else None
+            size = index_size(entry.index)
+            if size is None:
+                return "its index is missing"
+            return None if size in (-1, HEADER + ENTRY.itemsize * entry.samples) else f"its index has {size} bytes"
 
         with ThreadPoolExecutor(32) as pool:
             return {number: found for number, found in enumerate(pool.map(fault, self.shards)) if found}

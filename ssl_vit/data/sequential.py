@@ -2,7 +2,7 @@
 
 What is ours in it closes its traps: shards are dealt anew each epoch over all workers of all processes, without an end,
 so that every process takes as many steps; tars are walked and images decoded by us, and no other member is; nothing is
-unpickled and no shell is started. webdataset puts the members together and shuffles the samples.
+unpickled and no shell is started. webdataset puts the members together to samples.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ssl_vit.counter import key, permutation
-from ssl_vit.data import decode, foreign, remote
+from ssl_vit.data import foreign, remote
 from ssl_vit.data.cache import Store
 from ssl_vit.data.decode import BadImage
 from ssl_vit.data.faults import IN_A_ROW, Fault, Faults, printable
@@ -30,7 +30,8 @@ from ssl_vit.data.tar import Damage, Member, walk
 from ssl_vit.exits import DATA, USAGE, Refusal
 from ssl_vit.model import Batch
 
-BUFFER = 1000  # samples among which a worker shuffles
+BUFFER, BUFFER_BYTES = 1000, 1 << 28  # samples, and bytes of them, among which a worker shuffles
+MAX_BYTES = 1 << 25  # of an image
 SHOWN = 400  # characters of a fault
 SOME = 64  # members by whose names the keys of a tar are judged
 EPOCH = 1_000_000  # samples: how many there are is not known, and bad ones are counted in so many
@@ -118,16 +119,14 @@ class _Reader(IterableDataset[Made | Refusal]):
         members = self._members(islice(self._dealt(), place, None, of), faults)
         handler = partial(self._handle, faults)
         samples = webdataset.tariterators.group_by_keys(members, handler=handler)
-        shuffled = webdataset.filters.shuffle(BUFFER, rng=Random(key(stream.seed, "shuffle", self.seen, place)))(
-            samples
-        )
+        shuffled = _shuffled(samples, Random(key(stream.seed, "shuffle", self.seen, place)))
         batch, slot, in_a_row = stream.samples.empty(self.share.micro_batch), 0, 0
         for number, sample in enumerate(shuffled):
             seed = key(stream.seed, "sequential", self.seen, place, number) >> 1
             try:
                 image = stream.samples.crop(_image(sample), seed)
             except BadImage as error:
-                self._note(faults, f"{sample['__key__']} cannot be used: {error}")
+                self._note(faults, f"{sample['__key__']} cannot be used: {error}", sample["__url__"])
                 in_a_row += 1
                 if in_a_row >= IN_A_ROW:
                     raise Refusal(DATA, f"{faults[-1].reason}; it is the {IN_A_ROW}th in a row") from error
@@ -171,7 +170,11 @@ class _Reader(IterableDataset[Made | Refusal]):
                     self._note(faults, f"at byte {item.offset}: {item.reason}")
                     continue
                 stem, suffix = foreign.cut(item.name, first=plain)  # keys may have dots, as in val.00001.JPEG
-                if suffix in foreign.IMAGES and item.size <= decode.MAX_BYTES:
+                if suffix not in foreign.IMAGES or not stem.rpartition("/")[2]:
+                    continue
+                if item.size > MAX_BYTES:
+                    self._note(faults, f"{item.name} has {item.size} bytes, over the limit of {MAX_BYTES}")
+                else:
                     self._barren = 0
                     data = os.pread(file.fileno(), item.size, item.offset)
                     yield {"fname": f"{stem.replace('.', '_')}.{suffix}", "data": data, "__url__": self._tar}
@@ -183,8 +186,24 @@ class _Reader(IterableDataset[Made | Refusal]):
         self._note(faults, " ".join(str(part) for part in error.args if part is not None))
         return True
 
-    def _note(self, faults: list[Fault], reason: str) -> None:
-        faults.append(Fault(-1, 0, -1, None, printable(f"{self._tar}: {reason}")[:SHOWN]))
+    def _note(self, faults: list[Fault], reason: str, tar: str | None = None) -> None:
+        faults.append(Fault(-1, 0, -1, None, printable(f"{tar or self._tar}: {reason}")[:SHOWN]))
+
+
+def _shuffled(samples: Iterator[dict[str, Any]], random: Random) -> Iterator[dict[str, Any]]:
+    """An endless stream in a random order; webdataset's own shuffle counts samples only, however large they are."""
+    kept: list[tuple[int, dict[str, Any]]] = []
+    held = 0
+    for sample in samples:
+        size = sum(len(value) for value in sample.values() if isinstance(value, bytes))
+        kept.append((size, sample))
+        held += size
+        while len(kept) > BUFFER or held > BUFFER_BYTES:
+            chosen = random.randrange(len(kept))
+            kept[chosen], kept[-1] = kept[-1], kept[chosen]
+            size, one = kept.pop()
+            held -= size
+            yield one
 
 
 def _image(sample: dict[str, Any]) -> bytes:

@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,9 @@ def verify(options: VerifyShards) -> list[Found]:
         with bar:
             bar.update(len(states) - len(suspects))
             count = options.workers or len(os.sched_getaffinity(0))
-            for number, state in do(suspects, count, look, lambda n, m=made, k=known: (m, n, k.get(n))):
+            for number, state in do(
+                suspects, count, look, lambda n, m=made, k=known: (replace(m, shards=[m.shards[n]]), k.get(n))
+            ):
                 states[number] = state
                 bar.update()
         found += states.values()
@@ -70,11 +72,14 @@ def _sets(names: tuple[str, ...]) -> list[Manifest]:
     return made
 
 
-def look(made: Manifest, number: int, known: str | None) -> Found:
-    """A shard whose fault is `known`, or is to be found by its digest: where there is one, every sample is read."""
-    samples = made.shards[number].samples
-    fault = known or made.altered(number)
-    return Found(made.where(number), samples, readable(made, number) if fault else samples, fault)
+def look(made: Manifest, known: str | None) -> Found:
+    """The state of a manifest's one shard, whose fault is `known` or told by its digests.
+
+    Where there is a fault, every sample is read.
+    """
+    samples = made.shards[0].samples
+    fault = known or made.altered(0)
+    return Found(made.where(0), samples, readable(made, 0) if fault else samples, fault)
 
 
 def readable(made: Manifest, number: int) -> int:

@@ -55,6 +55,8 @@ class HeldOut:
         if failed:
             raise fatal or Refusal(DATA, "another process cannot read the evaluation data; see its message")
         weight = float(sums.pop("_weight"))
+        if bad and not weight:
+            raise Refusal(DATA, f"not one sample of {self.stream.samples.manifest.name} can be read")
         yield from self.report(sums, max(1.0, weight)).items()
         yield "samples", int(weight)
         yield "bad_samples", bad

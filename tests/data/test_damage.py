@@ -704,7 +704,6 @@ def test_hostile_members_cost_no_good_sample_and_are_counted(
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="foreign.scan: a key goes into a refusal as it is")
 def test_what_an_odd_name_is_refused_for_is_told_in_one_line(tmp_path: Path):
     for number, name in enumerate(("x\nall is well", "x\x1b[2J", "caf\udce9", "x\u202e")):
         for odd in (sample(name, b"no image"), member(f"{name}.jpg", kind=tarfile.SYMTYPE), member(name, size=1 << 40)):
@@ -841,7 +840,6 @@ def test_webdataset_streams_on_over_hostile_members(stream_folder: Path, kind: s
     assert all(".tar" in fault.reason for fault in faults.take())
 
 
-@pytest.mark.xfail(strict=True, reason="sequential._note names the tar that is being read")
 def test_webdataset_names_the_tar_in_which_a_bad_image_lies(stream_folder: Path):
     """Not the one that is being read when the image's turn comes."""
     for name in "abc":
@@ -862,9 +860,6 @@ def test_webdataset_passes_over_what_is_no_tar(stream_folder: Path, capsys: pyte
     assert all(f"{name}: " in said for name in set(bad) - {"bad3.tar"})
 
 
-ENDLESS = pytest.mark.xfail(strict=True, raises=Late, reason="sequential._barren counts images, not samples")
-
-
 @pytest.mark.parametrize(
     "data",
     [
@@ -872,7 +867,7 @@ ENDLESS = pytest.mark.xfail(strict=True, raises=Late, reason="sequential._barren
         pytest.param(b"<html>" * 500, id="a page"),
         pytest.param(member("x.txt", b"no image") + END, id="no images"),
         pytest.param(bytes(10240), id="no members"),
-        pytest.param(member(".png", GOOD[1]) + END, id="images without a key", marks=ENDLESS),
+        pytest.param(member(".png", GOOD[1]) + END, id="images without a key"),
         pytest.param(b"x" + THEIRS[1:700], id="a broken header"),
         pytest.param(b"".join(member(f"{n}.jpg", b"bad") for n in range(9)) + END, id="bad images"),
         pytest.param(gzip_that_says_ustar(b"".join(IMAGES) + END), id="gzip that says it is a tar"),
@@ -1116,7 +1111,7 @@ def test_the_memory_of_a_scan_is_bounded(tmp_path: Path, kind: str):
     "kind",
     [
         *("gzip that says it is a tar", "a sparse file"),
-        pytest.param("large members", marks=pytest.mark.xfail(strict=True, reason="a buffer of samples, not of bytes")),
+        "large members",
     ],
 )
 def test_the_memory_of_webdataset_is_bounded(stream_folder: Path, kind: str):

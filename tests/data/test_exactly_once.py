@@ -278,7 +278,8 @@ def test_ten_thousand_shards_begin_within_a_second(tmp_path: Path):
     """
     (row,) = write_tar(tmp_path / "0.tar", [encoded(picture(1), "JPEG")])
     np.save(tmp_path / "0.npy", np.array([row] * 1280, ENTRY))
-    shard = Shard(name="0.tar", samples=1280, bytes=(tmp_path / "0.tar").stat().st_size, sha256="", index_sha256="")
+    digests = {"sha256": "0" * 64, "index_sha256": hashlib.sha256((tmp_path / "0.npy").read_bytes()).hexdigest()}
+    shard = Shard(name="0.tar", samples=1280, bytes=(tmp_path / "0.tar").stat().st_size, **digests)
     manifest.save(Manifest(tmp_path, {}, ["a"], [shard] * 10_000))
     for rank, seen in ((0, 0), (7, 3 * 12_800_000 + 4_567_890)):
         start = time.process_time()

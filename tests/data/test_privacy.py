@@ -40,7 +40,7 @@ def test_the_location_is_gone_and_the_rest_is_as_it_was(kind: str):
     image.load()  # also checks a PNG's checksums
     assert not image.getexif().get_ifd(0x8825)
     assert (image.getexif()[0x0112], image.getexif()[0x010F]) == (6, "A maker of cameras")
-    assert np.array_equal(image, opened(data))
+    assert np.array_equal(np.asarray(image), np.asarray(opened(data)))
     assert len(clean) == len(data)
     assert b"2026:11:22" in data
     assert b"2026:11:22" not in clean
@@ -52,7 +52,7 @@ def test_xmp_that_holds_a_location_is_blanked(kind: str):
     assert b"GPSLatitude" in data
     clean = without_location(data)
     assert b"GPS" not in clean
-    assert np.array_equal(opened(clean), opened(data))
+    assert np.array_equal(np.asarray(opened(clean)), np.asarray(opened(data)))
 
 
 def test_both_pictures_of_a_phones_file_lose_it():

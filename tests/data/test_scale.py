@@ -438,12 +438,7 @@ def test_two_that_publish_together_do_not_trip_each_other(
     [
         "000001.tar",
         "000001.npy",
-        *(
-            pytest.param(
-                note, marks=pytest.mark.xfail(strict=True, reason="durable.py writing: the notes' folder is swept away")
-            )
-            for note in ("000001.sha256", "000001.json")
-        ),
+        *(note for note in ("000001.sha256", "000001.json")),
     ],
 )
 def test_a_slow_machine_that_was_replaced_ends_well(
