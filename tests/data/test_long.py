@@ -23,6 +23,7 @@ def test_two_hundred_kills_of_a_conversion(tmp_path: Path):
     source = write_pictures(tmp_path / "in", [f"{i % 3}/{i}.png" for i in range(200)], height=3, width=3)
     make(source, tmp_path / "whole", shard_samples=1)
     wanted, draw, kills, outputs = contents(tmp_path / "whole"), random.Random(11), 0, 0
+    output = tmp_path / "out0"
     while kills < 200:
         output = tmp_path / f"out{outputs}"
         child = begun(told(source, output, shard_samples=1, workers=2))
