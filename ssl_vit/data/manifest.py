@@ -299,6 +299,22 @@ def load(path: str | Path, store: Store | None = None) -> Manifest:
     )
 
 
+def every(names: tuple[str, ...]) -> list[Manifest]:
+    """The manifests of folders and URLs, of all their splits; raises Refusal(DATA) where one has none."""
+    made = []
+    for name in names:
+        if remote.is_url(name):
+            url = remote.check(name)
+            parts = [fetch(f"{url}{split}", Store()) for split in ("", "/train", "/val", "/test")]
+            made += [part for part in parts if part is not None]
+            if not any(parts):
+                raise Refusal(DATA, f"{url}: has no {FILE}")
+        else:
+            inside = [] if (Path(name) / FILE).exists() else sorted(Path(name).glob(f"*/{FILE}"))
+            made += [load(path.parent) for path in inside] or [load(name)]
+    return made
+
+
 def fetch(url: str, store: Store) -> Manifest | None:
     """The manifest at a URL, whose files come through a store; None where there is none.
 

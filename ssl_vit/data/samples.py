@@ -94,7 +94,7 @@ class Data(Config):
     def store(self) -> Store:
         """The cache of remote shards."""
         room = int(self.cache_gb * 1e9)
-        return Store(Path(self.cache), room) if self.cache else Store(room=room)
+        return Store(Path(self.cache).expanduser(), room) if self.cache else Store(room=room)
 
     @property
     def image_hw(self) -> tuple[int, int]:

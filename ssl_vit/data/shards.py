@@ -55,7 +55,7 @@ class MakeShards(Config):
         description="the classes and their numbers: .txt (a name a line), .json (names, or name -> number), or shards",
     )
     exclude: tuple[str, ...] = Field(
-        default=(), description="shards whose images are left out: those of the sets one will be tested on"
+        default=(), description="shards (folders, URLs) whose images are left out: of the sets one will be tested on"
     )
     keep_location: bool = Field(default=False, description="keep where an image was taken (GPS in EXIF and XMP)")
     follow_links: bool = Field(default=False, description="follow links to folders, and out of the input")
@@ -117,7 +117,7 @@ def _excluded(options: MakeShards) -> np.ndarray | None:
     """The digests of what is to be left out."""
     if not options.exclude:
         return None
-    sets = [manifest.load(name) for name in options.exclude]
+    sets = manifest.every(options.exclude)
     for made in sets:
         made.check()  # what a damaged set lost would not be left out
     return duplicates.held(sets, processes(options))

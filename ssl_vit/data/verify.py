@@ -3,7 +3,6 @@
 import os
 import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from pydantic import Field
@@ -11,7 +10,6 @@ from tqdm import tqdm
 
 from ssl_vit.config import Config
 from ssl_vit.data import manifest, remote
-from ssl_vit.data.cache import Store
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.pool import do
 from ssl_vit.exits import DATA, Refusal
@@ -39,7 +37,7 @@ class Found:
 def verify(options: VerifyShards) -> list[Found]:
     """Every shard's state, in order; raises Refusal(DATA) where there is no manifest."""
     found = []
-    for made in _sets(options.shards):
+    for made in manifest.every(options.shards):
         known = made.faults()
         suspects = [number for number in range(len(made.shards)) if options.full or number in known]
         states = {n: Found(made.where(n), shard.samples, shard.samples, None) for n, shard in enumerate(made.shards)}
@@ -54,22 +52,6 @@ def verify(options: VerifyShards) -> list[Found]:
                 bar.update()
         found += states.values()
     return found
-
-
-def _sets(names: tuple[str, ...]) -> list[Manifest]:
-    made = []
-    for name in names:
-        if remote.is_url(name):
-            url = remote.check(name)
-            parts = [manifest.fetch(f"{url}{split}", Store()) for split in ("", "/train", "/val", "/test")]
-            made += [part for part in parts if part is not None]
-        else:
-            inside = sorted(Path(name).glob(f"*/{manifest.FILE}"))
-            here = (Path(name) / manifest.FILE).exists()
-            made += [manifest.load(p.parent) for p in inside] if inside and not here else [manifest.load(name)]
-    if not made:
-        raise Refusal(DATA, f"{', '.join(names)}: no {manifest.FILE}")
-    return made
 
 
 def look(made: Manifest, known: str | None) -> Found:

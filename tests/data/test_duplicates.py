@@ -280,6 +280,13 @@ def test_several_processes_leave_out_the_same(source: Path, tested: Path, tmp_pa
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_all_splits_of_a_set_are_left_out(source: Path, tested: Path, tmp_path: Path):
+    make(tested, tmp_path / "splits", val_fraction=0.5)
+    one(tested, tmp_path / "test")
+    wanted = one(source, tmp_path / "out", exclude=(str(tmp_path / "test"),))
+    assert one(source, tmp_path / "out", exclude=(str(tmp_path / "splits"),)) == wanted  # the same job
+
+
 def test_to_leave_out_everything_is_refused(source: Path, tmp_path: Path):
     one(source, tmp_path / "test", resize=8)
     with pytest.raises(exits.Refusal, match=REASON) as caught:
@@ -289,10 +296,8 @@ def test_to_leave_out_everything_is_refused(source: Path, tmp_path: Path):
 
 
 def test_a_set_that_cannot_be_left_out_is_refused(source: Path, tmp_path: Path):
-    """It is not there, or it is images, or splits of which one is to be named."""
-    make(source, tmp_path / "splits", val_fraction=0.5)
-    cases = {tmp_path / "gone": "no such folder", source: "convert the images", tmp_path / "splits": "its splits do"}
-    for name, says in cases.items():
+    """It is not there, or it is images."""
+    for name, says in {tmp_path / "gone": "no such folder", source: "convert the images"}.items():
         with pytest.raises(exits.Refusal, match=says) as caught:
             one(source, tmp_path / "out", exclude=(str(name),))
         assert caught.value.code == exits.DATA
