@@ -198,7 +198,7 @@ def _shuffled(samples: Iterator[dict[str, Any]], random: Random) -> Iterator[dic
         size = sum(len(value) for value in sample.values() if isinstance(value, bytes))
         kept.append((size, sample))
         held += size
-        while len(kept) > BUFFER or held > BUFFER_BYTES:
+        while len(kept) >= BUFFER or held > BUFFER_BYTES:
             chosen = random.randrange(len(kept))
             kept[chosen], kept[-1] = kept[-1], kept[chosen]
             size, one = kept.pop()
