@@ -66,6 +66,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         end = verdict(error)
         if end.code == INTERNAL:
             traceback.print_exception(error)
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {end}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{sys.argv[0].rsplit('/', 1)[-1]}: {end}\n")  # in one piece: other processes write there too
+        sys.stderr.flush()
         code = end.code
     sys.exit(code)
