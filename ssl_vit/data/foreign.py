@@ -22,7 +22,6 @@ from pydantic import Field
 from tqdm import tqdm
 
 from ssl_vit.config import Config
-from ssl_vit.counter import key
 from ssl_vit.data import decode, listing, manifest, remote
 from ssl_vit.data.cache import Store
 from ssl_vit.data.decode import BadImage
@@ -31,7 +30,7 @@ from ssl_vit.data.find import expand
 from ssl_vit.data.manifest import ENTRY, FILE, Manifest, Shard, name_of_index
 from ssl_vit.data.pool import do
 from ssl_vit.data.tar import Damage, Member, walk
-from ssl_vit.data.target import Target
+from ssl_vit.data.target import Target, destination
 from ssl_vit.exits import CANNOT_CREATE, DATA, USAGE, Refusal
 
 IMAGES = {"jpg", "jpeg", "png", "webp"}
@@ -120,9 +119,9 @@ def _is_index(data: bytes) -> bool:
 
 def find(shards: str) -> tuple[str, list[str]]:
     """The folder or URL that shards have in common, and their names in it, sorted."""
-    if remote.is_url(shards):
+    folder, url = os.path.isdir(shards), remote.is_url(shards)  # unlike Path's is_dir, isdir takes any text
+    if url:
         remote.check(shards)
-    folder, url = os.path.isdir(shards), remote.is_url(shards)  # unlike Path's, this is_dir takes any text
     if url and not shards.endswith(".tar"):
         root = shards.rstrip("/")
         found = [f"{root}/{name}" for name in remote.sizes(shards) if name.endswith(".tar")]
@@ -143,11 +142,9 @@ def find(shards: str) -> tuple[str, list[str]]:
 
 def _target(options: IndexShards, root: str) -> Target:
     output = options.output or root
-    if not remote.is_url(output):
-        return Target(Path(output))
-    if output.startswith("http"):
+    if remote.is_url(output) and output.startswith("http"):
         raise Refusal(USAGE, f"{output}: cannot be written to; give output=FOLDER")
-    return Target(Store().folder / f"sending-{key(output):016x}", remote.check(output))
+    return destination(output)
 
 
 def scan_at(root: str, name: str, label_key: str | None, full: bool) -> Scan:

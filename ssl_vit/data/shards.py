@@ -26,7 +26,7 @@ from ssl_vit.data.cache import Store
 from ssl_vit.data.listing import Listing
 from ssl_vit.data.manifest import FILE, Manifest, Shard
 from ssl_vit.data.pool import do
-from ssl_vit.data.target import Target
+from ssl_vit.data.target import Target, destination
 from ssl_vit.data.write import DIGEST, EXCLUDED, NOTES, Job, name_of_note, write_shard
 from ssl_vit.durable import sweep, writing
 from ssl_vit.exits import CANNOT_CREATE, DATA, Refusal
@@ -77,10 +77,7 @@ class MakeShards(Config):
     @property
     def target(self) -> Target:
         """Where the shards go."""
-        if not remote.is_url(self.output):
-            return Target(Path(self.output))
-        url = remote.writable(self.output)
-        return Target(Store().folder / f"sending-{key(url):016x}", url)
+        return destination(self.output)
 
 
 def convert(options: MakeShards, rank: int = 0, world: int = 1) -> dict[str, Manifest]:

@@ -5,7 +5,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssl_vit.counter import key
 from ssl_vit.data import remote
+from ssl_vit.data.cache import Store
 from ssl_vit.durable import write_bytes
 from ssl_vit.exits import CANNOT_CREATE, Refusal
 
@@ -74,3 +76,11 @@ class Target:
             remote.remove(f"{self.url}/{name}")
         path = self.folder / name
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def destination(output: str) -> Target:
+    """The target that a folder or a URL names; raises Refusal where nothing can be written to it."""
+    if not remote.is_url(output):
+        return Target(Path(output))
+    url = remote.writable(output)
+    return Target(Store().folder / f"sending-{key(url):016x}", url)

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import pytest
 
 from ssl_vit.data import remote
+from ssl_vit.exits import Refusal
 
 
 @dataclass
@@ -311,3 +312,12 @@ def hurry(patch: pytest.MonkeyPatch, tries: int = 3, pause: float = 0.01, patien
     patch.setattr(remote, "TRIES", tries)
     patch.setattr(remote, "PAUSE", pause)
     patch.setattr(remote, "PATIENCE", patience)
+
+
+def refused(call: Callable[[], Any], code: int) -> str:
+    """The one line of a refusal."""
+    with pytest.raises(Refusal) as caught:
+        call()
+    assert caught.value.code == code, caught.value
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -20,7 +20,7 @@ import pytest
 import servers
 import torch
 from pictures import contents, make, one, write_pictures
-from servers import Site
+from servers import Site, refused
 
 from ssl_vit import config, recipe
 from ssl_vit.data import cache, find, manifest, remote
@@ -80,15 +80,6 @@ def until(done: Callable[[], Any], limit: float = 20.0) -> None:
     while not done():
         assert time.monotonic() < deadline, "it does not come"
         time.sleep(0.01)
-
-
-def refused(call: Callable[[], Any], code: int) -> str:
-    """The one line of a refusal."""
-    with pytest.raises(Refusal) as caught:
-        call()
-    assert caught.value.code == code, caught.value
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # fetching

@@ -24,7 +24,7 @@ import servers
 import torch
 from pictures import contents, encoded, make, write_pictures
 from PIL import Image
-from servers import Answer, Buckets, Site
+from servers import Answer, Buckets, Site, refused
 
 from ssl_vit import config, recipe
 from ssl_vit.data import find, manifest, remote, sequential
@@ -87,15 +87,6 @@ def disk(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SHARDS: dict[str, Any] = {"val_fraction": 0.3, "shard_samples": 4}
-
-
-def refused(call: Callable[[], Any], code: int) -> str:
-    """The one line of a refusal."""
-    with pytest.raises(Refusal) as caught:
-        call()
-    assert caught.value.code == code, caught.value
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def quickly(call: Callable[[], Any], limit: float = 5.0) -> Any:
