@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 
@@ -16,6 +17,14 @@ def end_with_parent(number: signal.Signals) -> None:
         return
     if os.getppid() != parent:  # it ended before the kernel knew
         os.kill(os.getpid(), number)
+
+
+def launcher_words() -> list[str]:
+    """The command line of the process that started this one; empty where the system does not show it."""
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except (OSError, UnicodeDecodeError):
+        return []
 
 
 def follow_launcher() -> None:

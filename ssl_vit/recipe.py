@@ -15,7 +15,7 @@ from ssl_vit.data.samples import Data, Samples
 from ssl_vit.data.sequential import SequentialStream, Tars, tars
 from ssl_vit.data.stream import EvaluationStream, Share, TrainingStream
 from ssl_vit.encoders import Encoder, weights
-from ssl_vit.encoders.vit import Vit, VitEncoder
+from ssl_vit.encoders.vit import Vit
 from ssl_vit.evaluate.accuracy import HeldOut
 from ssl_vit.exits import DATA, USAGE, Refusal, verdict
 from ssl_vit.family import follow_launcher
@@ -24,8 +24,9 @@ from ssl_vit.heads.mean_color import MeanColor
 from ssl_vit.heads.panel import grid
 from ssl_vit.heads.transfer import Transfer
 from ssl_vit.model import Batch, Model, count_parameters
-from ssl_vit.train.checkpoint import publish
-from ssl_vit.train.distributed import from_main, start, total, world
+from ssl_vit.train import checkpoint
+from ssl_vit.train.distributed import from_main, total
+from ssl_vit.train.launch import start, world
 from ssl_vit.train.loop import Loop, Task, fit, shared
 from ssl_vit.train.optim import AdamW, Optim, Sgd
 from ssl_vit.train.run import Run
@@ -147,11 +148,11 @@ def run(recipe: Recipe) -> int:
     """Do what the recipe says, from the checkpoint where there is one; returns the exit code."""
     follow_launcher()
     recipe, tensors, source = resolve(recipe)
-    micro = shared(recipe, 0, world()).micro_batch
+    asked = recipe.asked(recipe.optim.clip, world())
     if recipe.dry_run:
         return preview(recipe, tensors, source)
     folder = Run(Path(recipe.run))
-    accelerator = start(recipe.precision, recipe.batch // world() // micro, recipe.tracker, folder.folder)
+    accelerator = start(asked, recipe.tracker, folder.folder)
     try:
         from_main(accelerator, lambda: folder.claim(recipe))
         folder.held = True  # by one process for all
@@ -160,7 +161,7 @@ def run(recipe: Recipe) -> int:
         share = shared(recipe, accelerator.process_index, accelerator.num_processes)
         task = _task(recipe, model, train, val, share, accelerator.device, partial(total, accelerator))
         row = fit(folder, accelerator, recipe, task)
-        from_main(accelerator, lambda: _finish(recipe, folder, model, row))
+        from_main(accelerator, lambda: _finish(recipe, folder, row))
         folder.write_exit(0, "done")
     except BaseException as error:
         end = verdict(error)
@@ -208,11 +209,14 @@ def flops(model: Model) -> int:
     return cost.training_flops(cost.encoder_macs(model.encoder.config) + model.head.macs)
 
 
-def _finish(recipe: Recipe, folder: Run, model: Model, row: dict[str, Any]) -> None:
-    """Export the encoder and write results.json."""
-    encoder = model.encoder
-    assert isinstance(encoder, VitEncoder)
-    publish(folder.folder / "encoder", lambda draft: weights.export(encoder, draft))
+def _finish(recipe: Recipe, folder: Run, row: dict[str, Any]) -> None:
+    """Export the encoder from the last checkpoint, whichever engine wrote it, and write results.json."""
+    encoder = recipe.encoder.build()
+    saved = checkpoint.load(checkpoint.steps(folder.checkpoints)[-1])[0]
+    encoder.load_state_dict(
+        {name.removeprefix("encoder."): value for name, value in saved.items() if name.startswith("encoder.")}
+    )
+    checkpoint.publish(folder.folder / "encoder", lambda draft: weights.export(encoder, draft))
     judged = {name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}
     protocol = {
         "init": recipe.init,

@@ -14,8 +14,9 @@ from ssl_vit.exits import PREEMPTED, Refusal
 from ssl_vit.model import Model
 from ssl_vit.recipe import Pretrain
 from ssl_vit.train import loop
-from ssl_vit.train.distributed import start
-from ssl_vit.train.loop import Task, Window, update
+from ssl_vit.train.engine import prepare
+from ssl_vit.train.launch import start
+from ssl_vit.train.loop import Loop, Task, Window, outfit, update
 from tests.train.test_loop import StopAfter, fresh_accelerate  # noqa: F401 - a fixture
 
 pytestmark = [
@@ -49,7 +50,7 @@ def test_vit_b16_trains_in_bf16_with_compile_stops_and_resumes(shards: Path, tmp
 @pytest.mark.parametrize("tokens", [(14, 14), (16, 16), (24, 24)])
 def test_gradients_are_finite_at_vits_lengths(tokens):
     """The attention backend is pinned because cuDNN's backward gave NaN at such lengths (pytorch#169849)."""
-    start("bf16", 1, "none", Path())
+    start(Loop(batch=1).asked(1.0, world=1), "none", Path())
     encoder = Vit(size="Ti", image=(16 * tokens[0], 16 * tokens[1])).build().cuda()
     image = torch.randint(0, 256, (128, 3, *encoder.config.image_hw), dtype=torch.uint8, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
@@ -59,11 +60,11 @@ def test_gradients_are_finite_at_vits_lengths(tokens):
 
 def test_a_step_never_waits_for_the_device(tmp_path: Path):
     made = config.parse(Pretrain, ["recipe=mpp_demo"], recipe.FOLDER)
-    accelerator = start("bf16", 1, "none", tmp_path)
+    accelerator = start(made.asked(made.optim.clip, world=1), "none", tmp_path)
     made, _, _ = recipe.resolve(made)
     model: Model = recipe.build(made, 0).cuda()
-    optimizer = made.optim.build(model)
-    wrapped, prepared = accelerator.prepare(model, optimizer)
+    outfit(model, made, accelerator.device)
+    engine = prepare(accelerator, model, made.optim, {})
     batch = {
         "image": torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, device="cuda"),
         "label": torch.full((8,), -1, device="cuda"),
@@ -72,9 +73,9 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path):
     }
     task = Task(model, stream=None, optim=made.optim)  # type: ignore[arg-type]  # a step asks no stream
     window = Window()
-    update(accelerator, made, task, wrapped, prepared, iter([batch]), window, 0)
+    update(accelerator, made, task, engine, iter([batch]), window, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        update(accelerator, made, task, wrapped, prepared, iter([batch, batch]), window, 1)
+        update(accelerator, made, task, engine, iter([batch, batch]), window, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")

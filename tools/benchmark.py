@@ -29,8 +29,9 @@ from ssl_vit.durable import write_bytes
 from ssl_vit.encoders.vit import Vit, VitEncoder
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.model import Batch, Edit, Model
-from ssl_vit.train.distributed import start
-from ssl_vit.train.loop import Task, compile_blocks, has_compiler, update
+from ssl_vit.train.engine import prepare
+from ssl_vit.train.launch import start, uses_bf16
+from ssl_vit.train.loop import Task, outfit, update
 from ssl_vit.train.window import Window
 
 
@@ -113,9 +114,11 @@ def store(rows: list[dict[str, Any]], path: Path) -> None:
 
 def benchmark_step(made: recipe.Recipe, model: Model, options: Benchmark) -> list[dict[str, Any]]:
     """Rows for ours, timm's and the matrix product, on batches of `made.batch`."""
-    accelerator = start(made.precision, 1, "none", Path(options.output))
+    accelerator = start(
+        made.model_copy(update={"micro_batch": None}).asked(None, world=1), "none", Path(options.output)
+    )
     device, vit = accelerator.device, made.encoder
-    half = accelerator.mixed_precision == "bf16"
+    half = uses_bf16(made.precision)
     for parameter in model.head.parameters():  # a head that starts at zero gives any encoder the same loss
         nn.init.normal_(parameter, std=0.02)
     theirs = Model(TimmEncoder(model.encoder), made.head.build(model.encoder, 1000)).to(device)
@@ -165,13 +168,11 @@ def images(count: int, vit: Vit, device: torch.device) -> Batch:
 
 def ours(accelerator: Any, made: recipe.Recipe, model: Model, batch: Batch) -> Callable[[], None]:
     """The loop's own step."""
-    optimizer = made.optim.build(model)
-    if made.compile or (made.compile is None and accelerator.device.type == "cuda" and has_compiler()):
-        compile_blocks(model)
-    wrapped, prepared = accelerator.prepare(model, optimizer)
+    outfit(model, made, accelerator.device)
+    engine = prepare(accelerator, model, made.optim, {})
     task = Task(model, stream=None, optim=made.optim)  # type: ignore[arg-type]  # a step asks no stream
     batches: Iterator[Batch] = repeat(batch)
-    return lambda: update(accelerator, made, task, wrapped, prepared, batches, Window(), 0)
+    return lambda: update(accelerator, made, task, engine, batches, Window(), 0)
 
 
 def simplest(model: Model, batch: Batch, lr: float, autocast: Callable[[], Any]) -> Callable[[], None]:

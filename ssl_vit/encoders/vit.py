@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ssl_vit.config import Config
 from ssl_vit.encoders import positions
@@ -158,6 +159,7 @@ class VitEncoder(nn.Module):
     """image uint8 [B, C, H, W] -> tokens [B, 1 + N, D], the class token first."""
 
     prefix = 1
+    activation_checkpointing = False  # in training, keep each block's input only and compute the rest again
 
     def __init__(self, config: Vit):
         super().__init__()
@@ -205,8 +207,9 @@ class VitEncoder(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed
         x = self.pos_drop(x)
+        again = self.activation_checkpointing and self.training
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         if select is not None:
             x = x.gather(1, select[:, :, None].expand(-1, -1, x.shape[2]))
         return self.norm(x)

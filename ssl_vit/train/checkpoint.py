@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from ssl_vit.durable import sha256, sync_folder, write_bytes
 from ssl_vit.exits import DISK, INTEGRITY, Refusal
 
 MANIFEST = "MANIFEST.json"
 VERSION = 1
+Tensors = dict[str, Tensor]
 
 
 def publish(target: Path, write: Callable[[Path], None]) -> None:
@@ -112,7 +112,7 @@ def check_space(parent: Path) -> None:
         raise Refusal(DISK, f"{parent}: a checkpoint needs {need} bytes, {free} are free; free some and start again")
 
 
-def save(parent: Path, step: int, keep: int, model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> Path:
+def save(parent: Path, step: int, keep: int, model: Tensors, optimizer: Tensors, state: dict[str, Any]) -> Path:
     """Publish `step-NNNNNNNN` with the weights, the optimizer's state, tensors and values of `state`; then prune."""
     parent.mkdir(parents=True, exist_ok=True)
     check_space(parent)
@@ -121,9 +121,8 @@ def save(parent: Path, step: int, keep: int, model: nn.Module, optimizer: Optimi
     values = {name: value for name, value in state.items() if name not in tensors}
 
     def write(folder: Path) -> None:
-        _save(dict(model.state_dict()), folder / "model.safetensors")
-        _save(optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
-        _save(tensors, folder / "state.safetensors")
+        for name, content in (("model", model), ("optimizer", optimizer), ("state", tensors)):
+            save_file({key: value.contiguous() for key, value in content.items()}, folder / f"{name}.safetensors")
         (folder / "state.json").write_text(json.dumps(values, indent=1))
 
     publish(target, write)
@@ -131,32 +130,7 @@ def save(parent: Path, step: int, keep: int, model: nn.Module, optimizer: Optimi
     return target
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
-
-
-def load(folder: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Put a checkpoint's weights and optimizer state in place; returns its `state`."""
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    restore_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
-    return json.loads((folder / "state.json").read_text()) | load_file(folder / "state.safetensors")
-
-
-def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: `encoder.norm.weight/exp_avg`."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{key}": value
-        for parameter, entry in optimizer.state.items()
-        for key, value in entry.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`; rates and decays are the recipe's and are not restored."""
-    parameters = dict(model.named_parameters())
-    for name, value in tensors.items():
-        parameter_name, key = name.rsplit("/", 1)
-        parameter = parameters[parameter_name]
-        optimizer.state[parameter][key] = value.to(parameter.device)
+def load(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
+    """A checkpoint's weights, optimizer state, and `state`; tensors on the CPU."""
+    model, optimizer, tensors = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "state"))
+    return model, optimizer, json.loads((folder / "state.json").read_text()) | tensors

@@ -1,57 +1,20 @@
-"""Processes: starting them as Accelerate sees them, and agreeing among them."""
+"""Agreement among processes: one answer, one sum, one stop for all."""
 
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssl_vit.exits import USAGE, Refusal, verdict
+from ssl_vit.exits import Refusal, verdict
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Precision = Literal["auto", "fp32", "bf16"]
 Value = TypeVar("Value")
-
-
-def start(precision: Precision, accumulate: int, tracker: str, folder: Path) -> "Accelerator":
-    """Accelerate's handle on device and processes; refuses set-ups that would train something else than was asked."""
-    from accelerate import Accelerator
-    from accelerate.utils import (
-        DistributedDataParallelKwargs,
-        DistributedType,
-        GradientAccumulationPlugin,
-        parse_flag_from_env,
-    )
-
-    on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    bf16 = precision == "bf16" or (precision == "auto" and on_gpu)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN at ViT's lengths (pytorch#169849)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if bf16 else "no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False),
-        log_with=None if tracker == "none" else tracker,
-        project_dir=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
-    )
-    if world() != accelerator.num_processes:
-        cure = "set ACCELERATE_USE_CPU=1 for processes without GPU"
-        raise Refusal(
-            USAGE, f"{world()} processes were started but accelerate sees {accelerator.num_processes}: {cure}"
-        )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise Refusal(USAGE, f"{accelerator.distributed_type.value} is not supported yet; launch one process, or DDP")
-    return accelerator
-
-
-def world() -> int:
-    """How many processes the launcher started, known before Accelerate is."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def from_main(accelerator: "Accelerator", make: Callable[[], Value]) -> Value:

@@ -1,17 +1,15 @@
 """The one loop: pretraining, supervised pretraining and fine-tuning differ by what they pass in."""
 
 import json
-import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ssl_vit.config import Config
 from ssl_vit.counter import key
@@ -21,7 +19,9 @@ from ssl_vit.evaluate.accuracy import Evaluator
 from ssl_vit.exits import DATA, MISMATCH, PREEMPTED, USAGE, Refusal
 from ssl_vit.model import Batch, Model
 from ssl_vit.train import checkpoint
-from ssl_vit.train.distributed import Precision, StopSignal, from_main, total
+from ssl_vit.train.distributed import StopSignal, from_main, total
+from ssl_vit.train.engine import Engine, State, prepare
+from ssl_vit.train.launch import Asked, Precision, uses_bf16
 from ssl_vit.train.optim import Optim, set_rate
 from ssl_vit.train.run import Run
 from ssl_vit.train.tracker import Tracker, TrackerName
@@ -47,12 +47,25 @@ class Loop(Config):
     keep: int = Field(default=2, ge=1, description="checkpoints kept")
     precision: Precision = Field(default="auto", description="auto is bf16 on a GPU, fp32 on CPU")
     compile: bool | None = Field(default=None, description="torch.compile the encoder's blocks (none: on a GPU only)")
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="keep only each block's input and compute the rest again: less memory, slower",
+    )
+    timeout: float = Field(
+        default=600, gt=0, description="seconds that processes wait for one another before all end, naming the missing"
+    )
     tracker: TrackerName = Field(default="tensorboard", description="where metrics go beside metrics.jsonl")
     quiet: bool = Field(default=False, description="no progress")
 
     def micro(self, world: int) -> int:
         """Images a process takes at once."""
         return self.micro_batch or self.batch // world
+
+    def asked(self, clip: float | None, world: int) -> Asked:
+        """What a launch file must not contradict."""
+        micro = shared(self, 0, world).micro_batch
+        values = self.precision, self.activation_checkpointing, self.timeout
+        return Asked(self.batch, micro, self.batch // world // micro, clip, *values)
 
 
 class Stop(Protocol):
@@ -81,13 +94,12 @@ def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop
     Raises Refusal: PREEMPTED after a signal, with a checkpoint on disk; DATA where the numbers cannot be cured.
     """
     share = shared(loop, accelerator.process_index, accelerator.num_processes)
-    model, optimizer = task.model.to(accelerator.device), task.optim.build(task.model)
-    run.step, window, bad = resume(run, accelerator, task, optimizer)
+    moments, window, bad = resume(run, accelerator, task)
     if run.step >= loop.steps:
         return last_row(run)
-    if loop.compile or (loop.compile is None and accelerator.device.type == "cuda" and has_compiler()):
-        compile_blocks(model)
-    wrapped, prepared = accelerator.prepare(model, optimizer)
+    outfit(task.model.to(accelerator.device), loop, accelerator.device)
+    engine = prepare(accelerator, task.model, task.optim, moments)
+    del moments
     batches = task.stream.batches(run.step * loop.batch, share, accelerator.device)
     tracker = Tracker(accelerator, run.folder, run.step, loop.steps, loop.quiet)
     stop = stop or StopSignal(accelerator)
@@ -99,8 +111,8 @@ def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop
     try:
         while run.step < loop.steps:
             rate = task.optim.rate(run.step, loop.steps)
-            set_rate(optimizer.param_groups, rate)
-            update(accelerator, loop, task, wrapped, prepared, batches, window, run.step)
+            set_rate(engine.optimizer.param_groups, rate)
+            update(accelerator, loop, task, engine, batches, window, run.step)
             run.step += 1
             tracker.advance()
             judge = bool(run.step == loop.steps or (loop.eval_every and run.step % loop.eval_every == 0))
@@ -114,17 +126,26 @@ def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop
                 row |= window.report(accelerator, task.model.head.report, task.flops)
                 row["bad_samples"] = watch.total
                 check_numbers(row)
-                row |= evaluate(wrapped, task, tracker, run) if judge else {}
+                row |= evaluate(engine.model, task, tracker, run) if judge else {}
                 tracker.row(row, left)
                 window = Window()
             if due:
-                save(run, accelerator, loop, task, optimizer, window, watch)
+                save(run, accelerator, loop, task, engine, window, watch)
             if stopping and run.step < loop.steps:
                 raise Refusal(PREEMPTED, f"stopped at step {run.step} of {loop.steps}; the same command goes on")
     finally:
         stop.close()
         tracker.close()
     return row
+
+
+def outfit(model: Model, loop: Loop, device: torch.device) -> None:
+    """What is put on a model before any engine wraps it: recomputation, compiled blocks, autocast."""
+    model.encoder.activation_checkpointing = loop.activation_checkpointing
+    if loop.compile or (loop.compile is None and device.type == "cuda" and has_compiler()):
+        compile_blocks(model)
+    if uses_bf16(loop.precision):
+        model.forward = torch.autocast(device.type, dtype=torch.bfloat16)(model.forward)
 
 
 def has_compiler() -> bool:
@@ -160,41 +181,27 @@ def update(
     accelerator: "Accelerator",
     loop: Loop,
     task: Task,
-    model: nn.Module,
-    optimizer: Any,
+    engine: Engine,
     batches: Iterator[Batch],
     window: Window,
     step: int,
 ) -> None:
-    """One optimizer step over its micro batches.
-
-    Where the gradient's norm is not finite, the fused optimizer skips the update by a flag that stays on the device.
-    The norm is taken after the gradients were averaged, so every process skips the same updates.
-    """
+    """One optimizer step over its micro batches."""
     for micro in range(accelerator.gradient_accumulation_steps):
         asked = time.monotonic()
         batch = next(batches)
         window.waited += time.monotonic() - asked
         window.images += len(batch["image"])
         torch.manual_seed(key(loop.seed, "dropout", step, micro, accelerator.process_index))
-        with accelerator.accumulate(model):
-            output = model(batch)
+        with accelerator.accumulate(engine.model):
+            output = engine.model(batch)
             accelerator.backward(output.loss)
             window.add({**output.sums, "_weight": output.weight, "_digest": batch["seed"].sum()})
             if accelerator.sync_gradients:
-                norm = clip(model, task.optim.clip)
-                broken = (~norm.isfinite()).float()
-                optimizer.optimizer.found_inf = broken
-                safe = torch.where(norm.isfinite(), norm, torch.zeros_like(norm))
-                window.add({"_norm": safe, "_skipped": broken, "_updates": torch.ones_like(norm)})
-            optimizer.step()
-            optimizer.zero_grad()
-
-
-def clip(model: nn.Module, limit: float | None) -> Tensor:
-    """Scale all gradients jointly to a global norm of at most `limit`; returns the norm before."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    return nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+                norm = engine.step(task.optim.clip)
+                fine = norm.isfinite()
+                safe = torch.where(fine, norm, torch.zeros_like(norm))
+                window.add({"_norm": safe, "_skipped": (~fine).float(), "_updates": torch.ones_like(norm)})
 
 
 def check_numbers(row: dict[str, Any]) -> None:
@@ -219,9 +226,9 @@ def evaluate(model: nn.Module, task: Task, tracker: Tracker, run: Run) -> dict[s
 
 
 def save(
-    run: Run, accelerator: "Accelerator", loop: Loop, task: Task, optimizer: Optimizer, window: Window, watch: DataWatch
+    run: Run, accelerator: "Accelerator", loop: Loop, task: Task, engine: Engine, window: Window, watch: DataWatch
 ) -> None:
-    """Publish a checkpoint; the main process writes, all take part in the sums and in its verdict."""
+    """Publish a checkpoint; the main process writes, all take part in gathering it and in its verdict."""
     state: dict[str, Any] = {f"window.{name}": value for name, value in total(accelerator, window.sums).items()}
     state |= {
         "step": run.step,
@@ -230,26 +237,35 @@ def save(
         "data": task.stream.identity,
         "bad_samples": [watch.bad, watch.total],
     }
-    from_main(accelerator, lambda: checkpoint.save(run.checkpoints, run.step, loop.keep, task.model, optimizer, state))
+    model, optimizer = (on_main(accelerator, each()) for each in (engine.weights, engine.optimizer_state))
+    from_main(accelerator, lambda: checkpoint.save(run.checkpoints, run.step, loop.keep, model, optimizer, state))
 
 
-def resume(
-    run: Run, accelerator: "Accelerator", task: Task, optimizer: Optimizer
-) -> tuple[int, Window, tuple[int, int]]:
-    """The step to go on from, what was summed since its last row, and the bad samples of run and epoch.
+def on_main(accelerator: "Accelerator", tensors: Iterable[tuple[str, Tensor]]) -> State:
+    """The tensors, on the main process's CPU; the others take part and keep none."""
+    kept = accelerator.is_main_process
+    return {name: value.cpu() for name, value in tensors if kept}
 
-    Weights and optimizer are put in place; it is step 0 where there is no checkpoint.
+
+def resume(run: Run, accelerator: "Accelerator", task: Task) -> tuple[State, Window, tuple[int, int]]:
+    """Put the newest checkpoint's weights in place, and say at which step the run goes on.
+
+    Returns the optimizer's state, what was summed since the last row, and the bad samples of epoch and run; where
+    there is no checkpoint they are empty and the step is 0.
     """
     folder = from_main(accelerator, lambda: checkpoint.newest(run.checkpoints))
     if folder is None:
-        return 0, Window(), (0, 0)
-    state = checkpoint.load(folder, task.model, optimizer)
+        run.step = 0
+        return {}, Window(), (0, 0)
+    model, optimizer, state = checkpoint.load(folder)
     if state["data"] != task.stream.identity:
         raise Refusal(MISMATCH, f"run={run.folder}: was started on other data than data.train holds now")
+    task.model.load_state_dict(model)
+    run.step = state["step"]
     sums = {name.removeprefix("window."): value for name, value in state.items() if name.startswith("window.")}
     device = accelerator.device
     mine = {name: value.to(device) for name, value in sums.items()} if accelerator.is_main_process else {}
-    return state["step"], Window(mine), tuple(state["bad_samples"])
+    return optimizer, Window(mine), tuple(state["bad_samples"])
 
 
 def last_row(run: Run) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -49,6 +49,7 @@ class AdamW(_Optim):
     """Adam with decoupled weight decay; the paper's "Adam" with a decay is this."""
 
     kind: Literal["adamw"] = "adamw"
+    state: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
     betas: tuple[Moment, Moment] = Field(default=(0.9, 0.999), description="decay of the running moments")
 
     def build(self, model: nn.Module) -> Optimizer:
@@ -62,14 +63,14 @@ class Sgd(_Optim):
     kind: Literal["sgd"] = "sgd"
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum")
 
+    @property
+    def state(self) -> tuple[str, ...]:
+        """The tensors it keeps for a parameter."""
+        return ("momentum_buffer",) if self.momentum else ()
+
     def build(self, model: nn.Module) -> Optimizer:
         """The optimizer over a model's parameters; torch's decay enters before the momentum here."""
-        made = torch.optim.SGD(groups(model, self.weight_decay), lr=self.lr, momentum=self.momentum, fused=True)
-        if self.momentum:
-            # torch allocates the buffers at the first step without filling them, which a skipped step would leave
-            for parameter in (p for group in made.param_groups for p in group["params"]):
-                made.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return made
+        return torch.optim.SGD(groups(model, self.weight_decay), lr=self.lr, momentum=self.momentum, fused=True)
 
 
 Optim = Annotated[AdamW | Sgd, Field(discriminator="kind")]

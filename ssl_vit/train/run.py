@@ -17,7 +17,7 @@ from ssl_vit.exits import CANNOT_CREATE, MISMATCH, Refusal
 
 # keys that may change from start to start: what they steer leaves the weights as they are, or goes on from them
 FREE = {"log_every", "save_every", "eval_every", "keep", "tracker", "quiet", "dry_run", "compile", "run"}
-FREE |= {"micro_batch", "data.workers", "data.train", "data.val"}
+FREE |= {"micro_batch", "activation_checkpointing", "timeout", "data.workers", "data.train", "data.val"}
 FREE |= {"data.cache", "data.cache_gb", "data.verify", "data.max_bad"}
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from ssl_vit.encoders.vit import Vit
+from ssl_vit.train.engine import zeros
 from ssl_vit.train.optim import AdamW, Sgd, groups, learning_rate, set_rate
 
 
@@ -56,6 +57,8 @@ def test_steps_equal_torchs_own_and_a_flagged_one_changes_nothing(config):
     model, twin = nn.Linear(3, 2), nn.Linear(3, 2)
     twin.load_state_dict(model.state_dict())
     ours = config.build(model)
+    for parameter in model.parameters():
+        ours.state[parameter] = zeros(parameter, config.state)
     kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     extra = {"momentum": 0.9} if config.kind == "sgd" else {}
     theirs = kinds[config.kind](groups(twin, config.weight_decay), lr=0.1, fused=False, foreach=False, **extra)

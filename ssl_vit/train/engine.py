@@ -1,0 +1,160 @@
+"""Engines: one process, DDP, FSDP2 and DeepSpeed's ZeRO, behind one update and one whole state.
+
+Whatever an engine does with parameters, what it gives and takes is the state of an unsharded model, named by parameter:
+so a checkpoint of one engine and world size is a checkpoint of all, and an export needs no engine.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_vit.train.optim import Optim
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+State = dict[str, Tensor]
+"""Tensors by name: `encoder.norm.weight` of a model, `encoder.norm.weight/exp_avg` of an optimizer."""
+
+
+def prepare(accelerator: "Accelerator", model: nn.Module, optim: Optim, state: State) -> "Engine":
+    """The engine that was launched, around a whole model; `state` is its optimizer's, empty at the start of a run."""
+    from accelerate.utils import DistributedType
+
+    kind = Zero if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
+    return kind(accelerator, model, optim, state)
+
+
+class Engine:
+    """One process, DDP or FSDP2: torch's optimizer on parameters that are whole, or a DTensor's share."""
+
+    def __init__(self, accelerator: "Accelerator", model: nn.Module, optim: Optim, state: State):
+        self.optimizer, self.keys = optim.build(model), optim.state
+        self.model: Any
+        self.model, self._prepared = accelerator.prepare(model, self.optimizer)
+        # as they are now: FSDP2 puts gathered ones into the modules from a forward pass to its backward pass
+        self.parameters = dict(model.named_parameters())
+        self._fused = self._can_fuse()
+        self._restore(state)
+
+    def step(self, clip: float | None) -> Tensor:
+        """After the backward passes: clip, update, forget the gradients; returns their global norm before clipping.
+
+        Where the norm is not finite, nothing is updated. It is the norm of averaged gradients, so every process skips
+        the same updates; the fused optimizers do so by a flag that stays on the device.
+        """
+        parameters = [p for p in self.parameters.values() if p.grad is not None]
+        norm = _whole(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
+        if self._fused:
+            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        if self._fused or norm.isfinite():
+            self._prepared.step()
+        self._prepared.zero_grad()
+        return norm
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter, whole, one after the other; called by all processes together."""
+        for name, parameter in self.parameters.items():
+            yield name, self._parameter(parameter)
+
+    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the optimizer's state, whole, by parameter; called by all processes together."""
+        for name, parameter in self.parameters.items():
+            for key in self.keys:
+                yield f"{name}/{key}", self._entry(parameter, key)
+
+    def _can_fuse(self) -> bool:
+        """torch has no fused SGD for DTensors: there the plain one steps, and the norm is waited for."""
+        sharded = any(map(_is_dtensor, self.parameters.values()))
+        if not sharded or not isinstance(self.optimizer, torch.optim.SGD):
+            return True
+        for group in self.optimizer.param_groups:
+            group["fused"] = False
+        return False
+
+    def _parameter(self, parameter: nn.Parameter) -> Tensor:
+        return _whole(parameter.detach())
+
+    def _entry(self, parameter: nn.Parameter, key: str) -> Tensor:
+        return _whole(self.optimizer.state[parameter][key])
+
+    def _restore(self, state: State) -> None:
+        """Fill the optimizer's state, with zeros where `state` has none; rates and decays are the recipe's."""
+        for name, parameter in self.parameters.items():
+            entry = self.optimizer.state[parameter] = zeros(parameter, self.keys)
+            for key in self.keys if state else ():
+                entry[key].copy_(_share(state[f"{name}/{key}"], entry[key]))
+
+
+class Zero(Engine):
+    """DeepSpeed's ZeRO: `backward` updates too, on flat parts of parameters that are cut over the processes."""
+
+    def step(self, clip: float | None) -> Tensor:
+        """The norm of the update that `backward` made, or inf where it made none; it clipped as its config says."""
+        del clip
+        norm = math.inf if self._zero.overflow else self.model.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.model.device)
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's optimizer around torch's."""
+        return self._prepared.optimizer
+
+    def _flats(self) -> list[Tensor]:
+        """This process's flat parts, which torch's optimizer steps on."""
+        three = hasattr(self._zero, "fp32_partitioned_groups_flat")
+        return self._zero.fp32_partitioned_groups_flat if three else self._zero.single_partition_of_fp32_groups
+
+    def _parameter(self, parameter: nn.Parameter) -> Any:
+        from deepspeed.utils import safe_get_full_fp32_param  # type: ignore
+
+        return safe_get_full_fp32_param(parameter)
+
+    def _entry(self, parameter: nn.Parameter, key: str) -> Any:
+        from deepspeed.utils import safe_get_full_optimizer_state  # type: ignore
+
+        if key == "step":
+            return self.optimizer.state[self._flats()[0]][key].clone()
+        return safe_get_full_optimizer_state(parameter, key)
+
+    def _restore(self, state: State) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state  # type: ignore
+
+        step = next((value for name, value in state.items() if name.endswith("/step")), torch.zeros(()))
+        for flat in self._flats():
+            entry = self.optimizer.state[flat] = zeros(flat, self.keys)
+            if "step" in entry:
+                entry["step"].copy_(step)
+        if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 find the parts by this
+            self._zero._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.parameters.items() if state else ():
+            for key in self.keys:
+                if key != "step":
+                    safe_set_full_optimizer_state(parameter, state[f"{name}/{key}"].to(parameter.device), key)
+
+
+def zeros(parameter: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
+    """An optimizer's state of a parameter before its first step."""
+    shape = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {key: shape.clone() if key == "step" else torch.zeros_like(parameter.detach()) for key in keys}
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # its module takes a second to import
+
+
+def _whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
+
+
+def _share(whole: Tensor, like: Any) -> Tensor:
+    """What a process holds of a whole tensor."""
+    whole = whole.to(like.device)
+    if not _is_dtensor(like):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
