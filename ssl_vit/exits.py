@@ -1,6 +1,7 @@
 """How a process ends: one exit code and one closing line (sysexits values)."""
 
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -18,12 +19,16 @@ MISMATCH = 78  # the recipe differs from the one the run was started with
 
 
 class Refusal(Exception):
-    """An end that is foreseen: `message` says in one line what is wrong and how to mend it."""
+    """An end that is foreseen: `message` says in one line what is wrong and how to mend it.
 
-    def __init__(self, code: int, message: str):
-        super().__init__(code, message)
+    Where it is `shared` all processes end so together, and only the first says it.
+    """
+
+    def __init__(self, code: int, message: str, shared: bool = False):
+        super().__init__(code, message, shared)
         self.code = code
         self.message = message
+        self.shared = shared
 
     def __str__(self) -> str:
         return self.message
@@ -51,6 +56,18 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _say(end: Refusal) -> None:
+    sys.stderr.write(f"{sys.argv[0].rsplit('/', 1)[-1]}: {end}\n")  # in one piece: other processes write there too
+    sys.stderr.flush()
+
+
+def leave(end: Refusal) -> NoReturn:
+    """End the process here and now, from any thread: what waits for a lost peer would keep it (pitfalls.md T38)."""
+    _say(end)
+    sys.stdout.flush()
+    os._exit(end.code)
+
+
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Call `main` with the command line and end the process with its exit code.
 
@@ -64,9 +81,9 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         if isinstance(error, SystemExit):
             raise
         end = verdict(error)
-        if end.code == INTERNAL:
-            traceback.print_exception(error)
-        sys.stderr.write(f"{sys.argv[0].rsplit('/', 1)[-1]}: {end}\n")  # in one piece: other processes write there too
-        sys.stderr.flush()
+        if not end.shared or os.environ.get("RANK", "0") == "0":
+            if end.code == INTERNAL:
+                traceback.print_exception(error)
+            _say(end)
         code = end.code
     sys.exit(code)

@@ -17,7 +17,7 @@ from ssl_vit.data.stream import EvaluationStream, Share, TrainingStream
 from ssl_vit.encoders import Encoder, weights
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.evaluate.accuracy import HeldOut
-from ssl_vit.exits import DATA, USAGE, Refusal, verdict
+from ssl_vit.exits import DATA, USAGE, Refusal, leave, verdict
 from ssl_vit.family import follow_launcher
 from ssl_vit.heads import Head
 from ssl_vit.heads.mean_color import MeanColor
@@ -30,10 +30,13 @@ from ssl_vit.train.launch import start, world
 from ssl_vit.train.loop import Loop, Task, fit, shared
 from ssl_vit.train.optim import AdamW, Optim, Sgd
 from ssl_vit.train.run import Run
+from ssl_vit.train.startup import check_alike, check_shared, meet, on_each_machine
 from ssl_vit.train.tracker import write_png
+from ssl_vit.train.watchdog import Watchdog
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 PANEL = 8  # images in a picture
+MEETING = 120.0  # seconds that a process waits for the master to be there
 FREE_OF_SOURCE = {"kind", "image", "pool", "dropout"}  # what a source of weights leaves open
 
 
@@ -124,9 +127,7 @@ def sources(recipe: Recipe) -> tuple[Manifest | Tars, Manifest | None]:
     search = partial(find.sets, converted=converted, store=data.store, may_convert=world() == 1)
     train = tars(data.train, data.store) if data.reader == "webdataset" else search(data.train, "train")
     val = search(data.val, "val") if data.val is not None else None
-    for made in (train, val):
-        if isinstance(made, Manifest):
-            made.check(full=data.verify)
+    sound(recipe, train, val)
     if isinstance(train, Tars):
         print(f"{train.name}: read by webdataset: neither exactly once an epoch nor exactly resumable", flush=True)
     if recipe.head.needs_labels and not train.classes:
@@ -136,6 +137,13 @@ def sources(recipe: Recipe) -> tuple[Manifest | Tars, Manifest | None]:
         cure = "convert both in one go, or give both the same class_map"
         raise Refusal(DATA, f"{val.name}: its classes are not those of {train.name}; {cure}")
     return train, val
+
+
+def sound(recipe: Recipe, *sets: Manifest | Tars | None) -> None:
+    """Refuse data of which shards are missing or altered on this machine."""
+    for made in sets:
+        if isinstance(made, Manifest):
+            made.check(full=recipe.data.verify)
 
 
 def streamed(train: Manifest | Tars, recipe: Recipe) -> TrainingStream | SequentialStream:
@@ -152,22 +160,31 @@ def run(recipe: Recipe) -> int:
     if recipe.dry_run:
         return preview(recipe, tensors, source)
     folder = Run(Path(recipe.run))
+    meet(min(recipe.timeout, MEETING))
     accelerator = start(asked, recipe.tracker, folder.folder)
+    watchdog = Watchdog(accelerator, recipe.timeout, lambda end: folder.write_exit(end.code, end.message))
     try:
+        check_alike(accelerator, recipe)
         from_main(accelerator, lambda: folder.claim(recipe))
         folder.held = True  # by one process for all
-        train, val = from_main(accelerator, lambda: sources(recipe))
+        check_shared(accelerator, folder.folder)
+        train, val = from_main(accelerator, lambda: sources(recipe), watchdog.beat)
+        on_each_machine(accelerator, lambda: sound(recipe, train, val))
         model = build(recipe, len(train.classes), tensors, source)
         share = shared(recipe, accelerator.process_index, accelerator.num_processes)
         task = _task(recipe, model, train, val, share, accelerator.device, partial(total, accelerator))
-        row = fit(folder, accelerator, recipe, task)
+        row = fit(folder, accelerator, recipe, task, watchdog.beat)
         from_main(accelerator, lambda: _finish(recipe, folder, row))
         folder.write_exit(0, "done")
     except BaseException as error:
-        end = verdict(error)
+        lost = watchdog.explain(error)
+        end = lost or verdict(error)
         folder.write_exit(end.code, end.message)
+        if lost:
+            leave(lost)
         raise
     finally:
+        watchdog.close()
         folder.release()
         accelerator.end_training()
     return 0

@@ -17,21 +17,40 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 
-def from_main(accelerator: "Accelerator", make: Callable[[], Value]) -> Value:
+Beat = Callable[[str], None]
+"""Hears where the training is, before everything that takes long."""
+
+
+def silent(place: str) -> None:
+    """Hears nothing."""
+
+
+def from_main(accelerator: "Accelerator", make: Callable[[], Value], beat: Beat = silent) -> Value:
     """What `make` returns on the main process, on every process; where it fails there, all raise the same Refusal."""
+    if accelerator.num_processes == 1:
+        return make()
     box: list[Any] = [None]
+    cause = None
     if accelerator.is_main_process:
         try:
             box = [make()]
         except Exception as error:
-            if accelerator.num_processes == 1:
-                raise
-            box = [verdict(error)]
-    if accelerator.num_processes > 1:
-        dist.broadcast_object_list(box, src=0)
+            end = verdict(error)
+            cause, box = error, [Refusal(end.code, end.message, shared=True)]
+    beat("waiting for rank 0")  # which hears it when it is done, and is behind the others until then
+    dist.broadcast_object_list(box, src=0)
     if isinstance(box[0], Refusal):
-        raise box[0]
+        raise box[0] from cause
     return box[0]
+
+
+def everyone(accelerator: "Accelerator", value: Any) -> list[Any]:
+    """Each process's value, by rank, on every process."""
+    found = [value]
+    if accelerator.num_processes > 1:
+        found = [None] * accelerator.num_processes
+        dist.all_gather_object(found, value)
+    return found
 
 
 def total(accelerator: "Accelerator", sums: dict[str, Tensor]) -> dict[str, Tensor]:

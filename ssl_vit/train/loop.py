@@ -19,7 +19,7 @@ from ssl_vit.evaluate.accuracy import Evaluator
 from ssl_vit.exits import DATA, MISMATCH, PREEMPTED, USAGE, Refusal
 from ssl_vit.model import Batch, Model
 from ssl_vit.train import checkpoint
-from ssl_vit.train.distributed import StopSignal, from_main, total
+from ssl_vit.train.distributed import Beat, StopSignal, from_main, silent, total
 from ssl_vit.train.engine import Engine, State, prepare
 from ssl_vit.train.launch import Asked, Precision, uses_bf16
 from ssl_vit.train.optim import Optim, set_rate
@@ -88,9 +88,10 @@ class Task:
     flops: int = 0  # of training, an image
 
 
-def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop | None = None) -> dict[str, Any]:
+def fit(
+    run: Run, accelerator: "Accelerator", loop: Loop, task: Task, beat: Beat = silent, stop: Stop | None = None
+) -> dict[str, Any]:
     """Train to `loop.steps`, going on from the newest checkpoint of the run; returns the last row of metrics.
-
     Raises Refusal: PREEMPTED after a signal, with a checkpoint on disk; DATA where the numbers cannot be cured.
     """
     share = shared(loop, accelerator.process_index, accelerator.num_processes)
@@ -100,6 +101,7 @@ def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop
     outfit(task.model.to(accelerator.device), loop, accelerator.device)
     engine = prepare(accelerator, task.model, task.optim, moments)
     del moments
+    engine.model.register_forward_pre_hook(lambda *_: beat(f"step {run.step + 1}"))  # of an evaluation too
     batches = task.stream.batches(run.step * loop.batch, share, accelerator.device)
     tracker = Tracker(accelerator, run.folder, run.step, loop.steps, loop.quiet)
     stop = stop or StopSignal(accelerator)
@@ -130,9 +132,11 @@ def fit(run: Run, accelerator: "Accelerator", loop: Loop, task: Task, stop: Stop
                 tracker.row(row, left)
                 window = Window()
             if due:
-                save(run, accelerator, loop, task, engine, window, watch)
+                beat(f"the checkpoint of step {run.step}")
+                save(run, accelerator, loop, task, engine, window, watch, beat)
             if stopping and run.step < loop.steps:
-                raise Refusal(PREEMPTED, f"stopped at step {run.step} of {loop.steps}; the same command goes on")
+                text = f"stopped at step {run.step} of {loop.steps}; the same command goes on"
+                raise Refusal(PREEMPTED, text, shared=True)
     finally:
         stop.close()
         tracker.close()
@@ -208,7 +212,8 @@ def check_numbers(row: dict[str, Any]) -> None:
     """Stop where every update of a window was skipped: waiting longer cures nothing."""
     if row["skipped_updates"] and row["skipped_updates"] == row["updates"]:
         steps = f"steps {row['step'] - row['updates'] + 1} to {row['step']}"
-        raise Refusal(DATA, f"gradients were not finite in all of {steps}; lower optim.lr, or look at the data")
+        text = f"gradients were not finite in all of {steps}; lower optim.lr, or look at the data"
+        raise Refusal(DATA, text, shared=True)
 
 
 def evaluate(model: nn.Module, task: Task, tracker: Tracker, run: Run) -> dict[str, float]:
@@ -226,7 +231,14 @@ def evaluate(model: nn.Module, task: Task, tracker: Tracker, run: Run) -> dict[s
 
 
 def save(
-    run: Run, accelerator: "Accelerator", loop: Loop, task: Task, engine: Engine, window: Window, watch: DataWatch
+    run: Run,
+    accelerator: "Accelerator",
+    loop: Loop,
+    task: Task,
+    engine: Engine,
+    window: Window,
+    watch: DataWatch,
+    beat: Beat,
 ) -> None:
     """Publish a checkpoint; the main process writes, all take part in gathering it and in its verdict."""
     state: dict[str, Any] = {f"window.{name}": value for name, value in total(accelerator, window.sums).items()}
@@ -238,7 +250,7 @@ def save(
         "bad_samples": [watch.bad, watch.total],
     }
     model, optimizer = (on_main(accelerator, each()) for each in (engine.weights, engine.optimizer_state))
-    from_main(accelerator, lambda: checkpoint.save(run.checkpoints, run.step, loop.keep, model, optimizer, state))
+    from_main(accelerator, lambda: checkpoint.save(run.checkpoints, run.step, loop.keep, model, optimizer, state), beat)
 
 
 def on_main(accelerator: "Accelerator", tensors: Iterable[tuple[str, Tensor]]) -> State:

@@ -52,12 +52,13 @@ class DataWatch:
         if fatal:
             told = self._later.first(self.faults.fatal)
             assert told is not None
-            raise told
+            raise Refusal(told.code, told.message, shared=True)
         if not in_a_row and self.bad <= self.most:
             return
         many = f"{IN_A_ROW} in a row" if in_a_row else f"{self.bad} in this epoch, {self.most} are borne"
         cure = "tools/verify_shards.py says which shards; data.max_bad bears more"
-        raise Refusal(DATA, f"too many samples are damaged: {many}; they are in {self.path.parent}/{FILES}; {cure}")
+        text = f"too many samples are damaged: {many}; they are in {self.path.parent}/{FILES}; {cure}"
+        raise Refusal(DATA, text, shared=True)
 
     def _list(self, faults: list[Fault]) -> None:
         if not faults:
