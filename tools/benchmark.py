@@ -1,4 +1,4 @@
-"""Measure speed side by side: tools/benchmark.py step [recipe=NAME] [key=value ...], or loader images=FOLDER|TAR
+"""Measure speed side by side: tools/benchmark.py step|engines [recipe=NAME] [key=value ...], or loader images=PATH
 
 `step` is the training step of a recipe, forward to optimizer, on `micro_batch` (or `batch`) images on the device.
 Beside ours runs a timm ViT of the same size with the same head in the simplest loop (eager, torch's default AdamW,
@@ -7,9 +7,12 @@ rounds; medians, and ratios within a round with their spread. Both start from th
 that they compute the same.
 
 `loader` is images/s of a core, from shards to batches, beside webdataset + Pillow + torchvision: benchmark_loader.py.
+
+`engines`, under torchrun, is the step of every engine (DDP, ZeRO, FSDP2) beside bare DDP: benchmark_engines.py.
 """
 
 import json
+import os
 import platform
 import sys
 import time
@@ -84,8 +87,10 @@ def main(arguments: list[str]) -> int:
         return 0
     if arguments[0] == "loader":
         return main_loader(arguments[1:])
+    if arguments[0] == "engines":
+        return main_engines(arguments[1:])
     if arguments[0] != "step":
-        raise Refusal(USAGE, f"no benchmark '{arguments[0]}'; there are step and loader")
+        raise Refusal(USAGE, f"no benchmark '{arguments[0]}'; there are step, engines and loader")
     options = config.parse(Benchmark, arguments[1:], recipe.FOLDER)
     resolved, tensors, source = recipe.resolve(options)
     measured = resolved.model_copy(update={"batch": resolved.micro_batch or resolved.batch})
@@ -102,6 +107,17 @@ def main_loader(arguments: list[str]) -> int:
     rows = loader.benchmark_loader(options)
     print(loader.table(rows))
     store(rows, Path(options.output) / "loader.json")
+    return 0
+
+
+def main_engines(arguments: list[str]) -> int:
+    import benchmark_engines as engines
+
+    options = config.parse(engines.EngineBenchmark, arguments, recipe.FOLDER)
+    rows = engines.benchmark_engines(options, images)
+    if os.environ["RANK"] == "0":
+        print(engines.table(rows))
+        store(rows, Path(options.output) / "engines.json")
     return 0
 
 

@@ -6,6 +6,7 @@ recipe's. What a launch file says all the same must agree, or is refused with bo
 
 import difflib
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -25,6 +26,7 @@ from ssl_vit.family import launcher_words
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 Precision = Literal["auto", "fp32", "bf16"]
 NOT_GIVEN = {None, "", "none", "no", "auto", "1", "1.0"}  # launchers export these whether or not they were given
 GRACE = 60.0  # seconds that the watchdog has to name who is missing, before the collective itself gives up
@@ -67,6 +69,20 @@ def uses_bf16(precision: Precision) -> bool:
 
 def _flag(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def choose(engine: str, zero: dict[str, Any] | None = None) -> None:
+    """Ask for one of ENGINES as accelerate's launcher does, by the environment: where several are used in one process.
+
+    `zero` goes into the zero_optimization section of DeepSpeed's config.
+    """
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+        os.environ.pop(name, None)
+    if engine == "fsdp2":
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    elif engine.startswith("zero"):
+        config = json.dumps({"zero_optimization": {"stage": int(engine[-1]), **(zero or {})}})
+        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": config}
 
 
 def start(asked: Asked, tracker: str, folder: Path) -> "Accelerator":

@@ -1,14 +1,13 @@
 """Many trainings in one launch: `torchrun --nproc_per_node 2 engine_worker.py JOBS.json`.
 
-A job is {"engine": ..., "words": [key=value, ...]}, and the engine is asked for as accelerate's launcher asks for it:
-by the environment. The process group stays from job to job; all else of Accelerate is made anew.
+A job is {"copy": [RUN, OTHER]}, or {"engine": ..., "words": [key=value, ...]}. The engine is asked for as accelerate's
+launcher asks for it: by the environment. The process group stays from job to job; all else of Accelerate is made anew.
 """
 
 import json
-import os
+import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,22 +15,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from ssl_vit import config, recipe
+from ssl_vit.train.launch import choose
 
-OF_ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_DEEPSPEED_CONFIG_FILE")
 
-
-def ask(engine: str, zero: dict[str, Any]) -> None:
-    """Set the environment as `accelerate launch` does for an engine; `zero` is ZeRO's section of DeepSpeed's config."""
-    for name in OF_ENGINES:
-        os.environ.pop(name, None)
-    os.environ["ACCELERATE_USE_CPU"] = "1"
-    if engine == "fsdp2":
-        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    elif engine.startswith("zero"):
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = json.dumps(
-            {"zero_optimization": {"stage": int(engine[-1]), **zero}}
-        )
+def half_of(run: Path, other: Path) -> None:
+    """Make another run of the first half of one."""
+    if dist.get_rank() == 0:
+        shutil.copytree(run / "checkpoints" / "step-00000010", other / "checkpoints" / "step-00000010")
+        for file in ("metrics.jsonl", "recipe.yaml"):
+            shutil.copy(run / file, other)
+    dist.barrier()
 
 
 def main() -> None:
@@ -39,9 +32,11 @@ def main() -> None:
     dist.init_process_group("gloo")
     Accelerator.end_training = lambda self: None  # it would end the process group
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        ask(job["engine"], job.get("zero", {}))
-        kind = recipe.Finetune if job.get("finetune") else recipe.Pretrain
-        recipe.run(config.parse(kind, job["words"], recipe.FOLDER))
+        if "copy" in job:
+            half_of(*map(Path, job["copy"]))
+            continue
+        choose(job["engine"], job["zero"])
+        recipe.run(config.parse(recipe.Pretrain, job["words"], recipe.FOLDER))
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
 

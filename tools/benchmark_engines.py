@@ -1,0 +1,142 @@
+"""The engines' benchmark: images/s of DDP, FSDP2 and ZeRO-1/2/3 beside torch's bare DistributedDataParallel.
+
+`torchrun --nproc_per_node GPUS tools/benchmark.py engines recipe=NAME` runs it. The engines take turns in the same
+processes, each built anew for its turn; all start from the same weights and take the same batch, and their losses after
+the same number of steps show that they compute the same.
+"""
+
+import gc
+import os
+import time
+from collections.abc import Callable
+from itertools import repeat
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import nn
+
+from ssl_vit import recipe
+from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.model import Batch, Model
+from ssl_vit.train import engine, launch
+from ssl_vit.train.loop import Task, outfit, update
+from ssl_vit.train.window import Window
+
+WARM_UP = 3  # steps
+BARE = "bare DDP"
+Row = dict[str, Any]
+
+
+class EngineBenchmark(recipe.Pretrain):
+    """A recipe, and how to measure it."""
+
+    rounds: int = Field(default=5, ge=1, description="interleaved rounds")
+    round_steps: int = Field(default=10, ge=1, description="steps of each engine in a round")
+    output: str = Field(default="runs/benchmark", description="folder for the JSON")
+
+
+def benchmark_engines(made: EngineBenchmark, images: Callable[..., Batch]) -> list[Row]:
+    """Rows for every engine, the same on all processes; `images` makes a batch."""
+    if "LOCAL_RANK" not in os.environ:
+        raise Refusal(USAGE, "engines: start it as torchrun --nproc_per_node GPUS tools/benchmark.py engines ...")
+    made, _, _ = recipe.resolve(made)  # type: ignore[assignment]
+    turns: dict[str, list[tuple[float, float, float]]] = {who: [] for who in ("ddp", BARE, *launch.ENGINES[1:])}
+    for _ in range(made.rounds):
+        for who, found in turns.items():
+            found.append(turn(who, made, images))
+    bare = [seconds for seconds, _, _ in turns[BARE]]
+    rows: list[Row] = []
+    for who, found in turns.items():
+        ratios = sorted(base / seconds for base, (seconds, _, _) in zip(bare, found, strict=True))
+        case = f"{made.encoder.size}/{made.encoder.patch} batch {made.batch} on {launch.world()} processes"
+        row: Row = {"benchmark": "engines", "case": case, "who": who, "ratio": round(median(ratios), 3)}
+        row |= {"images_per_second": round(made.batch / median(seconds for seconds, _, _ in found), 2)}
+        row |= {"ratio_spread": [round(ratios[0], 3), round(ratios[-1], 3)]}
+        rows.append(
+            {**row, "loss": round(found[0][1], 5), "peak_gib": round(max(peak for *_, peak in found), 2) or None}
+        )
+    return rows
+
+
+def turn(who: str, made: EngineBenchmark, images: Callable[..., Batch]) -> tuple[float, float, float]:
+    """Seconds a step, the loss of the last one (a mean over processes), and the peak of GPU memory in GiB."""
+    launch.choose("ddp" if who == BARE else who)
+    accelerator = launch.start(made.asked(made.optim.clip, launch.world()), "none", Path(made.output))
+    model = recipe.build(made, 1000).to(accelerator.device)
+    nn.init.normal_(model.head.linear.weight, std=0.02)  # it starts at zero, where any encoder has the same loss
+    outfit(model, made, accelerator.device)
+    torch.manual_seed(accelerator.process_index)
+    batch = images(made.micro(launch.world()), made.encoder, accelerator.device)
+    losses: list[torch.Tensor] = []
+    model.register_forward_hook(lambda module, inputs, output: losses.append(output.loss.detach()))
+    step = bare(model, batch, made) if who == BARE else ours(accelerator, made, model, batch)
+    for _ in range(WARM_UP):
+        step()
+    gpu = accelerator.device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    dist.barrier()
+    began = time.perf_counter()
+    for _ in range(made.round_steps):
+        step()
+    if gpu:
+        torch.cuda.synchronize()
+    dist.barrier()
+    seconds = (time.perf_counter() - began) / made.round_steps
+    loss = losses[-1].float().clone()
+    dist.all_reduce(loss)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0
+    forget()
+    return seconds, float(loss) / launch.world(), peak
+
+
+def ours(accelerator: Any, made: EngineBenchmark, model: Model, batch: Batch) -> Callable[[], None]:
+    """The loop's own step, by the engine that was chosen."""
+    built = engine.prepare(accelerator, model, made.optim, {})
+    task = Task(model, stream=None, optim=made.optim)  # type: ignore[arg-type]  # a step asks no stream
+    window, batches = Window(), repeat(batch)
+    return lambda: update(accelerator, made, task, built, batches, window, 0)
+
+
+def bare(model: Model, batch: Batch, made: EngineBenchmark) -> Callable[[], None]:
+    """torch's own, with nothing around it."""
+    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = made.optim.build(model)
+    accumulate = made.batch // launch.world() // made.micro(launch.world())
+
+    def step() -> None:
+        for micro in range(accumulate):
+            wrapped.require_backward_grad_sync = micro == accumulate - 1
+            (wrapped(batch).loss / accumulate).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), made.optim.clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def forget() -> None:
+    """Let the next turn begin as a fresh process does, but for the process group."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for reading."""
+    lines = [rows[0]["case"], f"{'':<10}{'images/s':>10}{'ratio':>8}{'spread':>14}{'loss':>10}{'peak GiB':>10}"]
+    for row in rows:
+        spread = "-".join(f"{value:.2f}" for value in row["ratio_spread"])
+        peak = f"{row['peak_gib']:.2f}" if row["peak_gib"] else ""
+        speed = f"{row['images_per_second']:10.1f}{row['ratio']:8.2f}{spread:>14}"
+        lines.append(f"{row['who']:<10}{speed}{row['loss']:10.5f}{peak:>10}")
+    return "\n".join(lines)
