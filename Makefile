@@ -30,6 +30,8 @@ test-long: install
 gpu: install
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python tools/benchmark.py step recipe=mpp_vit_b16 batch=256
+	$(BIN)/torchrun --standalone --nproc_per_node gpu tools/benchmark.py engines recipe=mpp_vit_b16 \
+		batch=512 micro_batch=64 rounds=2 round_steps=50
 
 check: install
 	$(BIN)/ruff check .

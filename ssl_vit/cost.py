@@ -57,7 +57,7 @@ def activation_bytes(config: Vit, bf16: bool, checkpointing: bool) -> int:
     All blocks'; or with `checkpointing` each block's input, 4 TD, and one block whole while it is computed again.
     Beside them the pixels, the patches that a head's edit keeps and the last block's output; and on the way back the
     gradients of the residual stream, 4 TD, and of the MLP's hidden layer, b TM. What the mean-colour head keeps of its
-    own is left out: logits and gathered tokens, HEADMB MB or HEADPC % for B.
+    own is left out: logits and gathered tokens, 0.7 MB or 1 % for B.
     """
     width, depth, _, mlp = config.numbers
     patches, number = config.grid[0] * config.grid[1], 2 if bf16 else 4
@@ -80,7 +80,7 @@ def memory(
     when activations are gone and gradients are whole. With whole = 4 x parameters and part = whole / world:
 
     - ddp: parameters, gradients (views of the buckets, which stay) and moments, all whole. Accumulating, gradients
-      grow outside the buckets first: whole once more. One process has no buckets and so no second gradients.
+      grow outside the buckets first: whole once more. One process has no buckets: its gradients come and go.
     - zero1: parameters whole; an fp32 master copy (`single_partition_of_fp32_groups`, a clone although parameters are
       fp32) and the moments in parts. Gradients whole until the step; a bucket to reduce them in, and its flat copy.
     - zero2: as zero1, with gradients in parts, twice at the step: as they came and flat.
@@ -96,8 +96,9 @@ def memory(
     again = whole if accumulates else 0
     match engine:
         case "ddp":
-            second = again if world > 1 else 0
-            kept, forward, backward = (2 + moments) * whole, second, second
+            buckets = whole if world > 1 else 0
+            kept = whole + moments * whole + buckets
+            forward, backward = again, again if buckets else whole
         case "zero1":
             kept = whole + (1 + moments) * part
             forward, backward = again + bucket, whole + bucket + flattened

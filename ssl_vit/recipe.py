@@ -24,6 +24,7 @@ from ssl_vit.heads.mean_color import MeanColor
 from ssl_vit.heads.panel import grid
 from ssl_vit.heads.transfer import Transfer
 from ssl_vit.model import Batch, Model, count_parameters
+from ssl_vit.scaling import Device, Job, plan
 from ssl_vit.train import checkpoint
 from ssl_vit.train.distributed import from_main, total
 from ssl_vit.train.launch import start, world
@@ -45,6 +46,8 @@ class Train(Loop):
 
     run: str = Field(default="runs/run", min_length=1, description="output folder (default: runs/RECIPE)")
     dry_run: bool = Field(default=False, description="say what would be done, draw the first batch, and stop")
+    world: int | None = Field(default=None, ge=1, description="with dry_run: GPUs to plan the run for")
+    device: Device = Device()
     init: str = Field(
         default="none", description="weights to start from: a run, an encoder folder, a weights file, timm:NAME, none"
     )
@@ -156,9 +159,9 @@ def run(recipe: Recipe) -> int:
     """Do what the recipe says, from the checkpoint where there is one; returns the exit code."""
     follow_launcher()
     recipe, tensors, source = resolve(recipe)
-    asked = recipe.asked(recipe.optim.clip, world())
     if recipe.dry_run:
         return preview(recipe, tensors, source)
+    asked = recipe.asked(recipe.optim.clip, world())
     folder = Run(Path(recipe.run))
     meet(min(recipe.timeout, MEETING))
     accelerator = start(asked, recipe.tracker, folder.folder)
@@ -290,4 +293,29 @@ def preview(recipe: Recipe, tensors: weights.Weights | None, source: Vit | None)
     write_png(model(batch, panel=True) if hasattr(model.head, "panel") else grid([batch["image"]]), picture)
     rows["first batch"] = str(picture)
     print("\n".join(f"{name:<16}{text}" for name, text in rows.items()))
+    if recipe.world is not None:
+        print_plan(recipe, model, train)
     return 0
+
+
+def print_plan(recipe: Recipe, model: Model, train: Manifest | Tars) -> None:
+    """What `world` GPUs would make of the run: docs/scaling.md."""
+    if isinstance(train, Tars):
+        raise Refusal(USAGE, f"world={recipe.world}: a plan needs a manifest; tools/index_shards.py makes one")
+    job = Job(
+        encoder=recipe.encoder,
+        head_macs=model.head.macs,
+        parameters=count_parameters(model),
+        moments=len(set(recipe.optim.state) - {"step"}),
+        batch=recipe.batch,
+        micro_batch=recipe.micro_batch,
+        steps=recipe.steps,
+        world=recipe.world or 1,
+        activation_checkpointing=recipe.activation_checkpointing,
+        bf16=recipe.precision != "fp32",
+        sample_bytes=sum(shard.bytes for shard in train.shards) / train.samples,
+        samples=train.samples,
+        lanes=recipe.data.lanes if train.wanted(0) else None,
+    )
+    lines, warnings = plan(job, recipe.device)
+    print("\n".join(["", *lines, *(f"warning     {text}" for text in warnings)]))

@@ -17,6 +17,8 @@ from ssl_vit.train import loop
 from ssl_vit.train.engine import prepare
 from ssl_vit.train.launch import start
 from ssl_vit.train.loop import Loop, Task, Window, outfit, update
+from tests.train.test_engines import BIN, ENGINES, launched
+from tests.train.test_engines import rows as training_rows
 from tests.train.test_loop import StopAfter, fresh_accelerate  # noqa: F401 - a fixture
 
 pytestmark = [
@@ -47,6 +49,27 @@ def test_vit_b16_trains_in_bf16_with_compile_stops_and_resumes(shards: Path, tmp
     assert rows[-1]["loss"] < rows[0]["loss"] < math.log(512)
 
 
+@pytest.fixture(scope="module")
+def by_launch_file(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    """50 steps of ViT-B/16 in bf16 under each launch file, on all GPUs of this machine."""
+    folder, found = tmp_path_factory.mktemp("engines"), {}
+    for engine in ENGINES:
+        launch = ["--config_file", f"recipes/launch/{engine}.yaml", "--num_processes", torch.cuda.device_count()]
+        data = [f"data.train={shards}/train", "data.val=none", f"run={folder / engine}", "data.workers=2"]
+        sizes = ["steps=50", "batch=64", "log_every=5", "optim.warmup_steps=10", "quiet=true"]
+        launched(BIN / "accelerate", "launch", *launch, "tools/pretrain.py", "recipe=mpp_vit_b16", *data, *sizes)
+        found[engine] = training_rows(folder / engine)
+    return found
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_launch_file_trains_as_ddp_does(by_launch_file: dict[str, list[dict]], engine: str):
+    mine, ddp = by_launch_file[engine], by_launch_file["ddp"]
+    assert [row["step"] for row in mine] == list(range(5, 51, 5))
+    assert [row["samples_digest"] for row in mine] == [row["samples_digest"] for row in ddp]
+    assert [row["loss"] for row in mine] == pytest.approx([row["loss"] for row in ddp], rel=0.02)
+
+
 @pytest.mark.parametrize("tokens", [(14, 14), (16, 16), (24, 24)])
 def test_gradients_are_finite_at_vits_lengths(tokens):
     """The attention backend is pinned because cuDNN's backward gave NaN at such lengths (pytorch#169849)."""
@@ -63,7 +86,7 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path):
     accelerator = start(made.asked(made.optim.clip, world=1), "none", tmp_path)
     made, _, _ = recipe.resolve(made)
     model: Model = recipe.build(made, 0).cuda()
-    outfit(model, made, accelerator.device)
+    outfit(model, made, accelerator)
     engine = prepare(accelerator, model, made.optim, {})
     batch = {
         "image": torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, device="cuda"),

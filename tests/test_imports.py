@@ -16,7 +16,7 @@ LEVELS = [
     {"model"},
     {"encoders"},
     {"heads"},
-    {"cost"},
+    {"cost", "scaling"},
     {"data"},
     {"evaluate"},
     {"train"},

@@ -184,7 +184,7 @@ def images(count: int, vit: Vit, device: torch.device) -> Batch:
 
 def ours(accelerator: Any, made: recipe.Recipe, model: Model, batch: Batch) -> Callable[[], None]:
     """The loop's own step."""
-    outfit(model, made, accelerator.device)
+    outfit(model, made, accelerator)
     engine = prepare(accelerator, model, made.optim, {})
     task = Task(model, stream=None, optim=made.optim)  # type: ignore[arg-type]  # a step asks no stream
     batches: Iterator[Batch] = repeat(batch)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import nn
 
-from ssl_vit import recipe
+from ssl_vit import cost, recipe
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.model import Batch, Model
 from ssl_vit.train import engine, launch
@@ -44,7 +44,7 @@ def benchmark_engines(made: EngineBenchmark, images: Callable[..., Batch]) -> li
     if "LOCAL_RANK" not in os.environ:
         raise Refusal(USAGE, "engines: start it as torchrun --nproc_per_node GPUS tools/benchmark.py engines ...")
     made, _, _ = recipe.resolve(made)  # type: ignore[assignment]
-    turns: dict[str, list[tuple[float, float, float]]] = {who: [] for who in ("ddp", BARE, *launch.ENGINES[1:])}
+    turns: dict[str, list[tuple[float, float, float]]] = {who: [] for who in ("ddp", BARE, *cost.ENGINES[1:])}
     for _ in range(made.rounds):
         for who, found in turns.items():
             found.append(turn(who, made, images))
@@ -62,13 +62,13 @@ def benchmark_engines(made: EngineBenchmark, images: Callable[..., Batch]) -> li
     return rows
 
 
-def turn(who: str, made: EngineBenchmark, images: Callable[..., Batch]) -> tuple[float, float, float]:
+def turn(who: Any, made: EngineBenchmark, images: Callable[..., Batch]) -> tuple[float, float, float]:
     """Seconds a step, the loss of the last one (a mean over processes), and the peak of GPU memory in GiB."""
     launch.choose("ddp" if who == BARE else who)
     accelerator = launch.start(made.asked(made.optim.clip, launch.world()), "none", Path(made.output))
     model = recipe.build(made, 1000).to(accelerator.device)
     nn.init.normal_(model.head.linear.weight, std=0.02)  # it starts at zero, where any encoder has the same loss
-    outfit(model, made, accelerator.device)
+    outfit(model, made, accelerator)
     torch.manual_seed(accelerator.process_index)
     batch = images(made.micro(launch.world()), made.encoder, accelerator.device)
     losses: list[torch.Tensor] = []

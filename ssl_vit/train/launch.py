@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import yaml
 
+from ssl_vit.cost import Engine
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.family import launcher_words
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 Precision = Literal["auto", "fp32", "bf16"]
 NOT_GIVEN = {None, "", "none", "no", "auto", "1", "1.0"}  # launchers export these whether or not they were given
 GRACE = 60.0  # seconds that the watchdog has to name who is missing, before the collective itself gives up
@@ -71,8 +71,8 @@ def _flag(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
 
 
-def choose(engine: str, zero: dict[str, Any] | None = None) -> None:
-    """Ask for one of ENGINES as accelerate's launcher does, by the environment: where several are used in one process.
+def choose(engine: Engine, zero: dict[str, Any] | None = None) -> None:
+    """Ask for an engine as accelerate's launcher does, by the environment: where one process uses several.
 
     `zero` goes into the zero_optimization section of DeepSpeed's config.
     """

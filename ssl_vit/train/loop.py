@@ -46,7 +46,9 @@ class Loop(Config):
     eval_every: int | None = Field(default=None, ge=1, description="steps between evaluations (none: at the end)")
     keep: int = Field(default=2, ge=1, description="checkpoints kept")
     precision: Precision = Field(default="auto", description="auto is bf16 on a GPU, fp32 on CPU")
-    compile: bool | None = Field(default=None, description="torch.compile the encoder's blocks (none: on a GPU only)")
+    compile: bool | None = Field(
+        default=None, description="torch.compile the encoder's blocks (none: on a GPU, but not under ZeRO-3)"
+    )
     activation_checkpointing: bool = Field(
         default=False,
         description="keep only each block's input and compute the rest again: less memory, slower",
@@ -98,7 +100,7 @@ def fit(
     moments, window, bad = resume(run, accelerator, task)
     if run.step >= loop.steps:
         return last_row(run)
-    outfit(task.model.to(accelerator.device), loop, accelerator.device)
+    outfit(task.model.to(accelerator.device), loop, accelerator)
     engine = prepare(accelerator, task.model, task.optim, moments)
     del moments
     engine.model.register_forward_pre_hook(lambda *_: beat(f"step {run.step + 1}"))  # of an evaluation too
@@ -143,13 +145,21 @@ def fit(
     return row
 
 
-def outfit(model: Model, loop: Loop, device: torch.device) -> None:
+def outfit(model: Model, loop: Loop, accelerator: "Accelerator") -> None:
     """What is put on a model before any engine wraps it: recomputation, compiled blocks, autocast."""
+    device = accelerator.device.type
     model.encoder.activation_checkpointing = loop.activation_checkpointing
-    if loop.compile or (loop.compile is None and device.type == "cuda" and has_compiler()):
+    can = device == "cuda" and not cuts_layers(accelerator) and has_compiler()
+    if can if loop.compile is None else loop.compile:
         compile_blocks(model)
     if uses_bf16(loop.precision):
-        model.forward = torch.autocast(device.type, dtype=torch.bfloat16)(model.forward)
+        model.forward = torch.autocast(device, dtype=torch.bfloat16)(model.forward)
+
+
+def cuts_layers(accelerator: "Accelerator") -> bool:
+    """Whether ZeRO-3 gathers parameters by hooks inside the blocks, which break compiled graphs (pytorch#115484)."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and plugin.zero_stage == 3
 
 
 def has_compiler() -> bool:

@@ -16,7 +16,7 @@ from ssl_vit.durable import write_bytes
 from ssl_vit.exits import CANNOT_CREATE, MISMATCH, Refusal
 
 # keys that may change from start to start: what they steer leaves the weights as they are, or goes on from them
-FREE = {"log_every", "save_every", "eval_every", "keep", "tracker", "quiet", "dry_run", "compile", "run"}
+FREE = {"log_every", "save_every", "eval_every", "keep", "tracker", "quiet", "dry_run", "compile", "run", "world"}
 FREE |= {"micro_batch", "activation_checkpointing", "timeout", "data.workers", "data.train", "data.val"}
 FREE |= {"data.cache", "data.cache_gb", "data.verify", "data.max_bad"}
 
@@ -63,7 +63,8 @@ class Run:
         begun = self.checkpoints.exists() or (self.folder / "metrics.jsonl").exists()
         if begun and path.exists():
             old, new = (yaml.load(t, yaml.BaseLoader) for t in (path.read_text(), text))
-            changed = [line for line in config.differences(old, new) if line.split(":")[0] not in FREE]
+            names = {line: line.split(":")[0] for line in config.differences(old, new)}
+            changed = [line for line, name in names.items() if name not in FREE and not name.startswith("device.")]
             if changed:
                 cure = "give the old values, or name another run"
                 raise Refusal(

@@ -134,9 +134,13 @@ def _difference(rank: int, first: dict[str, Any], other: dict[str, Any]) -> Refu
 
 def check_shared(accelerator: "Accelerator", folder: Path) -> None:
     """Raise the same Refusal on all processes where one does not see what the main process writes into a folder."""
-    token = folder / from_main(accelerator, lambda: f".shared-{secrets.token_hex(8)}")
-    if accelerator.is_main_process:
-        token.touch()
+
+    def make() -> str:
+        name = f".shared-{secrets.token_hex(8)}"
+        (folder / name).touch()
+        return name
+
+    token = folder / from_main(accelerator, make)
     end = time.monotonic() + SEEN_WITHIN
     while not (seen := token.exists()) and time.monotonic() < end:
         time.sleep(0.1)

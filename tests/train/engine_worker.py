@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,20 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from ssl_vit import config, recipe
+from ssl_vit.heads.mean_color import MeanColorHead
+from ssl_vit.model import Output
 from ssl_vit.train.launch import choose
+
+FORWARD = MeanColorHead.forward
+calls: list[int] = []
+
+
+def poisoned(self: Any, encoder: Any, batch: Any) -> Output:
+    """The head's forward, whose fifth loss in training is not a number on rank 1."""
+    output = FORWARD(self, encoder, batch)
+    calls.append(self.training)
+    bad = self.training and sum(calls) == 5 and dist.get_rank() == 1
+    return output._replace(loss=output.loss * float("nan")) if bad else output
 
 
 def half_of(run: Path, other: Path) -> None:
@@ -36,6 +50,8 @@ def main() -> None:
             half_of(*map(Path, job["copy"]))
             continue
         choose(job["engine"], job["zero"])
+        MeanColorHead.forward = poisoned if job.get("poisoned") else FORWARD
+        calls.clear()
         recipe.run(config.parse(recipe.Pretrain, job["words"], recipe.FOLDER))
         AcceleratorState._reset_state(True)
         GradientState._reset_state()

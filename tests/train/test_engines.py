@@ -120,8 +120,9 @@ def worked(shards: Path, by_launch_file, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("worked")
     jobs: list[dict[str, Any]] = []
 
-    def job(name: str, engine: str, *more: str) -> None:
-        jobs.append({"engine": engine, "words": words(shards, folder / name, *more), "zero": CUT.get(engine, {})})
+    def job(name: str, engine: str, *more: str, poisoned: bool = False, **zero: Any) -> None:
+        told = {"engine": engine, "words": words(shards, folder / name, *more), "poisoned": poisoned}
+        jobs.append({**told, "zero": {**CUT.get(engine, {}), **zero}})
 
     for engine in ENGINES:
         job(f"accumulated-{engine}", engine, *ACCUMULATED)
@@ -137,6 +138,9 @@ def worked(shards: Path, by_launch_file, tmp_path_factory: pytest.TempPathFactor
         again = folder / f"dropout-again-{engine}"
         jobs.append({"copy": [str(folder / f"dropout-{engine}"), str(again)]})
         job(f"dropout-again-{engine}", engine, *DROPOUT)
+        job(f"poisoned-{engine}", engine, "log_every=4", poisoned=True)
+    for engine in ("zero2", "zero3"):
+        job(f"offload-{engine}", engine, offload_optimizer={"device": "cpu"})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     worker = Path(__file__).with_name("engine_worker.py")
     launched(BIN / "torchrun", "--standalone", "--nproc_per_node", 2, worker, folder / "jobs.json")
@@ -148,6 +152,21 @@ def worked(shards: Path, by_launch_file, tmp_path_factory: pytest.TempPathFactor
 def test_accumulation_recomputation_and_sgd(alone, worked: Path, engine: str, name: str, more: list[str]):
     """Micro batches of 1 (4 a step) with activation checkpointing, of 2 (2 a step), and SGD without clipping."""
     assert_same_training(alone(*more), worked / f"{name}-{engine}")
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_an_offloaded_optimizer(alone, worked: Path, engine: str):
+    assert_same_training(alone(), worked / f"offload-{engine}")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_bad_loss_of_one_rank_is_skipped_by_all(alone, worked: Path, engine: str):
+    """Step 5 changes nothing, whichever engine: what follows is the same as under DDP."""
+    mine, ddp = rows(worked / f"poisoned-{engine}"), rows(worked / "poisoned-ddp")
+    assert {row["step"]: row["skipped_updates"] for row in mine} == {4: 0, 8: 1, 10: 0, 12: 0, 16: 0, 20: 0}
+    assert [row["grad_norm"] for row in mine] == pytest.approx([row["grad_norm"] for row in ddp], rel=2e-5)
+    assert [row["loss"] for row in mine[2:]] == pytest.approx([row["loss"] for row in ddp[2:]], rel=2e-6)
+    assert mine[-1]["val_loss"] != pytest.approx(rows(alone())[-1]["val_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
