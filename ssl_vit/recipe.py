@@ -159,9 +159,9 @@ def run(recipe: Recipe) -> int:
     """Do what the recipe says, from the checkpoint where there is one; returns the exit code."""
     follow_launcher()
     recipe, tensors, source = resolve(recipe)
+    asked = recipe.asked(recipe.optim.clip, world())
     if recipe.dry_run:
         return preview(recipe, tensors, source)
-    asked = recipe.asked(recipe.optim.clip, world())
     folder = Run(Path(recipe.run))
     meet(min(recipe.timeout, MEETING))
     accelerator = start(asked, recipe.tracker, folder.folder)
@@ -169,8 +169,8 @@ def run(recipe: Recipe) -> int:
     try:
         check_alike(accelerator, recipe)
         from_main(accelerator, lambda: folder.claim(recipe))
-        folder.held = True  # by one process for all
         check_shared(accelerator, folder.folder)
+        folder.held = True  # by one process for all
         train, val = from_main(accelerator, lambda: sources(recipe), watchdog.beat)
         on_each_machine(accelerator, lambda: sound(recipe, train, val))
         model = build(recipe, len(train.classes), tensors, source)

@@ -68,6 +68,10 @@ class Job:
         flops = cost.training_flops(cost.encoder_macs(self.encoder) + self.head_macs) * self.share
         return flops / (device.tflops * 1e12) * (4 / 3 if self.activation_checkpointing else 1)
 
+    def enough(self, device: Device) -> int:
+        """Images at once from which on their kernels take longer to run than to be launched."""
+        return math.ceil(HOST * self.encoder.numbers[1] / (self.seconds(device) / self.share))
+
     def memory(self, engine: Engine, micro: int, checkpointing: bool) -> tuple[int, int]:
         """Bytes of a GPU between steps, and at a step's peak."""
         images = micro * cost.activation_bytes(self.encoder, self.bf16, checkpointing)
@@ -90,7 +94,7 @@ def plan(job: Job, device: Device) -> tuple[list[str], list[str]]:
     _check(job)
     seconds, nodes = job.seconds(device), -(-job.world // device.gpus_per_node)
     engine, memory, warnings = _memory(job, device)
-    limits = [_host(job, seconds), _network(job, device, engine, seconds), *_data(job, device, seconds)]
+    limits = [_host(job, device), _network(job, device, engine, seconds), *_data(job, device, seconds)]
     hours, slowdown = job.steps * seconds / 3600, max(limit.slowdown for limit in limits)
     assumed = "" if "tflops" in device.model_fields_set else " (assumed)"
     pieces = f", in {job.share // job.micro} micro batches" if job.micro < job.share else ""
@@ -131,7 +135,7 @@ def _memory(job: Job, device: Device) -> tuple[Engine, list[str], list[str]]:
     engines: tuple[Engine, ...] = ENGINES if job.world > 1 else ENGINES[:1]
     sizes = {engine: job.memory(engine, job.micro, again) for engine in engines}
     fitting: list[Engine] = [engine for engine in engines if sizes[engine][1] <= room]
-    cures = [] if fitting else _cures(job, engines, room)
+    cures = [] if fitting else _cures(job, engines, room, job.enough(device))
     each = cost.activation_bytes(job.encoder, job.bf16, again) / 1e6
     usable = f"{room / GB:.3g} of {device.memory_gb:g} GB usable"
     lines = [f"memory      {usable}; {job.micro:,} images at once, {number(each)} MB each"]
@@ -146,11 +150,16 @@ def _memory(job: Job, device: Device) -> tuple[Engine, list[str], list[str]]:
     return cures[0][0] if cures else "fsdp2", lines, [f"memory: {factor:.2g} times too small: {text}"]
 
 
-def _cures(job: Job, engines: tuple[Engine, ...], room: float) -> list[Cure]:
-    """What makes a run fit that fits under no engine: fewer images at once, and activation checkpointing."""
+def _cures(job: Job, engines: tuple[Engine, ...], room: float, enough: int) -> list[Cure]:
+    """What makes a run fit that fits under no engine: fewer images at once, and activation checkpointing.
+
+    Of the former it is the first engine under which still enough images fit, or else the one with most.
+    """
     fewer = [images for images in range(job.micro - 1, 0, -1) if job.share % images == 0]
     again = job.activation_checkpointing
-    pieces: list[Cure] = [(e, f"micro_batch={n}") for e in engines for n in fewer if job.memory(e, n, again)[1] <= room]
+    fitting: list[tuple[Engine, int]] = [(e, n) for e in engines for n in fewer if job.memory(e, n, again)[1] <= room]
+    fitting.sort(key=lambda found: -min(found[1], enough))
+    pieces: list[Cure] = [(e, f"micro_batch={n}") for e, n in fitting]
     twice: list[Cure] = [
         (e, f"activation_checkpointing=true ({size / GB:.3g} GB)")
         for e in engines
@@ -209,11 +218,10 @@ def _supply(name: str, need: float, has: float, line: str, sample_bytes: float, 
     return Limit(max(1, factor), f"{name:<12}{line}, there are {has:g}", warning)
 
 
-def _host(job: Job, seconds: float) -> Limit:
+def _host(job: Job, device: Device) -> Limit:
     """Kernels have to run longer than their launches take: below that a GPU waits for its host."""
-    launches, computes = HOST * job.encoder.numbers[1], seconds * job.micro / job.share
-    factor = launches / computes
-    enough = math.ceil(job.micro * factor)
+    launches, computes = HOST * job.encoder.numbers[1], job.seconds(device) * job.micro / job.share
+    factor, enough = launches / computes, job.enough(device)
     line = f"batch       {job.micro:,} images at once take {number(computes * 1e3)} ms to compute, "
     line += f"{number(launches * 1e3)} ms to launch (assumed): {enough:,} fill a GPU"
     shares = [n for n in range(1, job.world + 1) if job.batch % n == 0 and job.batch >= n * enough]

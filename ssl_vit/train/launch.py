@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from ssl_vit.cost import Engine
 from ssl_vit.exits import USAGE, Refusal
@@ -219,11 +220,12 @@ def _deepspeed(asked: Asked) -> Any:
     try:
         import deepspeed  # type: ignore
         from accelerate import DeepSpeedPlugin
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # type: ignore
 
         deepspeed.utils.logger.setLevel("WARNING")
         plugin = DeepSpeedPlugin()
     except Exception as error:  # its import compiles and probes; a launch file's DeepSpeed config is read here too
-        raise Refusal(USAGE, f"DeepSpeed cannot be used: {str(error).strip().splitlines()[-1]}") from error
+        raise Refusal(USAGE, f"DeepSpeed cannot be used: {str(error).strip().splitlines()[0]}") from error
     config = plugin.deepspeed_config
     unknown = sorted(set(config) - ZERO_KEYS)
     if unknown:
@@ -231,16 +233,24 @@ def _deepspeed(asked: Asked) -> Any:
         cure = f"; did you mean {known[0]}?" if known else "; the optimizer and its schedule are the recipe's"
         raise Refusal(USAGE, f"the DeepSpeed config has a key that is not known here: {unknown[0]}{cure}")
     for section in ("fp16", "bf16", "torch_autocast"):
-        if config.pop(section, {}).get("enabled") not in (None, False, "auto"):
+        given = config.pop(section, {})
+        if not isinstance(given, dict) or given.get("enabled") not in (None, False, "auto"):
             raise Refusal(
                 USAGE, f"the DeepSpeed config enables {section}: precision= decides, take it out of the former"
             )
     ours = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     agree(asked, {name: config.get(name) for name in ours})
     zero = config["zero_optimization"]
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *wrong["loc"])))
+        raise Refusal(USAGE, f"the DeepSpeed config: {key}: {wrong['msg'].lower()}") from error
     if "nvme" in (zero.get(name, {}).get("device") for name in ("offload_optimizer", "offload_param")):
         raise Refusal(USAGE, "offload to nvme is not supported: take device cpu")
     config |= {
+        "train_batch_size": asked.batch,
         "train_micro_batch_size_per_gpu": asked.micro_batch,
         "gradient_accumulation_steps": asked.accumulate,
         "gradient_clipping": asked.clip or 0.0,  # "auto" would become 1.0; 0 is none
@@ -265,7 +275,7 @@ def _check_launch_file() -> None:
 
     Read from the launcher's command line, where the system shows it (Linux); keys outside sections it refuses itself.
     """
-    words = launcher_words()
+    words = [part for word in launcher_words() for part in word.split("=", 1)]  # --config_file=PATH too
     if "--config_file" not in words[:-1]:
         return
     path = words[words.index("--config_file") + 1]

@@ -76,6 +76,8 @@ def meet(patience: float) -> None:
         raise Refusal(
             USAGE, f"WORLD_SIZE={world()} but {', '.join(missing)} not set: use accelerate launch, or set them"
         )
+    if not os.environ["MASTER_PORT"].isdecimal():
+        raise Refusal(USAGE, f"MASTER_PORT={os.environ['MASTER_PORT']}: it must be a free port's number")
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     launcher_holds = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if rank == "0" and not launcher_holds:

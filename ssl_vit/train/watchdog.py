@@ -36,16 +36,15 @@ class Watchdog:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.timeout, self.ended = timeout, ended
         self._beats, self._place, self._at = 0, "the start", time.monotonic()
-        self._done = threading.Event()
+        self._pulse, self._ending, self._done = 0, False, threading.Event()
         if self.world == 1:
             return
         self._prefix = from_main(accelerator, lambda: f"watchdog-{secrets.token_hex(4)}")  # a restart begins anew
-        self._store = TCPStore(  # a connection of its own: the main thread may be waiting in another
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=10)
-        )
-        self._publish(0)
+        self._store = _connection()
+        self._publish()
         accelerator.wait_for_everyone()
-        threading.Thread(target=self._watch, daemon=True).start()
+        for work in (self._tell, self._watch):  # who asks for others must not fall silent itself
+            threading.Thread(target=work, daemon=True).start()
 
     def beat(self, place: str) -> None:
         """The training has come to a place."""
@@ -56,49 +55,58 @@ class Watchdog:
         self._done.set()
 
     def explain(self, error: BaseException) -> Refusal | None:
-        """Where an error comes of a peer that went away: who it was."""
+        """Where an error comes of a peer that went away: who it was. None where no other process is missing."""
         text = str(error).lower()
         if self.world == 1 or not isinstance(error, RuntimeError) or not any(word in text for word in BROKEN):
             return None
-        self.close()
-        lost = self._missing() or "no other process is missing: the network between them failed"
+        lost = self._missing()
+        if not lost:
+            return None
+        self._say_goodbye()
         return Refusal(INTERNAL, f"rank {self.rank} lost its peers at {self._place}: {lost}; the same command goes on")
 
-    def _watch(self) -> None:
-        pulse = 0
+    def _tell(self) -> None:
         while not self._done.wait(PULSE):
-            pulse += 1
+            self._pulse += 1
             with suppress(Exception):  # where the store's process has gone, this one learns it by waiting
-                self._publish(pulse)
+                self._publish()
+
+    def _publish(self) -> None:
+        told = {"host": socket.gethostname(), "pulse": self._pulse, "ending": self._ending}
+        self._store.set(f"{self._prefix}/{self.rank}", json.dumps({**told, "beats": self._beats, "place": self._place}))
+
+    def _say_goodbye(self) -> None:
+        """So that others, who are still asking, do not take this end for the cause of theirs."""
+        self.close()
+        self._ending = True
+        within(5 * PULSE, self._publish)
+
+    def _watch(self) -> None:
+        while not self._done.wait(PULSE):
             waited = time.monotonic() - self._at
             if waited > self.timeout:
                 self._end(waited)
 
-    def _publish(self, pulse: int) -> None:
-        told = {"host": socket.gethostname(), "pulse": pulse, "beats": self._beats, "place": self._place}
-        self._store.set(f"{self._prefix}/{self.rank}", json.dumps(told))
-
-    def _read(self) -> list[dict[str, Any]]:
-        return [json.loads(self._store.get(f"{self._prefix}/{rank}")) for rank in range(self.world)]
-
     def _missing(self) -> str:
         """Who gives no sign of life, or else who is behind; empty where nobody is."""
-        try:
-            before = self._read()
-            time.sleep(3 * PULSE)
-            now = self._read()
-        except Exception:
+
+        def read() -> list[dict[str, Any]]:
+            store = _connection()
+            return [json.loads(store.get(f"{self._prefix}/{rank}")) for rank in range(self.world)]
+
+        before = within(5 * PULSE, read)
+        time.sleep(3 * PULSE)
+        now = within(5 * PULSE, read)
+        if before is None or now is None:
             return f"the machine of rank 0 ({os.environ['MASTER_ADDR']}) does not answer"
         name = [f"rank {rank} on {told['host']}" for rank, told in enumerate(now)]
-        others = [rank for rank in range(self.world) if rank != self.rank]
+        others = [rank for rank in range(self.world) if rank != self.rank and not now[rank]["ending"]]
         silent = [rank for rank in others if now[rank]["pulse"] == before[rank]["pulse"]]
         if silent:
             return f"no sign of life from {', '.join(name[rank] for rank in silent)}"
         front = max(told["beats"] for told in now)
-        behind = [
-            f"{name[rank]} is still in {now[rank]['place']}" for rank in range(self.world) if now[rank]["beats"] < front
-        ]
-        return ", ".join(behind)
+        behind = [rank for rank in range(self.world) if now[rank]["beats"] < front]
+        return ", ".join(f"{name[rank]} is still at {now[rank]['place']}" for rank in behind)
 
     def _end(self, waited: float) -> None:
         """End this process, whatever its main thread hangs in."""
@@ -108,5 +116,27 @@ class Watchdog:
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         text = f"rank {self.rank} waited {waited:.0f} s at {self._place}: {lost}"
         end = Refusal(INTERNAL, f"{text}; the same command goes on from the last checkpoint (timeout={self.timeout:g})")
-        self.ended(end)
+        self._say_goodbye()
+        with suppress(Exception):  # a full disk must not keep it
+            self.ended(end)
         leave(end)
+
+
+def _connection() -> TCPStore:
+    """To the store in which the processes met, beside the main thread's own, which may be waiting in it."""
+    patience = timedelta(seconds=5 * PULSE)
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=patience)
+
+
+def within(seconds: float, work: Callable[[], Any]) -> Any:
+    """What `work` returns, or None where it fails or takes longer: a store whose process is stopped never answers."""
+    found: list[Any] = []
+
+    def attempt() -> None:
+        with suppress(Exception):
+            found.append(work())
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None

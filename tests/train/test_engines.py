@@ -139,6 +139,7 @@ def worked(shards: Path, by_launch_file, tmp_path_factory: pytest.TempPathFactor
         jobs.append({"copy": [str(folder / f"dropout-{engine}"), str(again)]})
         job(f"dropout-again-{engine}", engine, *DROPOUT)
         job(f"poisoned-{engine}", engine, "log_every=4", poisoned=True)
+        job(f"bf16-{engine}", engine, "precision=bf16", "micro_batch=2")
     for engine in ("zero2", "zero3"):
         job(f"offload-{engine}", engine, offload_optimizer={"device": "cpu"})
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -157,6 +158,14 @@ def test_accumulation_recomputation_and_sgd(alone, worked: Path, engine: str, na
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_an_offloaded_optimizer(alone, worked: Path, engine: str):
     assert_same_training(alone(), worked / f"offload-{engine}")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bf16_autocast_under_every_engine(alone, worked: Path, engine: str):
+    """Not fp32, and near it."""
+    mine, exact = rows(worked / f"bf16-{engine}"), rows(alone())
+    assert [row["loss"] for row in mine] == pytest.approx([row["loss"] for row in exact], rel=1e-3)
+    assert mine[10]["loss"] != pytest.approx(exact[10]["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
