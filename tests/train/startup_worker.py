@@ -1,0 +1,90 @@
+"""Starts that must not train, and one that must: `torchrun --nproc_per_node 3 startup_worker.py FOLDER WORDS...`.
+
+Rank 0 plays a machine and ranks 1 and 2 another, which differs in one thing; they go through all scenarios in one
+launch. FOLDER has the machines' working directories, a and b; rank r writes FOLDER/found-r.json: per scenario the code,
+message and `shared` of its end.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from ssl_vit import config, recipe
+from ssl_vit.exits import Refusal
+from ssl_vit.train import startup
+from ssl_vit.train.run import Run
+
+FOLDER, WORDS = Path(sys.argv[1]), sys.argv[2:]
+RANK = int(os.environ["RANK"])
+
+
+def train(name: str, *more: str, **changed: Any) -> dict[str, Any]:
+    """How a training of two steps in a folder of its own ends, with names of `startup` changed on machine b."""
+    parsed = config.parse(recipe.Pretrain, [*WORDS, f"run={FOLDER}/run-{name}", *more], recipe.FOLDER)
+    try:
+        with patch.dict(vars(startup), changed if RANK else {}):
+            return {"code": recipe.run(parsed), "message": "", "shared": True}
+    except Refusal as error:
+        return {"code": error.code, "message": error.message, "shared": error.shared}
+    except BaseException as error:
+        return {"code": None, "message": repr(error), "shared": False}
+    finally:  # the process group stays; all else of Accelerate is made anew
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        dist.barrier()
+
+
+@contextmanager
+def own_machine() -> Iterator[None]:
+    """Each process in its machine's working directory, with its number on that machine."""
+    old = os.getcwd()
+    os.chdir(FOLDER / ("b" if RANK else "a"))
+    with patch.dict(os.environ, {"LOCAL_RANK": str(max(0, RANK - 1))}):
+        yield
+    os.chdir(old)
+
+
+def held() -> dict[str, Any]:
+    """While another training holds the run folder."""
+    other = Run(FOLDER / "run-held")
+    if RANK == 0:
+        other.claim(recipe.Pretrain())
+    found = train("held")
+    other.release()
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    Accelerator.end_training = lambda self: None  # it would end the process group
+    startup.SEEN_WITHIN = 0.5
+    found = {
+        "batch": train("batch", "batch=8"),
+        "code": train("code", PACKAGE=FOLDER / "ssl_vit"),
+        "library": train("library", _version=lambda name: "2.0.0" if name == "torch" else startup.version(name)),
+        "gpu": train("gpu", _gpu=lambda: "NVIDIA L4 of 22 GiB"),
+        "recipe": train("recipe", *(["seed=7", "optim.lr=1"] if RANK else [])),
+        "no data": train("no-data", "data.train=/nowhere"),
+        "held": held(),
+    }
+    with own_machine():
+        found["folder"] = train("folder", "run=run")
+        found["shards"] = train("shards", "data.train=shards/train")
+    found["good"] = train("good")
+    (FOLDER / f"found-{RANK}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Bounded waiting: whoever waits in vain ends, with the names of those that are missing; nobody else is disturbed.
+
+All processes of all scenarios share one start (watchdog_worker.py).
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ssl_vit.exits import INTERNAL
+from ssl_vit.train.watchdog import Watchdog
+
+HERE = Path(__file__).parent
+ON = f"on {socket.gethostname()}"
+END = 5  # seconds from the timeout to the end of a process
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each scenario's ranks ended with."""
+    folder = tmp_path_factory.mktemp("watchdog")
+    worker = [sys.executable, str(HERE / "watchdog_worker.py"), str(folder)]
+    path = {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(worker, env=os.environ | path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/found.json")}
+
+
+def bad_end(rank: dict[str, Any], line: str) -> None:
+    """It ended at once after its timeout, with the code, this line as the last one, and told of both before."""
+    assert rank["exit"] == INTERNAL, rank
+    assert rank["code"] == INTERNAL
+    assert line in rank["message"]
+    assert rank["stderr"].endswith(f"{rank['message']}\n")
+    assert rank["late"] < END
+
+
+def waited(rank: dict[str, Any], line: str) -> None:
+    """It ended by its watchdog, which shows where it hung."""
+    bad_end(rank, f"{line}; the same command goes on from the last checkpoint (timeout=")
+    assert "most recent call first" in rank["stderr"]
+    assert "watchdog_worker.py" in rank["stderr"]
+
+
+def test_a_stopped_peer_is_named(found):
+    waited(found["stopped"][0], f"rank 0 waited 2 s at step 1: no sign of life from rank 1 {ON}")
+
+
+def test_those_that_wait_for_it_together_name_nobody_else(found):
+    for number in (0, 2):
+        waited(found["one of three stopped"][number], f"at step 1: no sign of life from rank 1 {ON}")
+
+
+def test_a_master_that_is_stopped_with_the_store_is_named(found):
+    """As under Slurm, where rank 0 holds the store: nobody answers, and asking must not take for ever."""
+    waited(found["rank 0 stopped"][1], "at step 1: the machine of rank 0 (127.0.0.1) does not answer")
+
+
+def test_a_killed_peer_is_named_at_once(found):
+    for number in (0, 2):
+        line = f"rank {number} lost its peers at step 1: no sign of life from rank 1 {ON}; the same command goes on"
+        bad_end(found["one of three killed"][number], line)
+
+
+def test_a_killed_master_is_named(found):
+    bad_end(found["rank 0 killed"][1], "rank 1 lost its peers at step 1: the machine of rank 0 (127.0.0.1)")
+
+
+def test_a_killed_peer_is_named_where_nothing_broke(found):
+    waited(found["killed unheard"][0], f"at step 1: no sign of life from rank 1 {ON}")
+
+
+def test_a_slow_peer_is_named_with_the_place_where_it_is(found):
+    late = f"rank 1 {ON} is still at the checkpoint of step 3"
+    waited(found["slow"][0], f"rank 0 waited 3 s at step 4: {late}")
+    waited(found["slow"][1], f"rank 1 waited 3 s at the checkpoint of step 3: {late}")
+
+
+def test_where_all_wait_it_is_the_network(found):
+    for number, rank in enumerate(found["stuck"]):
+        waited(rank, f"rank {number} waited 3 s at step 1: no process is behind: the network between them is stuck")
+
+
+def test_a_full_disk_does_not_keep_a_process(found):
+    """Its verdict cannot be written; it ends all the same."""
+    for rank in found["told in vain"]:
+        assert rank["exit"] == INTERNAL
+        assert "rank 0 waited" in rank["stderr"] or "rank 1 waited" in rank["stderr"]
+
+
+@pytest.mark.parametrize("scenario", ["steady", "recovers"])
+def test_who_goes_on_is_not_disturbed(found, scenario: str):
+    """Also where it stood still for longer than the timeout, but went on before the verdict."""
+    assert [(rank["exit"], rank["stderr"]) for rank in found[scenario]] == [(0, ""), (0, "")]
+
+
+def alone(world: int, missing: str) -> Watchdog:
+    """A watchdog that asks nobody."""
+    stub: Any = SimpleNamespace(process_index=0, num_processes=1)
+    dog: Any = Watchdog(stub, 600, lambda end: None)
+    dog.world, dog._missing = world, lambda: missing
+    dog.beat("step 7")
+    return dog
+
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:"
+CLOSED = f"{GLOO}534] Connection closed by peer [127.0.0.1]:12345"
+RESET = f"{GLOO}547] Read error [10.0.0.2]:12345: Connection reset by peer"
+TIMED_OUT = f"{GLOO}151] Timed out waiting 660000ms for recv operation to complete"
+NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error"
+
+
+@pytest.mark.parametrize("text", [CLOSED, RESET, TIMED_OUT, NCCL])
+def test_an_error_of_a_lost_peer_is_explained(text: str):
+    end = alone(2, "no sign of life from rank 1 on b").explain(RuntimeError(text))
+    assert end is not None
+    assert end.code == INTERNAL
+    said = "rank 0 lost its peers at step 7: no sign of life from rank 1 on b; the same command goes on"
+    assert end.message == said
+
+
+@pytest.mark.parametrize(
+    ("world", "error"),
+    [(1, RuntimeError(CLOSED)), (2, ValueError(CLOSED)), (2, RuntimeError("shapes differ")), (2, KeyboardInterrupt())],
+)
+def test_other_errors_are_left_as_they_are(world: int, error: BaseException):
+    assert alone(world, "no sign of life from rank 1 on b").explain(error) is None
+
+
+def test_an_error_that_nobody_is_missing_for_is_still_told():
+    """NCCL asks for memory of its own, which a full GPU does not have: that is not the network's fault."""
+    text = "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"
+    end = alone(2, "").explain(RuntimeError(text))
+    assert end is None or "out of memory" in end.message

@@ -1,0 +1,242 @@
+"""Processes that wait for one another, all scenarios at once: `watchdog_worker.py FOLDER` writes FOLDER/found.json.
+
+A scenario's processes are forked from this one, which has torch already. Its driver holds the store, as torchrun's
+agent does, or leaves it to rank 0, as under Slurm; it waits for all of them and writes down how each ended.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from ssl_vit.exits import Refusal, leave
+from ssl_vit.train import watchdog
+from ssl_vit.train.watchdog import Watchdog
+
+HOST = "127.0.0.1"
+MOST = 15  # seconds, then a process that the watchdog did not end is ended, with another code
+
+
+def hang() -> None:
+    """As a thread that waits for a card or for a disk."""
+    threading.Event().wait()
+
+
+def meet(dog: Watchdog) -> None:
+    """As the training: a collective, and whoever hears that it broke tells who was lost."""
+    try:
+        dist.barrier()
+    except RuntimeError as error:
+        lost = dog.explain(error)
+        assert lost is not None
+        dog.ended(lost)
+        leave(lost)
+
+
+def stopped(dog: Watchdog, victim: bool) -> None:
+    dog.beat("step 1")
+    if victim:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    meet(dog)
+
+
+def killed(dog: Watchdog, victim: bool) -> None:
+    """The others hear of it by their collective, which breaks."""
+    dog.beat("step 1")
+    if victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    meet(dog)
+
+
+def killed_unheard(dog: Watchdog, victim: bool) -> None:
+    """The others wait for something that does not break."""
+    dog.beat("step 1")
+    if victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    hang()
+
+
+def slow(dog: Watchdog, victim: bool) -> None:
+    dog.beat("the checkpoint of step 3")
+    if not victim:
+        dog.beat("step 4")
+    hang()
+
+
+def stuck(dog: Watchdog, victim: bool) -> None:
+    del victim
+    dog.beat("step 1")
+    hang()
+
+
+def told_in_vain(dog: Watchdog, victim: bool) -> None:
+    """The disk is full when the verdict is to be written."""
+
+    def ended(end: Refusal) -> None:
+        raise OSError(28, f"No space left on device: {end}")
+
+    del victim
+    dog.ended = ended
+    dog.beat("step 1")
+    hang()
+
+
+def steady(dog: Watchdog, victim: bool) -> None:
+    """Longer than the timeout in all, no wait of it longer than a fraction."""
+    del victim
+    began = time.monotonic()
+    go_on = torch.ones(1)
+    while go_on:
+        dog.beat("a step")
+        go_on[0] = time.monotonic() - began < 1.5 * dog.timeout
+        dist.broadcast(go_on, src=0)
+
+
+def recovers(dog: Watchdog, victim: bool) -> None:
+    """A rank stands still for longer than the timeout, but goes on once the other asks who is missing."""
+    dog.beat("step 1")
+    missing, went_on = dog._missing, threading.Event()
+
+    def asked() -> str:
+        found = missing()
+        dog._store.set("asked", "")
+        went_on.wait()
+        return found
+
+    if victim:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        dog.beat("step 2")
+    else:
+        dog._missing = asked
+    dist.barrier()
+    dog.beat("step 3")
+    went_on.set()
+    dist.barrier()
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What each rank does, and is the victim or not; times in seconds."""
+
+    do: Callable[[Watchdog, bool], None]
+    ranks: int = 2
+    victim: int = 1
+    timeout: float = 3
+    pulse: float = 0.3
+    rank_0_holds_the_store: bool = False
+
+
+SCENARIOS = {
+    "stopped": Scenario(stopped, timeout=1.5, pulse=watchdog.PULSE),
+    "one of three stopped": Scenario(stopped, ranks=3),
+    "rank 0 stopped": Scenario(stopped, victim=0, rank_0_holds_the_store=True),
+    "one of three killed": Scenario(killed, ranks=3, timeout=60),
+    "rank 0 killed": Scenario(killed, victim=0, timeout=60, rank_0_holds_the_store=True),
+    "killed unheard": Scenario(killed_unheard),
+    "slow": Scenario(slow),
+    "stuck": Scenario(stuck),
+    "told in vain": Scenario(told_in_vain),
+    "steady": Scenario(steady),
+    "recovers": Scenario(recovers),
+}
+
+
+def live(number: int, scenario: Scenario, listener: socket.socket, folder: Path) -> None:
+    """One rank's life, in a process group as accelerate makes it."""
+    signal.alarm(MOST)
+    port, holds = listener.getsockname()[1], scenario.rank_0_holds_the_store and number == 0
+    os.environ |= {"MASTER_ADDR": HOST, "MASTER_PORT": str(port)}
+    if holds:
+        store = TCPStore(HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    else:
+        listener.close()
+        store = TCPStore(HOST, port)
+    waiting = timedelta(seconds=2 * MOST)
+    dist.init_process_group("gloo", store=store, rank=number, world_size=scenario.ranks, timeout=waiting)
+    stub: Any = SimpleNamespace(process_index=number, num_processes=scenario.ranks, is_main_process=number == 0)
+    stub.wait_for_everyone = dist.barrier
+    watchdog.PULSE = scenario.pulse
+
+    def ended(end: Refusal) -> None:
+        told = {"due": dog._at + dog.timeout, "code": end.code, "message": end.message}
+        (folder / f"told-{number}.json").write_text(json.dumps(told))
+
+    dog = Watchdog(stub, scenario.timeout, ended)
+    scenario.do(dog, number == scenario.victim)
+    dog.close()
+    dist.barrier()
+
+
+def fork(work: Callable[[], None], stderr: Path) -> int:
+    """A child that does the work; returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+    try:
+        work()
+    except BaseException as error:
+        os.write(2, repr(error).encode())
+        os._exit(1)
+    os._exit(0)
+
+
+def drive(scenario: Scenario, folder: Path) -> None:
+    """Start a scenario's ranks, and write down how each of them ended and how long after it was due."""
+    listener = socket.create_server((HOST, 0))
+    ranks = {
+        fork(lambda number=number: live(number, scenario, listener, folder), folder / f"stderr-{number}"): number
+        for number in range(scenario.ranks)
+    }
+    keeper = None
+    if scenario.rank_0_holds_the_store:
+        listener.close()
+    else:
+        port = listener.getsockname()[1]
+        keeper = TCPStore(HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    victim = next(child for child, number in ranks.items() if number == scenario.victim)
+    if scenario.do is recovers and keeper is not None:
+        keeper.wait(["asked"], timedelta(seconds=MOST))
+        os.kill(victim, signal.SIGCONT)
+    found: dict[int, dict[str, Any]] = {}
+    while len(found) < len(ranks):
+        if scenario.do is stopped and len(found) == len(ranks) - 1:
+            os.kill(victim, signal.SIGKILL)
+        child, status = os.wait()
+        number, now = ranks[child], time.monotonic()
+        told = folder / f"told-{number}.json"
+        found[number] = json.loads(told.read_text()) if told.exists() else {}
+        if told.exists():
+            found[number]["late"] = now - found[number]["due"]
+        found[number] |= {
+            "exit": os.waitstatus_to_exitcode(status),
+            "stderr": (folder / f"stderr-{number}").read_text(),
+        }
+    (folder / "found.json").write_text(json.dumps([found[number] for number in range(scenario.ranks)]))
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    drivers = []
+    for name, scenario in SCENARIOS.items():
+        (folder / name).mkdir()
+        drivers.append(fork(lambda s=scenario, name=name: drive(s, folder / name), folder / name / "stderr"))
+    for driver in drivers:
+        os.waitpid(driver, 0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
