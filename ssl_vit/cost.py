@@ -11,9 +11,10 @@ from ssl_vit.encoders.vit import Vit
 Engine = Literal["ddp", "zero1", "zero2", "fsdp2", "zero3"]
 ENGINES: tuple[Engine, ...] = ("ddp", "zero1", "zero2", "fsdp2", "zero3")  # as to be tried: what is simpler comes first
 
-# DeepSpeed 0.19.8's defaults, in numbers of 4 bytes: reduce_bucket_size, stage3_prefetch_bucket_size, and half of
-# stage3_max_reuse_distance, because a parameter's way to the backward pass and back is twice what stands behind it
-ZERO_BUCKET, ZERO_PREFETCH, ZERO_KEPT = 500_000_000, 50_000_000, 500_000_000
+# in numbers of 4 bytes: our reduce_bucket_size (DeepSpeed's 500 M are 2 GB and a flat copy of what is in them); of
+# DeepSpeed 0.19.8 stage3_prefetch_bucket_size and half of stage3_max_reuse_distance, because a parameter's way to the
+# backward pass and back is twice what stands behind it
+ZERO_BUCKET, ZERO_PREFETCH, ZERO_KEPT = 50_000_000, 50_000_000, 500_000_000
 
 
 def encoder_macs(config: Vit) -> int:

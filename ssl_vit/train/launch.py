@@ -21,7 +21,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from ssl_vit.cost import Engine
+from ssl_vit.cost import ZERO_BUCKET, Engine
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.family import launcher_words
 
@@ -241,6 +241,8 @@ def _deepspeed(asked: Asked) -> Any:
     ours = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     agree(asked, {name: config.get(name) for name in ours})
     zero = config["zero_optimization"]
+    if zero.get("reduce_bucket_size", "auto") == "auto":
+        zero["reduce_bucket_size"] = ZERO_BUCKET
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
