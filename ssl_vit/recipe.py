@@ -27,7 +27,8 @@ from ssl_vit.model import Batch, Model, count_parameters
 from ssl_vit.scaling import Device, Job, plan
 from ssl_vit.train import checkpoint
 from ssl_vit.train.distributed import from_main, total
-from ssl_vit.train.launch import start, world
+from ssl_vit.train.environment import world
+from ssl_vit.train.launch import start
 from ssl_vit.train.loop import Loop, Task, fit, shared
 from ssl_vit.train.optim import AdamW, Optim, Sgd
 from ssl_vit.train.run import Run

@@ -33,7 +33,8 @@ from ssl_vit.encoders.vit import Vit, VitEncoder
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.model import Batch, Edit, Model
 from ssl_vit.train.engine import prepare
-from ssl_vit.train.launch import start, uses_bf16
+from ssl_vit.train.environment import uses_bf16
+from ssl_vit.train.launch import start
 from ssl_vit.train.loop import Task, outfit, update
 from ssl_vit.train.window import Window
 

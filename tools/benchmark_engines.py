@@ -22,7 +22,7 @@ from torch import nn
 from ssl_vit import cost, recipe
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.model import Batch, Model
-from ssl_vit.train import engine, launch
+from ssl_vit.train import engine, environment, launch
 from ssl_vit.train.loop import Task, outfit, update
 from ssl_vit.train.window import Window
 
@@ -52,7 +52,7 @@ def benchmark_engines(made: EngineBenchmark, images: Callable[..., Batch]) -> li
     rows: list[Row] = []
     for who, found in turns.items():
         ratios = sorted(base / seconds for base, (seconds, _, _) in zip(bare, found, strict=True))
-        case = f"{made.encoder.size}/{made.encoder.patch} batch {made.batch} on {launch.world()} processes"
+        case = f"{made.encoder.size}/{made.encoder.patch} batch {made.batch} on {environment.world()} processes"
         row: Row = {"benchmark": "engines", "case": case, "who": who, "ratio": round(median(ratios), 3)}
         row |= {"images_per_second": round(made.batch / median(seconds for seconds, _, _ in found), 2)}
         row |= {"ratio_spread": [round(ratios[0], 3), round(ratios[-1], 3)]}
@@ -64,13 +64,13 @@ def benchmark_engines(made: EngineBenchmark, images: Callable[..., Batch]) -> li
 
 def turn(who: Any, made: EngineBenchmark, images: Callable[..., Batch]) -> tuple[float, float, float]:
     """Seconds a step, the loss of the last one (a mean over processes), and the peak of GPU memory in GiB."""
-    launch.choose("ddp" if who == BARE else who)
-    accelerator = launch.start(made.asked(made.optim.clip, launch.world()), "none", Path(made.output))
+    environment.choose("ddp" if who == BARE else who)
+    accelerator = launch.start(made.asked(made.optim.clip, environment.world()), "none", Path(made.output))
     model = recipe.build(made, 1000).to(accelerator.device)
     nn.init.normal_(model.head.linear.weight, std=0.02)  # it starts at zero, where any encoder has the same loss
     outfit(model, made, accelerator)
     torch.manual_seed(accelerator.process_index)
-    batch = images(made.micro(launch.world()), made.encoder, accelerator.device)
+    batch = images(made.micro(environment.world()), made.encoder, accelerator.device)
     losses: list[torch.Tensor] = []
     model.register_forward_hook(lambda module, inputs, output: losses.append(output.loss.detach()))
     step = bare(model, batch, made) if who == BARE else ours(accelerator, made, model, batch)
@@ -92,7 +92,7 @@ def turn(who: Any, made: EngineBenchmark, images: Callable[..., Batch]) -> tuple
     dist.all_reduce(loss)
     peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0
     forget()
-    return seconds, float(loss) / launch.world(), peak
+    return seconds, float(loss) / environment.world(), peak
 
 
 def ours(accelerator: Any, made: EngineBenchmark, model: Model, batch: Batch) -> Callable[[], None]:
@@ -107,7 +107,7 @@ def bare(model: Model, batch: Batch, made: EngineBenchmark) -> Callable[[], None
     """torch's own, with nothing around it."""
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = made.optim.build(model)
-    accumulate = made.batch // launch.world() // made.micro(launch.world())
+    accumulate = made.batch // environment.world() // made.micro(environment.world())
 
     def step() -> None:
         for micro in range(accumulate):

@@ -75,14 +75,13 @@ hold=$HOLD_PID
 exec {input}<&"${HOLD[0]}"
 remote='export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-120}; exec 3<&0
     accelerate launch "$@" & launcher=$!; { cat; kill -TERM $launcher; } <&3 >/dev/null 2>&1 & watcher=$!
-    wait $launcher; code=$?; kill $watcher; exit $code'
-children=()
+    wait $launcher; code=$?; kill $watcher 2>/dev/null; exit $code'
+children=() stopped=''
+trap '[[ -z $stopped ]] || kill "${children[@]}" 2>/dev/null; stopped=1; kill "$hold" 2>/dev/null' INT TERM HUP
 for rank in "${!hosts[@]}"; do
     (trap '' HUP INT && on "${hosts[rank]}" "${remote//$'\n'/;}" _ --machine_rank "$rank" "${launch[@]}" "$tool" "$@") <&"$input" &
     children+=($!)
 done
-stopped=
-trap '[[ -z $stopped ]] || kill "${children[@]}" 2>/dev/null; stopped=1; kill "$hold" 2>/dev/null' INT TERM HUP
 
 failed='' waited=0
 while running=0; for rank in "${!children[@]}"; do

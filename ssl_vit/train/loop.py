@@ -21,8 +21,9 @@ from ssl_vit.model import Batch, Model
 from ssl_vit.train import checkpoint
 from ssl_vit.train.distributed import Beat, StopSignal, from_main, silent, total
 from ssl_vit.train.engine import Engine, State, prepare
-from ssl_vit.train.launch import Asked, Precision, uses_bf16
+from ssl_vit.train.environment import Precision, uses_bf16
 from ssl_vit.train.optim import Optim, set_rate
+from ssl_vit.train.plugins import Asked
 from ssl_vit.train.run import Run
 from ssl_vit.train.tracker import Tracker, TrackerName
 from ssl_vit.train.watch import DataWatch

@@ -17,7 +17,7 @@ import yaml
 from ssl_vit import config
 from ssl_vit.exits import CANNOT_CREATE, MISMATCH, USAGE, Refusal, verdict
 from ssl_vit.train.distributed import everyone, from_main
-from ssl_vit.train.launch import on_gpu, world
+from ssl_vit.train.environment import on_gpu, world
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

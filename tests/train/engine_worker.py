@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from ssl_vit import config, recipe
 from ssl_vit.heads.mean_color import MeanColorHead
 from ssl_vit.model import Output
-from ssl_vit.train.launch import choose
+from ssl_vit.train.environment import choose
 
 FORWARD = MeanColorHead.forward
 calls: list[int] = []

@@ -17,7 +17,8 @@ from ssl_vit import config
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.recipe import FOLDER, Pretrain
 from ssl_vit.train import launch
-from ssl_vit.train.launch import Asked, agree, start
+from ssl_vit.train.launch import start
+from ssl_vit.train.plugins import Asked, agree
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
