@@ -1,0 +1,244 @@
+"""tools/slurm.sbatch and tools/hosts.sh, with stubs in place of Slurm, ssh and the launcher.
+
+What the real ones do was seen first (docs/scaling.md); the stubs copy it: srun gives a signal to every process of a
+step, a launcher ends with 1 whatever its ranks end with, and a start that is refused early writes no exit.json.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STUBS = {
+    "srun": """#!/bin/bash
+        until [[ $1 == bash ]]; do shift; done
+        trap 'kill -USR2 $first $second' USR2
+        SLURM_NODEID=0 "$@" & first=$!
+        SLURM_NODEID=1 "$@" & second=$!
+        while wait $first; kill -0 $first 2>/dev/null; do :; done
+        while wait $second; status=$?; kill -0 $second 2>/dev/null; do :; done
+        exit $status""",
+    "scontrol": """#!/bin/bash
+        case $1.$2 in
+        show.hostnames) printf 'n0\\nn1\\n' ;;
+        show.job) echo "JobId=7 JobState=$(cat "$STUBS/state") Reason=None" ;;
+        *) echo "$*" >>"$STUBS/requeued" ;;
+        esac""",
+    "ssh": """#!/bin/sh
+        while [ "$1" = -o ]; do shift 2; done
+        echo "$1" >>"$STUBS/hosts"
+        [ "$1" != down ] || exit 255
+        exec sh -c "$2" """,
+    "nvidia-smi": "#!/bin/sh\nprintf '1\\n2\\n3\\n4\\n'",
+    "sleep": "#!/bin/sh\nexec /bin/sleep 0.01",
+    "python": """#!/bin/sh
+        echo "$WORLD_SIZE $*" >"$STUBS/dry_run"
+        exit "$(cat "$STUBS/refused")" """,
+    "accelerate": f"""#!{sys.executable} -IS
+import json, os, signal, sys, time
+from pathlib import Path
+stubs, words = Path(os.environ["STUBS"]), sys.argv[1:]
+rank = words[words.index("--machine_rank") + 1]
+ignored = [n.name for n in (signal.SIGTERM, signal.SIGUSR2) if signal.getsignal(n) is signal.SIG_IGN]
+def stop(number, frame):
+    end(75)
+def end(code):
+    if code is not None and rank == "0":
+        run = next(Path(word[4:]) for word in words if word.startswith("run="))
+        ended = {{"code": code, "step": 3, "reason": f'it "said" {{code}}'}}
+        (run / "exit.json").write_text(json.dumps(ended, indent=1))
+    os._exit(code != 0)
+for number in (signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, stop)
+(stubs / f"launch-{{rank}}.tmp").write_text(json.dumps([ignored, words]))
+(stubs / f"launch-{{rank}}.tmp").rename(stubs / f"launch-{{rank}}.json")
+plan = json.loads((stubs / "plan").read_text())
+if plan == "wait":
+    time.sleep(60)
+end(plan)
+""",
+}
+
+
+@pytest.fixture
+def stubs(tmp_path: Path) -> Iterator[Path]:
+    """A folder of stubs, beside `the place`, from where the scripts are started; afterwards no process may be left."""
+    folder = tmp_path / "stubs"
+    folder.mkdir()
+    for name, text in STUBS.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "state").write_text("RUNNING")
+    (folder / "refused").write_text("0")
+    (tmp_path / "the place").mkdir()
+    (tmp_path / "the place" / "tools").symlink_to(ROOT / "tools")
+    yield folder
+    for group in folder.glob("group-*"):
+        deadline = time.monotonic() + 10
+        while alive(int(group.name.removeprefix("group-"))):
+            assert time.monotonic() < deadline, "a process was left behind"
+            time.sleep(0.02)
+
+
+def alive(group: int) -> bool:
+    """Whether a process of a group still runs (Linux)."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                return True
+    return False
+
+
+def start(stubs: Path, plan: object, *words: str) -> subprocess.Popen[str]:
+    """Start a script; `plan` is the code that rank 0 writes and ends with, null for a crash, or "wait" for a signal."""
+    (stubs / "plan").write_text(json.dumps(plan))
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "n[0-1]"}
+    environment = {"PATH": f"{stubs}:/usr/bin:/bin", "STUBS": str(stubs), **slurm}
+    place, pipe = stubs.parent / "the place", subprocess.PIPE
+    process = subprocess.Popen(
+        ["env", "--default-signal", "bash", *words],
+        cwd=place,
+        env=environment,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+    )
+    (stubs / f"group-{process.pid}").touch()
+    return process
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and closing line."""
+    out, errors = process.communicate(timeout=30)
+    assert errors in ("", "Hangup\n")  # bash says so of its sleep, where a terminal closes
+    return process.returncode, out.splitlines()[-1]
+
+
+def launched(stubs: Path) -> list[list]:
+    """What the two launchers were given, once both run: the signals they ignore, and their words."""
+    files = [stubs / "launch-0.json", stubs / "launch-1.json"]
+    deadline = time.monotonic() + 20
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return [json.loads(file.read_text()) for file in files]
+
+
+SLURM = ("tools/slurm.sbatch", "recipe=mpp", "run=my run", "data.train=it's $HOME")
+HOSTS = ("tools/hosts.sh", "a,me@b", "recipe=mpp", "run=my run", "data.train=it's $HOME")
+
+
+def expected(rank: int, address: str, port: str) -> list[str]:
+    machines = [
+        "--num_machines",
+        "2",
+        "--num_processes",
+        "8",
+        "--main_process_ip",
+        address,
+        "--main_process_port",
+        port,
+    ]
+    machine = ["launch", "--machine_rank", str(rank), "--config_file", "accelerate_config.yaml", *machines]
+    return [*machine, "tools/pretrain.py", *SLURM[1:]]
+
+
+def test_a_job_that_is_done_ends_with_0(stubs: Path):
+    assert finish(start(stubs, 0, *SLURM)) == (0, "slurm.sbatch: job 7: done")
+    # a step's signal reaches launchers and ranks alike: the former must leave it to the latter
+    assert launched(stubs) == [[["SIGTERM", "SIGUSR2"], expected(rank, "n0", "10007")] for rank in (0, 1)]
+    assert not (stubs / "requeued").exists()
+
+
+@pytest.mark.parametrize(("state", "requeued"), [("RUNNING", True), ("COMPLETING", False)])
+def test_a_warned_job_saves_and_is_requeued_unless_it_was_cancelled(stubs: Path, state: str, requeued: bool):
+    process = start(stubs, "wait", *SLURM)
+    launched(stubs)
+    (stubs / "state").write_text(state)
+    process.send_signal(signal.SIGUSR2)
+    code, line = finish(process)
+    assert line.startswith('slurm.sbatch: job 7: it \\"said\\" 75; ' + ("requeued" if requeued else "not requeued"))
+    assert code == (0 if requeued else 75)
+    assert (stubs / "requeued").exists() == requeued
+
+
+def test_a_refusal_is_not_requeued(stubs: Path):
+    text = 'ended with code 78: it \\"said\\" 78; not requeued'
+    assert finish(start(stubs, 78, *SLURM)) == (78, f"slurm.sbatch: job 7: {text}")
+    # one that came before the folder was held leaves the exit.json of an earlier start
+    (stubs.parent / "the place" / "my run" / "exit.json").write_text('{\n "code": 75,\n')
+    (stubs / "refused").write_text("64")
+    code, line = finish(start(stubs, None, *SLURM))
+    assert (code, line) == (64, "slurm.sbatch: job 7: refused with code 64, see above; not requeued")
+    assert (stubs / "dry_run").read_text() == f"8 tools/pretrain.py {' '.join(SLURM[1:])} dry_run=true\n"
+    assert not (stubs / "requeued").exists()
+
+
+@pytest.mark.parametrize("crash", [None, 70])
+def test_a_crash_is_requeued_a_few_times_without_progress(stubs: Path, crash: int | None):
+    def codes(starts: int) -> list[int]:
+        return [finish(start(stubs, crash, *SLURM))[0] for _ in range(starts)]
+
+    assert codes(3) == [0, 0, 70]
+    (stubs.parent / "the place" / "my run" / "checkpoints" / "step-00000010").mkdir(parents=True)
+    assert codes(3) == [0, 0, 70]
+    assert (stubs / "requeued").read_text() == "requeue 7\n" * 4
+
+
+def test_the_run_folder_is_the_recipes_and_the_tool_is_the_first_word(stubs: Path):
+    process = start(stubs, 0, "tools/slurm.sbatch", "tools/finetune.py", "recipe=../other/mpp_v1.yaml", "steps=2")
+    _, errors = process.communicate(timeout=30)
+    assert "StopIteration" in errors  # the stub of rank 0 has no run= to write to
+    assert (stubs.parent / "the place" / "runs" / "mpp_v1").is_dir()
+    assert launched(stubs)[1][1][-3:] == ["tools/finetune.py", "recipe=../other/mpp_v1.yaml", "steps=2"]
+
+
+def test_hosts_that_are_done_end_with_0(stubs: Path):
+    (stubs / "list").write_text("# the lab\na slots=4\n\nme@b # new\n")
+    process = start(stubs, 0, HOSTS[0], str(stubs / "list"), *HOSTS[2:])
+    assert finish(process) == (0, "hosts.sh: done")
+    port = str(10000 + process.pid % 20000)
+    assert [words for _, words in launched(stubs)] == [expected(rank, "a", port) for rank in (0, 1)]
+    assert set((stubs / "hosts").read_text().split()) == {"a", "me@b"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_a_stopped_script_stops_its_hosts(stubs: Path, number: signal.Signals):
+    process = start(stubs, "wait", *HOSTS)
+    launched(stubs)
+    terminal = number in (signal.SIGINT, signal.SIGHUP)  # which signals the whole group
+    (os.killpg if terminal else os.kill)(process.pid, number)
+    if number == signal.SIGKILL:  # the fixture sees that the launchers end
+        process.communicate(timeout=30)
+    else:
+        assert finish(process) == (75, 'hosts.sh: ended with code 75: it \\"said\\" 75')
+
+
+def test_where_a_host_fails_the_others_are_stopped(stubs: Path):
+    process = start(stubs, "wait", HOSTS[0], "a,down,b", *HOSTS[2:])
+    out, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (75, "")
+    assert out.splitlines()[1:] == [
+        "hosts.sh: down failed; stopping the others",
+        'hosts.sh: ended with code 75: it \\"said\\" 75',
+    ]
+
+
+def test_hosts_refusals_and_crashes(stubs: Path):
+    assert finish(start(stubs, 78, *HOSTS)) == (78, 'hosts.sh: ended with code 78: it \\"said\\" 78')
+    code, line = finish(start(stubs, None, *HOSTS))
+    assert code == 70
+    assert line.endswith(" failed, see above; the same command goes on from the last checkpoint")
+    (stubs / "refused").write_text("64")
+    assert finish(start(stubs, None, *HOSTS)) == (64, "hosts.sh: refused with code 64, see above")
+    assert finish(start(stubs, 0, HOSTS[0], "down", *HOSTS[2:]))[0] == 70
