@@ -52,7 +52,8 @@ def verdict(error: BaseException) -> Refusal:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    del number, frame
+    del frame
+    signal.signal(number, signal.SIG_IGN)  # what ends is not interrupted again
     raise KeyboardInterrupt
 
 
@@ -74,7 +75,8 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     A foreseen end prints its one line; anything else its traceback first, then the line. SIGTERM ends a tool as
     Ctrl-C does, so that its worker processes end with it; a training loop has its own answer to both.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, _interrupt)
     try:
         code = main(sys.argv[1:])
     except BaseException as error:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Value = TypeVar("Value")
+AGAIN = 5.0  # seconds
 
 
 Beat = Callable[[str], None]
@@ -100,21 +102,23 @@ class Later:
 class StopSignal:
     """Whether to stop: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to any process stops all after the same step.
 
-    The handler only sets a flag, and the flags are summed. A second signal ends the process at once.
+    The handler only sets a flag, and the flags are summed. A later signal ends the process at once; within
+    AGAIN it is taken for the same one, which Slurm sends twice.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self, accelerator: "Accelerator"):
-        self.raised = 0
+        self.raised, self.when = 0, 0.0
         self._later = Later(accelerator)
         self._before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
 
     def _handle(self, number: int, frame: object) -> None:
         del frame
-        if self.raised:
+        if self.raised and time.monotonic() - self.when > AGAIN:
             os._exit(128 + number)
-        self.raised = number
+        if not self.raised:
+            self.raised, self.when = number, time.monotonic()
 
     def agreed(self) -> bool:
         """Called once a step by every process: True on all of them in the same step."""

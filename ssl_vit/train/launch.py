@@ -65,7 +65,7 @@ def start(asked: Asked, tracker: str, folder: Path) -> "Accelerator":
         raise Refusal(
             USAGE, f"{world()} processes were started but accelerate sees {accelerator.num_processes}: {cure}"
         )
-    if flag("ACCELERATE_USE_FSDP") and not on_gpu():
+    if flag("ACCELERATE_USE_FSDP") and not on_gpu() and "LOCAL_RANK" in os.environ:
         allow_fsdp_on_cpu(accelerator, filled["fsdp_plugin"])
     return accelerator
 
