@@ -95,6 +95,7 @@ def fit(
     run: Run, accelerator: "Accelerator", loop: Loop, task: Task, beat: Beat = silent, stop: Stop | None = None
 ) -> dict[str, Any]:
     """Train to `loop.steps`, going on from the newest checkpoint of the run; returns the last row of metrics.
+
     Raises Refusal: PREEMPTED after a signal, with a checkpoint on disk; DATA where the numbers cannot be cured.
     """
     share = shared(loop, accelerator.process_index, accelerator.num_processes)

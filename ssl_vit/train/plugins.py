@@ -123,9 +123,8 @@ def _deepspeed(asked: Asked) -> Any:
     for section in ("fp16", "bf16", "torch_autocast"):
         given = config.pop(section, {})
         if not isinstance(given, dict) or given.get("enabled") not in (None, False, "auto"):
-            raise Refusal(
-                USAGE, f"the DeepSpeed config enables {section}: precision= decides, take it out of the former"
-            )
+            text = f"the DeepSpeed config enables {section}: precision= decides, take it out of the former"
+            raise Refusal(USAGE, text)
     ours = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     agree(asked, {name: config.get(name) for name in ours})
     zero = config["zero_optimization"]
