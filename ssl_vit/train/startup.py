@@ -86,7 +86,7 @@ def meet(patience: float) -> None:
         except OSError as error:
             cure = "set another MASTER_PORT on all machines"
             raise Refusal(
-                USAGE, f"rank 0: port {port} of this machine cannot be had ({error.strerror}): {cure}"
+                USAGE, f"rank 0: port {port} of this machine cannot be had ({os.strerror(error.errno or 0)}): {cure}"
             ) from error
         return
     end = time.monotonic() + patience
@@ -175,5 +175,5 @@ def refuse_first(found: list[Any]) -> None:
     wrong = [one for one in found if one is not None]
     if wrong:
         code, text, *_ = wrong[0].args if isinstance(wrong[0], Refusal) else wrong[0]
-        more = f" (and {len(wrong) - 1} more processes)" if len(wrong) > 1 else ""
+        more = f" (processes: {len(wrong)})" if len(wrong) > 1 else ""
         raise Refusal(code, f"{text}{more}", shared=True)

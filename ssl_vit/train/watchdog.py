@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 PULSE = 1.0  # seconds between two signs of life
+CONNECT = 60.0  # seconds to get a connection, which looks up names: 5 to 10 s where no name server answers
 BROKEN = ("connection closed by peer", "connection reset by peer", "gloo", "nccl")
 
 
@@ -40,7 +41,8 @@ class Watchdog:
         if self.world == 1:
             return
         self._prefix = from_main(accelerator, lambda: f"watchdog-{secrets.token_hex(4)}")  # a restart begins anew
-        self._store = _connection()
+        # one to ask by is made now as well: a new connection may wait seconds for a name server
+        self._store, self._asking = _connection(), _connection()
         self._publish()
         accelerator.wait_for_everyone()
         for work in (self._tell, self._watch):  # who asks for others must not fall silent itself
@@ -91,12 +93,13 @@ class Watchdog:
         """Who gives no sign of life, or else who is behind; empty where nobody is."""
 
         def read() -> list[dict[str, Any]]:
-            store = _connection()
-            return [json.loads(store.get(f"{self._prefix}/{rank}")) for rank in range(self.world)]
+            told = self._asking.multi_get([f"{self._prefix}/{rank}" for rank in range(self.world)])
+            return [json.loads(one) for one in told]
 
-        before = within(5 * PULSE, read)
-        time.sleep(3 * PULSE)
-        now = within(5 * PULSE, read)
+        before = within(3 * PULSE, read)
+        if before is not None:
+            time.sleep(3 * PULSE)
+        now = before and within(3 * PULSE, read)
         if before is None or now is None:
             return f"the machine of rank 0 ({os.environ['MASTER_ADDR']}) does not answer"
         name = [f"rank {rank} on {told['host']}" for rank, told in enumerate(now)]
@@ -124,7 +127,7 @@ class Watchdog:
 
 def _connection() -> TCPStore:
     """To the store in which the processes met, beside the main thread's own, which may be waiting in it."""
-    patience = timedelta(seconds=5 * PULSE)
+    patience = timedelta(seconds=CONNECT)
     return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=patience)
 
 

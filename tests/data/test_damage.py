@@ -1216,7 +1216,8 @@ def test_a_failure_that_no_substitute_cures_is_told_as_it_is(tmp_path: Path):
     faults.fatal = exits.Refusal(exits.DISK, "https://nowhere: stays away")
     with pytest.raises(exits.Refusal) as caught:
         watch(tmp_path, faults, most=10**6).check(0, wait=False)
-    assert caught.value is faults.fatal
+    assert (caught.value.code, caught.value.message) == (exits.DISK, "https://nowhere: stays away")
+    assert caught.value.shared
 
 
 def test_few_bad_samples_are_printed_all_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

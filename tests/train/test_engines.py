@@ -165,7 +165,7 @@ def test_bf16_autocast_under_every_engine(alone, worked: Path, engine: str):
     """Not fp32, and near it."""
     mine, exact = rows(worked / f"bf16-{engine}"), rows(alone())
     assert [row["loss"] for row in mine] == pytest.approx([row["loss"] for row in exact], rel=1e-3)
-    assert mine[10]["loss"] != pytest.approx(exact[10]["loss"], rel=1e-6)
+    assert [row["grad_norm"] for row in mine] != pytest.approx([row["grad_norm"] for row in exact], rel=2e-4)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -50,7 +50,7 @@ def found(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
     return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(3)]
 
 
-OTHERS = " (and 1 more processes)"
+OTHERS = " (processes: 2)"
 ENDS = {
     "code": (
         MISMATCH,
