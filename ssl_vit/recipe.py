@@ -233,7 +233,7 @@ def flops(model: Model) -> int:
 def _finish(recipe: Recipe, folder: Run, row: dict[str, Any]) -> None:
     """Export the encoder from the last checkpoint, whichever engine wrote it, and write results.json."""
     encoder = recipe.encoder.build()
-    saved = checkpoint.load(checkpoint.steps(folder.checkpoints)[-1])[0]
+    saved = checkpoint.weights(checkpoint.steps(folder.checkpoints)[-1])
     encoder.load_state_dict(
         {name.removeprefix("encoder."): value for name, value in saved.items() if name.startswith("encoder.")}
     )

@@ -21,6 +21,7 @@ from ssl_vit.exits import DISK, INTEGRITY, Refusal
 MANIFEST = "MANIFEST.json"
 VERSION = 1
 Tensors = dict[str, Tensor]
+"""By name: `encoder.norm.weight` of a model, `encoder.norm.weight/exp_avg` of an optimizer."""
 
 
 def publish(target: Path, write: Callable[[Path], None]) -> None:
@@ -132,5 +133,10 @@ def save(parent: Path, step: int, keep: int, model: Tensors, optimizer: Tensors,
 
 def load(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
     """A checkpoint's weights, optimizer state, and `state`; tensors on the CPU."""
-    model, optimizer, tensors = (load_file(folder / f"{name}.safetensors") for name in ("model", "optimizer", "state"))
-    return model, optimizer, json.loads((folder / "state.json").read_text()) | tensors
+    optimizer, tensors = (load_file(folder / f"{name}.safetensors") for name in ("optimizer", "state"))
+    return weights(folder), optimizer, json.loads((folder / "state.json").read_text()) | tensors
+
+
+def weights(folder: Path) -> Tensors:
+    """A checkpoint's weights alone, on the CPU."""
+    return load_file(folder / "model.safetensors")

@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ssl_vit.train.checkpoint import Tensors
 from ssl_vit.train.optim import Optim
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-State = dict[str, Tensor]
-"""Tensors by name: `encoder.norm.weight` of a model, `encoder.norm.weight/exp_avg` of an optimizer."""
 
-
-def prepare(accelerator: "Accelerator", model: nn.Module, optim: Optim, state: State) -> "Engine":
+def prepare(accelerator: "Accelerator", model: nn.Module, optim: Optim, state: Tensors) -> "Engine":
     """The engine that was launched, around a whole model; `state` is its optimizer's, empty at the start of a run."""
     from accelerate.utils import DistributedType
 
@@ -31,7 +29,7 @@ def prepare(accelerator: "Accelerator", model: nn.Module, optim: Optim, state: S
 class Engine:
     """One process, DDP or FSDP2: torch's optimizer on parameters that are whole, or a DTensor's share."""
 
-    def __init__(self, accelerator: "Accelerator", model: nn.Module, optim: Optim, state: State):
+    def __init__(self, accelerator: "Accelerator", model: nn.Module, optim: Optim, state: Tensors):
         self.optimizer, self.keys = optim.build(model), optim.state
         self.model: Any
         self.model, self._prepared = accelerator.prepare(model, self.optimizer)
@@ -81,7 +79,7 @@ class Engine:
     def _entry(self, parameter: nn.Parameter, key: str) -> Tensor:
         return _whole(self.optimizer.state[parameter][key])
 
-    def _restore(self, state: State) -> None:
+    def _restore(self, state: Tensors) -> None:
         """Fill the optimizer's state, with zeros where `state` has none; rates and decays are the recipe's."""
         for name, parameter in self.parameters.items():
             entry = self.optimizer.state[parameter] = zeros(parameter, self.keys)
@@ -120,7 +118,7 @@ class Zero(Engine):
             return self.optimizer.state[self._flats()[0]][key].clone()
         return safe_get_full_optimizer_state(parameter, key)
 
-    def _restore(self, state: State) -> None:
+    def _restore(self, state: Tensors) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state  # type: ignore
 
         step = next((value for name, value in state.items() if name.endswith("/step")), torch.zeros(()))

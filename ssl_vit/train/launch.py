@@ -39,7 +39,7 @@ def start(asked: Asked, tracker: str, folder: Path) -> "Accelerator":
         InitProcessGroupKwargs,
     )
 
-    agree(asked, dict(environment_claims()))
+    agree(asked, environment_claims())
     # of names that torch is about to change, which accelerate and DeepSpeed use at every step
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|accelerate)\.")
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN at ViT's lengths (pytorch#169849)

@@ -19,8 +19,9 @@ from ssl_vit.evaluate.accuracy import Evaluator
 from ssl_vit.exits import DATA, MISMATCH, PREEMPTED, USAGE, Refusal
 from ssl_vit.model import Batch, Model
 from ssl_vit.train import checkpoint
+from ssl_vit.train.checkpoint import Tensors
 from ssl_vit.train.distributed import Beat, StopSignal, from_main, silent, total
-from ssl_vit.train.engine import Engine, State, prepare
+from ssl_vit.train.engine import Engine, prepare
 from ssl_vit.train.environment import Precision, uses_bf16
 from ssl_vit.train.optim import Optim, set_rate
 from ssl_vit.train.plugins import Asked
@@ -265,13 +266,13 @@ def save(
     from_main(accelerator, lambda: checkpoint.save(run.checkpoints, run.step, loop.keep, model, optimizer, state), beat)
 
 
-def on_main(accelerator: "Accelerator", tensors: Iterable[tuple[str, Tensor]]) -> State:
+def on_main(accelerator: "Accelerator", tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
     """The tensors, on the main process's CPU; the others take part and keep none."""
     kept = accelerator.is_main_process
     return {name: value.cpu() for name, value in tensors if kept}
 
 
-def resume(run: Run, accelerator: "Accelerator", task: Task) -> tuple[State, Window, tuple[int, int]]:
+def resume(run: Run, accelerator: "Accelerator", task: Task) -> tuple[Tensors, Window, tuple[int, int]]:
     """Put the newest checkpoint's weights in place, and say at which step the run goes on.
 
     Returns the optimizer's state, what was summed since the last row, and the bad samples of epoch and run; where

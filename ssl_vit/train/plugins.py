@@ -2,7 +2,6 @@
 
 import difflib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ class Asked:
     timeout: float  # seconds
 
 
-def environment_claims() -> Iterator[tuple[str, str | None]]:
+def environment_claims() -> dict[str, str | None]:
     """What accelerate's launcher exported of things that the recipe decides."""
     names = {
         "mixed_precision": "ACCELERATE_MIXED_PRECISION",
@@ -47,8 +46,7 @@ def environment_claims() -> Iterator[tuple[str, str | None]]:
         "dynamo_backend": "ACCELERATE_DYNAMO_BACKEND",
         "fsdp_activation_checkpointing": "FSDP_ACTIVATION_CHECKPOINTING",
     }
-    for name, variable in names.items():
-        yield name, os.environ.get(variable)
+    return {name: os.environ.get(variable) for name, variable in names.items()}
 
 
 def agree(asked: Asked, claims: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """Checks before the first step: is everybody there, and is everybody the same? What is not is named, with its rank."""
 
-import hashlib
 import os
 import secrets
 import socket
@@ -15,6 +14,7 @@ import torch
 import yaml
 
 from ssl_vit import config
+from ssl_vit.durable import sha256
 from ssl_vit.exits import CANNOT_CREATE, MISMATCH, USAGE, Refusal, verdict
 from ssl_vit.train.distributed import everyone, from_main
 from ssl_vit.train.environment import on_gpu, world
@@ -40,10 +40,7 @@ class Facts:
     @classmethod
     def here(cls, recipe: config.Config) -> "Facts":
         """Of this process."""
-        code = {
-            path.relative_to(PACKAGE).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(PACKAGE.rglob("*.py"))
-        }
+        code = {path.relative_to(PACKAGE).as_posix(): sha256(path) for path in sorted(PACKAGE.rglob("*.py"))}
         return cls(
             socket.gethostname(), config.dump(recipe), code, {name: _version(name) for name in LIBRARIES}, _gpu()
         )
