@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from ssl_vit import config, cost
+from ssl_vit import config, cost, inject
 from ssl_vit.data import find
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data, Samples
@@ -159,6 +159,7 @@ def streamed(train: Manifest | Tars, recipe: Recipe) -> TrainingStream | Sequent
 def run(recipe: Recipe) -> int:
     """Do what the recipe says, from the checkpoint where there is one; returns the exit code."""
     follow_launcher()
+    arm_faults()
     recipe, tensors, source = resolve(recipe)
     asked = recipe.asked(recipe.optim.clip, world())
     if recipe.dry_run:
@@ -192,6 +193,13 @@ def run(recipe: Recipe) -> int:
         folder.release()
         accelerator.end_training()
     return 0
+
+
+def arm_faults() -> None:
+    """Where a drill asks for faults, say so first."""
+    if asked := os.environ.get(inject.VARIABLE, ""):
+        print(f"{inject.VARIABLE}={asked}: faults will be injected", flush=True)
+    inject.arm(asked)
 
 
 def _task(

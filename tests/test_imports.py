@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "ssl_vit").rglob("*.py"))
 
 # a part may import the parts on its own level and below
 LEVELS = [
-    {"exits", "counter", "durable", "family", "config"},
+    {"exits", "counter", "durable", "family", "config", "inject"},
     {"model"},
     {"encoders"},
     {"heads"},
