@@ -44,13 +44,15 @@ def bad_end(rank: dict[str, Any], line: str) -> None:
 
 def waited(rank: dict[str, Any], line: str) -> None:
     """It ended by its watchdog, which shows where it hung."""
-    bad_end(rank, f"{line}; the same command goes on from the last checkpoint (timeout=")
+    bad_end(rank, f"{line}; the same command goes on from the last checkpoint")
     assert "most recent call first" in rank["stderr"]
     assert "watchdog_worker.py" in rank["stderr"]
 
 
 def test_a_stopped_peer_is_named(found):
-    waited(found["stopped"][0], f"rank 0 waited 2 s at step 1: no sign of life from rank 1 {ON}")
+    line = f"rank 0 has been at step 1 for 2 s (timeout=1): no sign of life from rank 1 {ON}"
+    waited(found["stopped"][0], line)
+    assert found["stopped"][1]["exit"] == -9  # it would outlive its launcher
 
 
 def test_those_that_wait_for_it_together_name_nobody_else(found):
