@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PULSE = 1.0  # seconds between two signs of life
 CONNECT = 60.0  # seconds to get a connection, which looks up names: 5 to 10 s where no name server answers
+SILENT = "no sign of life"
 BROKEN = ("connection closed by peer", "connection reset by peer", "gloo", "nccl")
 
 
@@ -140,7 +141,7 @@ class Watchdog:
         while not self._done.wait(PULSE):
             if lost := self._lost():
                 time.sleep(PULSE)  # the main thread may hear of it too, and come to an end of its own
-                self._leave(f"rank {self.rank} at {self._place}: {lost}", lost)
+                self._leave(f"rank {self.rank} at {self._place}: {lost}", lost, stacks=SILENT in lost)
             waited = time.monotonic() - self._at
             if waited > self.timeout:
                 self._end(waited)
@@ -162,7 +163,7 @@ class Watchdog:
         others = [rank for rank in range(self.world) if rank != self.rank and not now[rank]["ending"]]
         self._silent = [rank for rank in others if now[rank]["pulse"] == before[rank]["pulse"]]
         if self._silent:
-            return f"no sign of life from {', '.join(name[rank] for rank in self._silent)}"
+            return f"{SILENT} from {', '.join(name[rank] for rank in self._silent)}"
         front = max(told["beats"] for told in now)
         behind = [rank for rank in range(self.world) if now[rank]["beats"] < front]
         if behind == [self.rank]:
@@ -174,18 +175,20 @@ class Watchdog:
         lost = self._missing() or "no process is behind: the network between them is stuck"
         if self._done.is_set() or time.monotonic() - self._at < self.timeout:
             return  # it went on while this was asked
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        self._announce(lost)
         for rank in self._silent:
             pid, birth = self._neighbours.get(rank, (0, None))
             if pid and born(pid) == birth:
                 os.kill(pid, signal.SIGKILL)  # a stopped one would outlive its launcher's patience
         text = f"rank {self.rank} has been at {self._place} for {waited:.0f} s (timeout={self.timeout:g}): {lost}"
-        self._leave(text, None)
+        self._leave(text, None, stacks=True)
 
-    def _leave(self, text: str, lost: str | None) -> None:
+    def _leave(self, text: str, lost: str | None, stacks: bool) -> None:
         """End this process; with `lost` only the first that knows of it tells."""
         if self._done.is_set() or not self._only.acquire(blocking=False):
             return
+        if stacks:
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         end = Refusal(INTERNAL, f"{text}; the same command goes on from the last checkpoint")
         end = self._verdict(text, lost) if lost else end
         self._say_goodbye()
