@@ -32,6 +32,7 @@ def _train(words: list[str], environment: dict[str, str], log: str) -> None:
     os.environ |= environment
     sys.argv = ["pretrain.py", *words]
     signal.set_wakeup_fd(-1)
+    multiprocessing.set_start_method("fork", force=True)  # as in any other process, for loader workers
 
     from ssl_vit import config, exits, recipe
 
