@@ -69,7 +69,8 @@ def story(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 def test_the_other_machine_ends_in_time_and_names_the_lost(story: dict[str, Any]):
     assert 0 not in story["codes"]
     assert story["seconds"] < 30
-    assert re.search(r"rank 0 .*at .*: rank 1 on \S+ \(pid \d+\) is gone", story["said"][0])  # both machines are this one
+    here = r"rank 0 .*at .*: rank 1 on \S+ \(pid \d+\) is gone"  # both machines are this one
+    assert re.search(here, story["said"][0])
     assert story["exit"]["code"] == 70
     assert story["exit"]["step"] < STEPS
 
