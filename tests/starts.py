@@ -31,6 +31,7 @@ def _train(words: list[str], environment: dict[str, str], log: str) -> None:
         os.dup2(handle, stream)
     os.environ |= environment
     sys.argv = ["pretrain.py", *words]
+    multiprocessing.set_start_method("fork", force=True)  # as in a start of its own: not a server for its workers
     signal.set_wakeup_fd(-1)
     multiprocessing.set_start_method("fork", force=True)  # as in any other process, for loader workers
 
