@@ -20,9 +20,9 @@ def fork(work: Callable[[], object], screen: Path) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, from Python 3.12 on
         pid = os.fork()
-    if pid:
-        return pid
-    _work(work, screen)
+    if pid == 0:
+        _work(work, screen)
+    return pid
 
 
 def _work(work: Callable[[], object], screen: Path) -> NoReturn:

@@ -3,6 +3,7 @@
 Whatever it was, the last checkpoint is whole, and once the cause is gone the same command goes on to the same bits.
 """
 
+import errno
 import importlib
 import json
 import os
@@ -135,9 +136,8 @@ def test_a_disk_that_has_no_room_for_anything(shards: Path, tmp_path: Path, moun
 
     def scene() -> None:
         mount("-t", "tmpfs", "-o", "size=64k", "none", run)
-        with pytest.raises(OSError, match="No space"), (run / "filler").open("wb", buffering=0) as file:
-            while file.write(bytes(4096)):
-                pass
+        with pytest.raises(OSError, match="No space"):
+            (run / "filler").write_bytes(bytes(1 << 20))
         code = ended(begin(words(shards, run), log))
         assert code in (DISK, CANNOT_CREATE), log.read_text()
         assert str(run) in last_line(log)
@@ -161,6 +161,20 @@ def test_files_that_may_not_grow(shards: Path, straight: dict[str, Any], tmp_pat
     assert hidden(tmp_path / "run") == []
     assert [folder.name for folder in checkpoint.steps(tmp_path / "run" / "checkpoints")][-1] == "step-00000004"
     assert finished(given, tmp_path, 1) == straight
+
+
+def test_metrics_that_may_not_grow(shards: Path, tmp_path: Path):
+    """The same of metrics.jsonl: 74 with its path; the row that was cut is written anew."""
+    given = words(shards, tmp_path / "run", "save_every=8", "log_every=1")
+    killed_in(given, tmp_path, 1, "update:step=10")
+    path = tmp_path / "run" / "metrics.jsonl"
+    limit = path.stat().st_size * 5 // 4  # which row 12 goes over; the next checkpoint is due later
+    code = ended(begin(given, tmp_path / "log", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+    assert code == DISK, (tmp_path / "log").read_text()
+    assert "File too large" in last_line(tmp_path / "log")
+    assert str(path) in last_line(tmp_path / "log")
+    assert finished(given, tmp_path, 1)["exit"]["code"] == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 
 def test_a_save_that_fails_may_be_borne(shards: Path, straight: dict[str, Any], tmp_path: Path):
@@ -277,7 +291,29 @@ def test_a_signal_in_a_save_makes_no_second_one(shards: Path, tmp_path: Path, wo
         saved = [folder.name for folder in checkpoint.steps(tmp_path / "run" / "checkpoints")]
         assert saved[-1] == f"step-{step:08d}"
         assert "Traceback" not in start.said()
+    killed_in(given, tmp_path, world, f"eval.batch:step={STEPS}")
+    start = Start(given, tmp_path, world, f"term:point=eval.batch,kill:point=save.written:step={STEPS}")
+    assert start.wait(25) == [PREEMPTED] * world, start.said()  # its checkpoint is there: none is put in its place
     assert finished(given, tmp_path, world) == straight
+
+
+def test_a_word_that_cannot_be_left_is_not_the_end_that_is_told(shards: Path, tmp_path: Path):
+    """exit.json cannot be written: the code and the line are still those of what happened."""
+    from ssl_vit.train import run
+
+    write = run.write_bytes
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == "exit.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, data)
+
+    log = tmp_path / "log"
+    given = words(shards, tmp_path / "run")
+    code = ended(begin(given, log, lambda: setattr(run, "write_bytes", full), "term:point=update:step=5"))
+    assert code == PREEMPTED, log.read_text()
+    assert "the same command goes on" in last_line(log)
+    assert not (tmp_path / "run" / "exit.json").exists()
 
 
 # two at once

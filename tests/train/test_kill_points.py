@@ -35,7 +35,7 @@ PR_SET_PTRACER, ANY = 0x59616D61, -1
 CHANGING = {"openat", "mkdir", "mkdirat", "write", "writev", "pwrite64", "copy_file_range", "sendfile", "fallocate"}
 CHANGING |= {"ftruncate", "truncate", "fsync", "fdatasync", "sync_file_range", "close", "fchmod", "chmod", "mmap"}
 CHANGING |= {"rename", "renameat", "renameat2", "link", "linkat", "unlink", "unlinkat", "rmdir", "utimensat"}
-READING = {"read", "pread64", "newfstatat", "fstat", "stat", "lstat", "statx", "lseek", "getdents64", "statfs", "access"}
+READING = {"read", "pread64", "newfstatat", "fstat", "stat", "lstat", "statx", "lseek", "getdents64", "statfs"}
 
 
 def content(step: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
@@ -163,7 +163,8 @@ def traced(work: Callable[[], object], folder: Path, *options: str) -> tuple[int
 
     pid = fork(stopped, screen)
     os.waitpid(pid, os.WUNTRACED)
-    tracer = subprocess.Popen(["strace", "-f", *options, "-o", trace, "-p", str(pid)], stderr=subprocess.PIPE, text=True)
+    command = ["strace", "-f", *options, "-o", trace, "-p", str(pid)]
+    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert tracer.stderr is not None
     said = tracer.stderr.readline()
     if "attached" not in said:
