@@ -1,5 +1,6 @@
 """Damaged and hostile checkpoints: each flaw is seen, the one before counts, and nothing is run or opened."""
 
+import io
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +97,11 @@ def flip_bits(parent: Path, count: int) -> None:
         data = bytearray(whole[name])
         data[place] ^= 1 << bit
         (parent / NEW / name).write_bytes(data)
-        try:
+        where = f"seed {SEED}, flip {i}: bit {bit} of byte {place} of {name}"
+        with redirect_stdout(io.StringIO()):
+            assert checkpoint.flaw(parent / NEW), where
             why = assert_falls_back(parent)
-        except BaseException:
-            print(f"seed {SEED}, flip {i}: bit {bit} of byte {place} of {name}")
-            raise
-        assert name in why or name == MANIFEST
+        assert name in why or name == MANIFEST, f"{where}: {why}"
         (parent / put_aside(parent)[0]).rename(parent / NEW)
         (parent / NEW / name).write_bytes(whole[name])
     assert checkpoint.newest(parent) == parent / NEW
