@@ -106,7 +106,7 @@ def killed_at(last: int, parent: Path) -> None:
     import safetensors.torch
 
     count = 0
-    serialize = safetensors.torch.serialize_file
+    serialize = safetensors.torch.serialize_file  # type: ignore[attr-defined]
 
     def reached(event: str, arguments: object = None) -> None:
         nonlocal count
