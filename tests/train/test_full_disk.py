@@ -476,6 +476,8 @@ def test_another_number_of_processes_goes_on(shards: Path, tmp_path: Path):
     given = words(shards, tmp_path / "run", *more)
     for world, step in ((2, 5), (1, 9), (3, 15)):
         killed_in(given, tmp_path, world, f"update:step={step}")
+        if step == 5:
+            assert_same_weights(shards, tmp_path, more)
         folder = checkpoint.newest(tmp_path / "run" / "checkpoints")
         assert folder is not None
         assert json.loads((folder / "MANIFEST.json").read_text())["world"] == world
@@ -487,6 +489,18 @@ def test_another_number_of_processes_goes_on(shards: Path, tmp_path: Path):
         assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
     start = Start(given, tmp_path, 5)
     assert start.wait(30) == [USAGE] * 5, start.said()
+
+
+def assert_same_weights(shards: Path, folder: Path, more: list[str]) -> None:
+    """Loaded by another number of processes, the weights are the same bits: at a rate of 0 they stay so."""
+    for world in (1, 3):
+        run = shutil.copytree(folder / "run", folder / f"on {world}")
+        still = words(shards, run, *more, "optim.lr=0", "allow_change=optim.lr", "keep=9")
+        killed_in(still, folder, world, "update:step=9")
+        before, after = (state(run / "checkpoints" / f"step-{step:08d}") for step in (4, 8))
+        assert {k: v for k, v in before.items() if k.startswith("model ")} == {
+            k: v for k, v in after.items() if k.startswith("model ")
+        }
 
 
 def test_another_number_of_workers_changes_nothing(shards: Path, straight: dict[str, Any], tmp_path: Path):
