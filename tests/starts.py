@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ def _train(words: list[str], environment: dict[str, str], log: str) -> None:
     sys.argv = ["pretrain.py", *words]
     signal.set_wakeup_fd(-1)
     multiprocessing.set_start_method("fork", force=True)  # as in any other process, for loader workers
+    threading.Thread(target=_follow, daemon=True).start()
 
     from ssl_vit import config, exits, recipe
 
@@ -49,6 +51,14 @@ def _train(words: list[str], environment: dict[str, str], log: str) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _follow() -> None:
+    """End with the tests, also where they are killed and have a start hanging."""
+    tests = multiprocessing.parent_process()
+    if tests is not None:
+        tests.join()
+        os.killpg(0, signal.SIGKILL)
 
 
 def free_port() -> int:

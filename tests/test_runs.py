@@ -1,0 +1,197 @@
+"""tools/runs.py says of a run what the next start of it finds, and changes nothing."""
+
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ssl_vit.exits import INTEGRITY, USAGE, Refusal
+from ssl_vit.runs import Runs, report
+from ssl_vit.train import checkpoint
+from ssl_vit.train.run import Run
+from tests.starts import Start
+from tests.train.outcome import words
+
+SEED = 2
+ROOT = Path(__file__).parents[1]
+STEPS = (2, 4, 6, 8)
+
+
+@pytest.fixture(scope="module")
+def killed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with four checkpoints that was killed in its ninth step."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    start = Start(words(shards, run, "keep=9"), run.parent / "logs", 1, "kill:point=update:step=9")
+    assert start.wait() == [-signal.SIGKILL], start.said()
+    return run
+
+
+@pytest.fixture
+def run(killed: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(killed, tmp_path / "runs" / "one")
+
+
+def told(folder: Path, verify: bool = True) -> tuple[list[str], int]:
+    """The lines, and the code."""
+    lines = []
+    try:
+        for line in report(Runs(run=str(folder), verify=verify)):
+            lines.append(line)
+    except Refusal as end:
+        return [*lines, end.message], end.code
+    return lines, 0
+
+
+def everything(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size, path.read_bytes()) for path in files}
+
+
+def damage(run: Path, step: int) -> None:
+    os.truncate(run / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors", 100)
+
+
+def test_the_command_lists_what_is_there_and_changes_nothing(run: Path):
+    """Once as a command; newest first, with step, size, age and what is wrong."""
+    damage(run, 6)
+    before = everything(run)
+    command = [sys.executable, ROOT / "tools" / "runs.py", f"run={run.parent}"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=run.parent, env=env, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert lines[0].startswith(f"{run}  ")
+    assert "killed" in lines[0]
+    assert [int(line.split()[0]) for line in lines[1:5]] == [8, 6, 4, 2]
+    size = sum(path.stat().st_size for path in (run / "checkpoints" / "step-00000008").iterdir())
+    assert f"{size / 1e3:.1f} kB" in lines[1]
+    assert re.search(r"\d+ s old  verified$", lines[1])
+    assert lines[2].endswith("damaged: optimizer.safetensors differs from its digest")
+    assert lines[5] == "  the same command goes on from step 8 of 20"
+    assert everything(run) == before
+    assert not list(run.rglob("*corrupt*"))
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_what_it_says_is_what_a_start_finds(run: Path, tmp_path: Path, count: int):
+    """Of every set of so many damaged checkpoints."""
+    for i, bad in enumerate(itertools.combinations(STEPS, count)):
+        copy = shutil.copytree(run, tmp_path / f"{i}")
+        for step in bad:
+            damage(copy, step)
+        lines, code = told(copy)
+        if len(bad) == len(STEPS):
+            with pytest.raises(Refusal) as end:
+                checkpoint.newest(copy / "checkpoints")
+            assert code == end.value.code == INTEGRITY
+            assert "the same command refuses (76)" in lines[-2]
+            assert str(copy) in lines[-1]
+        else:
+            found = checkpoint.newest(copy / "checkpoints")
+            assert found is not None
+            assert code == 0
+            assert f"goes on from step {int(found.name[5:])} of 20" in lines[-1]
+            aside = {path.name.split(".")[0] for path in (copy / "checkpoints").glob("*corrupt*")}
+            assert set(re.findall(r"step-\d+", lines[-1])) == aside
+        again, _ = told(copy)  # with what was put aside
+        assert sum("put aside as damaged" in line for line in again) == len(list(copy.rglob("*corrupt*")))
+
+
+def test_a_checkpoint_of_another_version_is_not_gone_past(run: Path):
+    """As a start does, which refuses."""
+    path = run / "checkpoints" / "step-00000008" / "MANIFEST.json"
+    content = json.loads(path.read_text())
+    del content["digest"]
+    path.write_text(checkpoint._sealed(content | {"version": 99}))
+    lines, _ = told(run)
+    assert "version 99" in lines[1]
+    with pytest.raises(Refusal):
+        checkpoint.newest(run / "checkpoints")
+    assert "goes on" not in lines[5]
+    assert "76" in lines[5]
+
+
+def test_without_verifying_nothing_is_read(run: Path):
+    damage(run, 8)
+    lines, code = told(run, verify=False)
+    assert code == 0
+    assert sum(line.endswith("not verified") for line in lines) == 4
+
+
+def test_a_run_that_is_held_is_said_to_be(run: Path):
+    from ssl_vit import config, recipe
+
+    given = (run / "recipe.yaml").read_text()
+    holder = Run(run)
+    shutil.rmtree(run / "checkpoints")
+    (run / "metrics.jsonl").unlink()
+    holder.claim(config.parse(recipe.Pretrain, [], recipe.FOLDER))
+    try:
+        lines, _ = told(run)
+        assert f"in use by pid {os.getpid()}" in lines[0]
+    finally:
+        holder.release()
+    (run / "recipe.yaml").write_text(given)
+    lines, _ = told(run)
+    assert "in use" not in lines[0]
+    assert lines[-1] == "  no checkpoint: the same command begins at step 0"
+
+
+def test_where_there_is_no_run(tmp_path: Path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        lines, code = told(folder)
+        assert code == USAGE
+        assert str(folder) in lines[-1]
+
+
+ODD: dict[str, Callable[[Path], object]] = {
+    "exit.json is deep": lambda run: (run / "exit.json").write_text("[" * 100_000),
+    "exit.json is binary": lambda run: (run / "exit.json").write_bytes(bytes(range(256))),
+    "exit.json is a list": lambda run: (run / "exit.json").write_text("[]"),
+    "recipe.yaml is binary": lambda run: (run / "recipe.yaml").write_bytes(bytes(range(256))),
+    "recipe.yaml is a loop": lambda run: (run / "recipe.yaml").write_text("steps: &a [*a]\n"),
+    "steps are no number": lambda run: (run / "recipe.yaml").write_text("steps: many\n"),
+    "a name that is none": lambda run: (run / "checkpoints" / "step-x.corrupt-y").mkdir(),
+    "a file": lambda run: (run / "checkpoints" / "step-00000010").touch(),
+    "a pipe": lambda run: os.mkfifo(run / "checkpoints" / "step-00000010"),
+    "a link to itself": lambda run: (run / "checkpoints" / "step-00000010").symlink_to("step-00000010"),
+    "a link out": lambda run: (run / "checkpoints" / "step-00000010").symlink_to("/etc"),
+    "no checkpoints folder": lambda run: shutil.rmtree(run / "checkpoints"),
+    "a checkpoints file": lambda run: (shutil.rmtree(run / "checkpoints"), (run / "checkpoints").touch()),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_run_folders_are_listed_too(run: Path, kind: str):
+    """And the others beside them."""
+    good = shutil.copytree(run, run.parent / "two")
+    ODD[kind](run)
+    lines, code = told(run.parent)
+    assert code == 0
+    assert sum(line.startswith(f"{run}  ") for line in lines) == 1
+    assert sum(line.startswith(f"{good}  ") for line in lines) == 1
+    assert lines[-1] == "  the same command goes on from step 8 of 20"
+
+
+def test_flipped_bits_are_seen(run: Path):
+    draw = random.Random(SEED)
+    files = sorted((run / "checkpoints" / "step-00000008").iterdir())
+    for i in range(15):
+        path = files[i % len(files)]
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+        lines, _ = told(run)
+        assert "damaged" in lines[1], f"seed {SEED}, flip {i}"
+        assert lines[-1].startswith("  the same command goes on from step 6 of 20, putting step-00000008 aside")
+        path.write_bytes(whole)

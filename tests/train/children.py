@@ -1,0 +1,77 @@
+"""Children of a test: forked from it with all it has imported, and put where they can do no harm."""
+
+import ctypes
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from ssl_vit.exits import verdict
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+
+
+def fork(work: Callable[[], object], screen: Path) -> int:
+    """A child that does the work and ends with the code that a tool would end with, or by a signal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, from Python 3.12 on
+        pid = os.fork()
+    if pid == 0:
+        _work(work, screen)
+    return pid
+
+
+def _work(work: Callable[[], object], screen: Path) -> NoReturn:
+    code = 1
+    try:
+        handle = os.open(screen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+        work()
+        code = 0
+    except BaseException as error:
+        end = verdict(error)
+        code = end.code
+        print(f"line: {end}\n", "".join(traceback.format_exception(error)))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(pid: int) -> int:
+    """The exit code, negative where a signal did it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def own_mounts() -> None:
+    """From here on, what this process mounts is seen by it and its children alone, and ends with them."""
+    user, group, root = os.getuid(), os.getgid(), os.geteuid() == 0
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNS if root else CLONE_NEWNS | CLONE_NEWUSER):
+        raise OSError(ctypes.get_errno(), "unshare")
+    if not root:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    mount("--make-rprivate", "/")
+
+
+def mount(*words: object) -> None:
+    """The command of that name."""
+    subprocess.run(["mount", *map(str, words)], check=True, capture_output=True)
+
+
+def may_mount(folder: Path) -> bool:
+    """Whether this machine lets a test have mounts of its own."""
+
+    def attempt() -> None:
+        own_mounts()
+        mount("-t", "tmpfs", "-o", "size=2m", "none", folder)
+
+    return ended(fork(attempt, folder.parent / "may_mount")) == 0

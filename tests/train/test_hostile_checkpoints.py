@@ -1,0 +1,566 @@
+"""Damaged and hostile checkpoints: each flaw is seen, the one before counts, and nothing is run or opened."""
+
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssl_vit.exits import DATA, INTEGRITY, Refusal
+from ssl_vit.train import checkpoint
+from ssl_vit.train.checkpoint import MANIFEST, VERSION
+from tests.starts import Start
+from tests.train.children import ended, fork
+from tests.train.outcome import STEPS, outcome, words
+
+SEED = 7
+FLIPS, MANY_FLIPS = 200, 10_000
+SECONDS, MB = 1.0, 1 << 20  # what a hostile file may cost at most, and of memory 50 MB
+OLD, NEW = "step-00000001", "step-00000002"
+FILES = ["model.safetensors", "optimizer.safetensors", "state.safetensors", "state.json", MANIFEST]
+
+
+class Payload:
+    """Says that it was unpickled, by a file."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.canary}",)
+
+
+@pytest.fixture(autouse=True)
+def in_time() -> Iterator[None]:
+    """What would wait for ever, at a FIFO, ends the test."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    signal.alarm(100)
+    yield
+    signal.alarm(0)
+
+
+def save(parent: Path, step: int) -> Path:
+    torch.manual_seed(step)
+    model = {"weight": torch.randn(4, 6), "bias": torch.randn(4)}
+    optimizer = {"weight/exp_avg": torch.randn(4, 6)}
+    return checkpoint.save(parent, step, 2, model, optimizer, {"step": step, "window.loss": torch.tensor(0.1)})
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    parent = tmp_path_factory.mktemp("origin")
+    for step in (1, 2):
+        save(parent, step)
+    return parent
+
+
+@pytest.fixture
+def parent(origin: Path, tmp_path: Path) -> Path:
+    """A folder of two checkpoints, of which the newer is to be damaged."""
+    return shutil.copytree(origin, tmp_path / "checkpoints")
+
+
+def put_aside(parent: Path) -> list[str]:
+    return sorted(path.name for path in parent.glob("*.corrupt-*"))
+
+
+def assert_falls_back(parent: Path) -> str:
+    """The newer one is put aside and the older one counts; returns what is wrong with the newer."""
+    why = checkpoint.flaw(parent / NEW)
+    assert why is not None
+    assert "\n" not in why
+    assert checkpoint.newest(parent) == parent / OLD
+    assert [name.split(".corrupt-")[0] for name in put_aside(parent)] == [NEW]
+    assert not os.path.lexists(parent / NEW)
+    return why
+
+
+def flip_bits(parent: Path, count: int) -> None:
+    """Flip one bit after another, in each file in turn; every one must be seen."""
+    whole = {name: (parent / NEW / name).read_bytes() for name in FILES}
+    draw = random.Random(SEED)
+    for i in range(count):
+        name = FILES[i % len(FILES)]
+        place, bit = draw.randrange(len(whole[name])), draw.randrange(8)
+        data = bytearray(whole[name])
+        data[place] ^= 1 << bit
+        (parent / NEW / name).write_bytes(data)
+        where = f"seed {SEED}, flip {i}: bit {bit} of byte {place} of {name}"
+        with redirect_stdout(io.StringIO()):
+            assert checkpoint.flaw(parent / NEW), where
+            why = assert_falls_back(parent)
+        assert name in why or name == MANIFEST, f"{where}: {why}"
+        (parent / put_aside(parent)[0]).rename(parent / NEW)
+        (parent / NEW / name).write_bytes(whole[name])
+    assert checkpoint.newest(parent) == parent / NEW
+
+
+def test_every_flipped_bit_is_seen(parent: Path):
+    flip_bits(parent, FLIPS)
+
+
+@pytest.mark.long
+def test_ten_thousand_flipped_bits(parent: Path):
+    signal.alarm(600)
+    flip_bits(parent, MANY_FLIPS)
+    print(f"\n{MANY_FLIPS:,} flipped bits in checkpoints: {MANY_FLIPS:,} seen, {MANY_FLIPS:,} right fall-backs")
+
+
+def cut(size: int) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path, size)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "gone": Path.unlink,
+    "empty": cut(0),
+    "a byte": cut(1),
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "the last byte": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "a byte more": lambda path: os.truncate(path, path.stat().st_size + 1),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a terabyte": cut(1 << 40),
+    "another's": lambda path: path.write_bytes((path.parent.parent / OLD / path.name).read_bytes()),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a link to the like": lambda path: (path.rename(path.parent.parent / "moved"), path.symlink_to("../moved")),
+    "a link to itself": lambda path: (path.unlink(), path.symlink_to(path.name)),
+    "a link to a pipe": lambda path: (path.unlink(), os.mkfifo(path.parents[2] / "p"), path.symlink_to("../../p")),
+    "a link to nowhere": lambda path: (path.unlink(), path.symlink_to("/nowhere/at/all")),
+    "a link to zeros": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_is_not_as_it_was_written(origin: Path, tmp_path: Path, damage: str):
+    """In every file of a checkpoint; without a wait at what never ends."""
+    for name in FILES:
+        if damage == "another's" and name == "state.safetensors":
+            continue  # the same in both
+        parent = shutil.copytree(origin, tmp_path / name / "checkpoints")
+        DAMAGES[damage](parent / NEW / name)
+        began = time.monotonic()
+        why = assert_falls_back(parent)
+        assert time.monotonic() - began < SECONDS
+        assert name in why or name == MANIFEST, why
+
+
+FOLDERS: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.mkdir(),
+    "a file": lambda path: path.touch(),
+    "a pipe": lambda path: os.mkfifo(path),
+    "a link to another": lambda path: path.symlink_to(OLD),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to nowhere": lambda path: path.symlink_to("/nowhere"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_checkpoint_that_is_no_folder_of_its_own(parent: Path, kind: str):
+    shutil.rmtree(parent / NEW)
+    FOLDERS[kind](parent / NEW)
+    assert_falls_back(parent)
+    assert (parent / OLD / MANIFEST).exists()  # what a link led to has stayed
+
+
+EXTRAS = ["extra.pkl", "custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", ".metadata", "x.pt", "latest"]
+
+
+def test_pickles_beside_or_in_place_of_tensors_are_not_opened(origin: Path, tmp_path: Path):
+    """As extra files, and under the name of a file that the manifest vouches for."""
+    canary = tmp_path / "canary"
+    for name in EXTRAS:
+        parent = shutil.copytree(origin, tmp_path / name)
+        (parent / NEW / name).write_bytes(pickle.dumps(Payload(canary)))
+        assert name in assert_falls_back(parent)
+    for name in FILES[:4]:
+        parent = shutil.copytree(origin, tmp_path / f"as {name}")
+        torch.save(Payload(canary), parent / NEW / name)
+        reseal(parent / NEW)
+        assert checkpoint.newest(parent) == parent / NEW  # it is what the manifest says; but no tensors
+        with pytest.raises(Refusal, match=name) as end:
+            checkpoint.load(parent / NEW)
+        assert end.value.code == INTEGRITY
+    assert not canary.exists()
+    os.system(f"touch {canary}")  # as it would have been
+    assert canary.exists()
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Have the manifest vouch for what is in the folder now, and say something else where asked."""
+    content = json.loads((folder / MANIFEST).read_text())
+    del content["digest"]
+    for name, entry in content["files"].items():
+        entry |= {"bytes": (folder / name).stat().st_size, "sha256": checkpoint.sha256(folder / name)}
+    content |= changes
+    (folder / MANIFEST).write_text(checkpoint._sealed(content))
+
+
+def edited(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text())
+
+
+CHANGED_FILES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "none": lambda files: {},
+    "null": lambda files: None,
+    "a list": lambda files: list(files),
+    "one less": lambda files: {name: files[name] for name in list(files)[1:]},
+    "a path up": lambda files: files | {f"../{OLD}/state.json": files["state.json"]},
+    "a path from the root": lambda files: files | {"/etc/passwd": files["state.json"]},
+    "no name": lambda files: files | {"": files["state.json"]},
+    "a point": lambda files: files | {".": files["state.json"]},
+    "a zero in a name": lambda files: files | {"state\0.json": files["state.json"]},
+    "a name of a megabyte": lambda files: files | {"x" * MB: files["state.json"]},
+    "itself": lambda files: files | {MANIFEST: files["state.json"]},
+    "sizes below zero": lambda files: {name: entry | {"bytes": -1} for name, entry in files.items()},
+    "sizes of an exabyte": lambda files: {name: entry | {"bytes": 1 << 60} for name, entry in files.items()},
+    "sizes as text": lambda files: {name: entry | {"bytes": "9"} for name, entry in files.items()},
+    "no digest": lambda files: {name: {"bytes": entry["bytes"]} for name, entry in files.items()},
+    "another digest": lambda files: {name: entry | {"sha256": "0" * 64} for name, entry in files.items()},
+    "digests that are lists": lambda files: {name: entry | {"sha256": [[]]} for name, entry in files.items()},
+    "entries that are text": lambda files: dict.fromkeys(files, "x"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED_FILES)
+def test_a_manifest_that_lies_about_its_files(parent: Path, change: str):
+    """With a digest that is right for what it says, as whoever forges it would write."""
+    reseal(parent / NEW, files=CHANGED_FILES[change](edited(parent / NEW)["files"]))
+    assert_falls_back(parent)
+
+
+TEXTS: dict[str, bytes] = {
+    "nothing": b"",
+    "no JSON": b"hello",
+    "null": b"null",
+    "a number": b"2",
+    "a list": b"[]",
+    "an empty one": b"{}",
+    "only a version": b'{"version": %d}' % VERSION,
+    "a newer version, not sealed": b'{"version": 999, "files": {}, "digest": "0"}',
+    "deep": b"[" * 1_000_000,
+    "deep and closed": b"[" * 100_000 + b"]" * 100_000,
+    "deep in a value": b'{"version": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "a number of many digits": b'{"version": ' + b"9" * 1_000_000 + b"}",
+    "not UTF-8": b'{"version": "\xff\xfe"}',
+    "UTF-16": '{"version": 2}'.encode("utf-16"),
+    "zeros": bytes(700),
+    "a million objects": b"[" + b"{}," * (5 * MB) + b"{}]",
+    "a key of 15 MB": b'{"' + b"x" * (15 * MB) + b'": 1}',
+}
+
+
+def cost(work: Callable[[], object], folder: Path) -> tuple[int, float, str]:
+    """Do it in a child; its exit code, seconds, and what it said, at the end of which are its MB of memory."""
+
+    def measured() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        work()
+        print(f"\n{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10}", flush=True)
+
+    began = time.monotonic()
+    code = ended(fork(measured, folder / "screen"))
+    return code, time.monotonic() - began, (folder / "screen").read_text()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_manifest_of_anything(parent: Path, tmp_path: Path, text: str):
+    (parent / NEW / MANIFEST).write_bytes(TEXTS[text])
+    code, seconds, said = cost(lambda: assert_falls_back(parent), tmp_path)
+    assert code == 0, said[-2000:]
+    assert seconds < SECONDS
+    assert int(said.split()[-1]) < 50
+    assert len(said) < 2000  # nor is a screen filled
+
+
+@pytest.mark.parametrize("version", [0, VERSION - 1, VERSION + 1, 10**9, -1, None, "", f"{VERSION}", [], {}])
+def test_a_manifest_of_another_version_is_not_called_damaged(parent: Path, version: Any):
+    """76 with the version, and everything stays as it is."""
+    reseal(parent / NEW, version=version)
+    before = sorted(parent.rglob("*"))
+    with pytest.raises(Refusal, match="version") as end:
+        checkpoint.newest(parent)
+    assert end.value.code == INTEGRITY
+    assert f"{version}" in end.value.message
+    assert sorted(parent.rglob("*")) == before
+
+
+def header(content: bytes, data: bytes = b"", size: int | None = None) -> bytes:
+    return struct.pack("<Q", len(content) if size is None else size % (1 << 64)) + content + data
+
+
+def one(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8), name: str = "weight") -> bytes:
+    return json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
+
+
+TENSORS: dict[str, bytes] = {
+    "nothing": b"",
+    "half a size": b"\0\0\0",
+    "a header of 2^63": header(b"{}", size=1 << 63),
+    "a header of 2^64 - 1": header(b"{}", size=-1),
+    "a header of 90 MB that is not there": header(b"{}", size=90 * MB),
+    "a header of 15 MB of blanks": header(b" " * (15 * MB)),
+    "an empty name": header(b""),
+    "no JSON": header(b"hello, you"),
+    "deep": header(b"[" * 100_000),
+    "deep in a name": header(b'{"a":' * 100_000),
+    "offsets below zero": header(one(offsets=(-8, 0)), bytes(8)),
+    "offsets backwards": header(one(offsets=(8, 0)), bytes(8)),
+    "offsets of an exabyte": header(one(offsets=(0, 1 << 60)), bytes(8)),
+    "a shape of an exabyte": header(one(shape=(1 << 30, 1 << 28)), bytes(8)),
+    "a shape that overflows": header(one(shape=(1 << 62, 1 << 62)), bytes(8)),
+    "a shape below zero": header(one(shape=(-2,)), bytes(8)),
+    "overlapping": header(one()[:-1] + b", " + one(name="bias")[1:], bytes(8)),
+    "a gap": header(one(offsets=(8, 16)), bytes(16)),
+    "the same name twice": header(one()[:-1] + b", " + one(offsets=(8, 16))[1:], bytes(16)),
+    "a type that is none": header(one(dtype="NaN"), bytes(8)),
+    "a type NaN": header(one().replace(b'"F32"', b"NaN"), bytes(8)),
+    "more than it says": header(one(), bytes(80)),
+    "less than it says": header(one(), bytes(4)),
+    "not UTF-8": header(b'{"\xff": 1}'),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_hostile_tensor_files(parent: Path, tmp_path: Path, kind: str):
+    """Even where the manifest vouches for them: 76, at once, in little memory."""
+    (parent / NEW / "model.safetensors").write_bytes(TENSORS[kind])
+    reseal(parent / NEW)
+    code, seconds, said = cost(lambda: checkpoint.load(parent / NEW), tmp_path)
+    assert code == INTEGRITY, said[-2000:]
+    assert "model.safetensors" in said
+    assert seconds < SECONDS
+
+    def refused() -> None:
+        with pytest.raises(Refusal):
+            checkpoint.load(parent / NEW)
+
+    assert int(cost(refused, tmp_path)[2].split()[-1]) < 50
+
+
+VALUES = {"an empty one", "only a version", "a newer version, not sealed", "UTF-16"}  # are values
+
+
+@pytest.mark.parametrize("text", [name for name in TEXTS if name not in VALUES])
+def test_hostile_values(parent: Path, tmp_path: Path, text: str):
+    """The same of state.json, even where the manifest vouches for it."""
+    (parent / NEW / "state.json").write_bytes(TEXTS[text])
+    reseal(parent / NEW)
+    code, seconds, said = cost(lambda: checkpoint.load(parent / NEW), tmp_path)
+    assert code == INTEGRITY, said[-2000:]
+    assert "state.json" in said
+    assert seconds < SECONDS
+
+
+def test_where_all_are_bad_the_run_does_not_begin_anew(parent: Path):
+    """76, each with what is wrong and the way on; and so again, until one of them is brought back."""
+    os.truncate(parent / NEW / "model.safetensors", 3)
+    (parent / OLD / "state.json").unlink()
+    for start in (1, 2, 3):
+        with pytest.raises(Refusal) as end:
+            checkpoint.newest(parent)
+        assert end.value.code == INTEGRITY
+        assert "fresh=true" in end.value.message
+        for name in (OLD, NEW):
+            assert f"{name}.corrupt-" in end.value.message
+        if start == 1:
+            assert "model.safetensors differs" in end.value.message
+            assert "state.json" in end.value.message
+        assert len(put_aside(parent)) == 2
+    (aside,) = parent.glob(f"{NEW}.corrupt-*")
+    shutil.rmtree(aside)
+    save(parent, 2)
+    assert checkpoint.newest(parent) == parent / NEW
+
+
+def test_the_same_step_may_be_bad_again_and_again(parent: Path):
+    """Each is put aside under a name of its own, and none is lost."""
+    for count in range(1, 6):
+        os.truncate(parent / NEW / "state.json", 1)
+        assert checkpoint.newest(parent) == parent / OLD
+        assert len(put_aside(parent)) == count
+        save(parent, 2)
+
+
+HINTS: dict[str, Callable[[Path], object]] = {
+    "gone": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "to nothing": lambda path: path.write_text("step-00000077\n"),
+    "to the older": lambda path: path.write_text(OLD),
+    "up and out": lambda path: path.write_text("../../x"),
+    "to the root": lambda path: path.write_text("/etc"),
+    "not text": lambda path: path.write_bytes(bytes(range(256))),
+    "a link out": lambda path: (path.unlink(), path.symlink_to("../victim")),
+    "a link to a checkpoint": lambda path: (path.unlink(), path.symlink_to(OLD)),
+    "a link to itself": lambda path: (path.unlink(), path.symlink_to("latest")),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a terabyte": cut(1 << 40),
+}
+
+
+@pytest.mark.parametrize("kind", HINTS)
+def test_the_hint_is_never_believed(parent: Path, tmp_path: Path, kind: str):
+    """Nor read; it is written anew, and not through a link."""
+    (tmp_path / "victim").write_text("whole")
+    HINTS[kind](parent / "latest")
+    assert checkpoint.newest(parent) == parent / NEW
+    checkpoint.tidy(parent, 2)
+    if kind != "a folder":
+        assert (parent / "latest").read_text().strip() == NEW
+        assert not (parent / "latest").is_symlink()
+    HINTS[kind](parent / "latest") if kind != "a folder" else None
+    (tmp_path / "p").unlink(missing_ok=True)
+    save(parent, 3)
+    assert checkpoint.newest(parent) == parent / "step-00000003"
+    assert (tmp_path / "victim").read_text() == "whole"
+    assert sorted(path.name for path in (parent / OLD).parent.iterdir()) == ["latest", NEW, "step-00000003"]
+
+
+def test_the_order_is_of_steps_and_not_of_times(parent: Path):
+    for folder, when in ((parent / OLD, 2e9), (parent / NEW, 1e6)):
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (when, when))
+    assert checkpoint.newest(parent) == parent / NEW
+    save(parent, 3)
+    assert [folder.name for folder in checkpoint.steps(parent)] == [NEW, "step-00000003"]
+
+
+def test_names_that_are_almost_a_checkpoint_are_left_alone(parent: Path):
+    """Neither chosen, nor pruned, nor swept."""
+    odd = ["step-1", "step-000000003", "step-0000000x", "step-00000003 ", "step-00000009.old", "notes", "STEP-00000009"]
+    for name in odd:
+        shutil.copytree(parent / NEW, parent / name)
+    assert checkpoint.newest(parent) == parent / NEW
+    checkpoint.tidy(parent, 2)
+    save(parent, 3)
+    assert {path.name for path in parent.iterdir()} == {*odd, NEW, "step-00000003", "latest"}
+
+
+def test_leftovers_are_swept_and_lead_nowhere(parent: Path, tmp_path: Path):
+    """Of a draft of the same step (A14) and of another, of a deletion; a link in their place takes nothing with it."""
+    victim = shutil.copytree(parent / OLD, tmp_path / "victim")
+    for name in (".step-00000003.tmp", ".step-00000002.tmp", ".step-00000001.trash", ".step-00000000.trash"):
+        shutil.copytree(parent / OLD, parent / name)
+        (parent / name / "half").write_bytes(b"x")
+    (parent / ".latest.tmp-host-1").touch()
+    (parent / ".step-00000003.tmp" / "out").symlink_to(victim)
+    assert checkpoint.newest(parent) == parent / NEW
+    save(parent, 3)  # with all of it there
+    assert checkpoint.newest(parent) == parent / "step-00000003"
+    checkpoint.tidy(parent, 2)
+    assert sorted(path.name for path in parent.iterdir()) == ["latest", NEW, "step-00000003"]
+    (parent / ".step-00000004.tmp").symlink_to(victim)
+    (parent / ".step-00000001.trash").symlink_to(victim)
+    checkpoint.tidy(parent, 2)
+    save(parent, 4)
+    assert sorted(path.name for path in parent.iterdir()) == ["latest", "step-00000003", "step-00000004"]
+    assert len(list(victim.iterdir())) == len(FILES)
+
+
+# commands
+
+
+@pytest.fixture(scope="module")
+def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that was stopped after its fourth checkpoint, all of which were kept; and one that ran through."""
+    folder = tmp_path_factory.mktemp("trained")
+    start = Start(words(shards, folder / "run", "keep=9"), folder, 1, "kill:point=update:step=9")
+    assert start.wait() == [-signal.SIGKILL], start.said()
+    start = Start(words(shards, folder / "straight", "keep=9"), folder)
+    assert start.wait() == [0], start.said()
+    return folder
+
+
+def again(shards: Path, trained: Path, run: Path, damage: Callable[[Path], object]) -> tuple[list[int], str]:
+    """Start a copy of the training again after some damage to its checkpoints; its code and screen."""
+    shutil.copytree(trained / "run", run)
+    damage(run / "checkpoints")
+    start = Start(words(shards, run, "keep=9"), run.parent)
+    return start.wait(), start.said()
+
+
+def same_end(trained: Path, run: Path) -> None:
+    mine, wanted = outcome(run), outcome(trained / "straight")
+    mine["left"] = [name for name in mine["left"] if "corrupt" not in name]
+    assert mine == wanted
+
+
+def test_a_training_goes_on_from_the_newest_that_is_whole(shards: Path, trained: Path, tmp_path: Path):
+    """With a pickle in one, a flipped bit in the next, a link in the third; the bits of its end are the same."""
+
+    def damage(folder: Path) -> None:
+        (folder / "step-00000008" / "x.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "canary")))
+        data = bytearray((folder / "step-00000006" / "optimizer.safetensors").read_bytes())
+        data[-1] ^= 1
+        (folder / "step-00000006" / "optimizer.safetensors").write_bytes(data)
+        (folder / "step-00000004" / "state.json").unlink()
+        (folder / "step-00000004" / "state.json").symlink_to("../step-00000002/state.json")
+
+    codes, said = again(shards, trained, tmp_path / "run", damage)
+    assert codes == [0], said
+    for step in (8, 6, 4):
+        assert f"step-{step:08d}" in said
+    assert not (tmp_path / "canary").exists()
+    same_end(trained, tmp_path / "run")
+
+
+def test_a_training_none_of_whose_checkpoints_is_whole_stops(shards: Path, trained: Path, tmp_path: Path):
+    """76 at each start, one line that names them all; fresh=true begins anew and puts the old aside."""
+
+    def damage(folder: Path) -> None:
+        for one in checkpoint.steps(folder):
+            os.truncate(one / "model.safetensors", 9)
+
+    run = tmp_path / "run"
+    codes, said = again(shards, trained, run, damage)
+    for _ in range(2):
+        assert codes == [INTEGRITY]
+        assert "Traceback" not in said
+        line = said.strip().splitlines()[-1]
+        assert all(f"step-{step:08d}" in line for step in (2, 4, 6, 8))
+        assert "fresh=true" in line
+        assert json.loads((run / "exit.json").read_text())["code"] == INTEGRITY
+        start = Start(words(shards, run, "keep=9"), tmp_path)
+        codes, said = start.wait(), start.said()
+    start = Start(words(shards, run, "keep=9", "fresh=true"), tmp_path)
+    assert start.wait() == [0], start.said()
+    (before,) = run.glob("before-*")
+    assert len(list((before / "checkpoints").glob("step-*.corrupt-*"))) == 4
+    assert (before / "metrics.jsonl").exists()
+    mine, wanted = outcome(run), outcome(trained / "straight")
+    mine["left"] = [name for name in mine["left"] if not name.startswith("before-")]
+    assert mine == wanted
+
+
+def test_a_checkpoint_of_another_version_stops_a_training(shards: Path, trained: Path, tmp_path: Path):
+    def damage(folder: Path) -> None:
+        reseal(folder / "step-00000008", version=99)
+
+    codes, said = again(shards, trained, tmp_path / "run", damage)
+    assert codes == [INTEGRITY]
+    assert "version 99" in said.strip().splitlines()[-1]
+    assert not list((tmp_path / "run" / "checkpoints").glob("*corrupt*"))
+
+
+def test_weights_from_outside_run_nothing(shards: Path, trained: Path, tmp_path: Path):
+    """B10: refused by weights_only with 65, and not opened in another way then; a run folder's weights are read."""
+    torch.save({"state_dict": Payload(tmp_path / "canary")}, tmp_path / "evil.pth")
+    start = Start(words(shards, tmp_path / "run", f"init={tmp_path}/evil.pth"), tmp_path)
+    assert start.wait() == [DATA], start.said()
+    assert "evil.pth" in start.said().strip().splitlines()[-1]
+    assert not (tmp_path / "canary").exists()
+    source = f"init={trained / 'straight'}"
+    start = Start(words(shards, tmp_path / "next", source, f"steps={STEPS}"), tmp_path)
+    assert start.wait() == [0], start.said()
