@@ -100,6 +100,15 @@ def read(name: str, folder: Path, schema: type[Config]) -> Tree:
     return below
 
 
+class Plain(yaml.BaseLoader):
+    """Text as text, and no aliases: ten lines of them stand for gigabytes, or for themselves."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name) is not read")
+        return super().compose_node(parent, index)
+
+
 def _load(name: str, folder: Path) -> Tree:
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
@@ -108,8 +117,8 @@ def _load(name: str, folder: Path) -> Tree:
     if path.stat().st_size > MAX_BYTES:
         raise Refusal(USAGE, f"recipe {path} is larger than {MAX_BYTES} bytes")
     try:
-        tree = yaml.load(path.read_text(), yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml.load(path.read_text(), Plain)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal(USAGE, f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise Refusal(USAGE, f"recipe {path} is not a set of keys")

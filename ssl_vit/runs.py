@@ -15,6 +15,8 @@ from ssl_vit.exits import INTEGRITY, USAGE, Refusal
 from ssl_vit.train import checkpoint
 from ssl_vit.train.run import holder
 
+UNREADABLE = "cannot be read"
+
 
 class Runs(Config):
     """Which runs to look at."""
@@ -60,7 +62,7 @@ def report(options: Runs) -> Iterator[str]:
 def checkpoints(folder: Path, verify: bool) -> Iterator[Saved]:
     """A run's checkpoints, newest first, then those put aside."""
     parent = folder / "checkpoints"
-    for path in [*reversed(checkpoint.steps(parent)), *sorted(parent.glob("step-*.corrupt-*"))]:
+    for path in [*reversed(checkpoint.steps(parent)), *sorted(parent.glob("step-" + "[0-9]" * 8 + ".corrupt-*"))]:
         name, _, aside = path.name.partition(".")
         files = [file.lstat() for file in path.iterdir()] if path.is_dir() else []
         age = time.time() - path.lstat().st_mtime
@@ -75,7 +77,7 @@ def _verdict(path: Path, aside: str, verify: bool) -> str:
     try:
         why = checkpoint.flaw(path)
     except (Refusal, OSError) as error:
-        return f"cannot be read: {error}"
+        return f"{UNREADABLE}{' (76)' if isinstance(error, Refusal) else ''}: {error}"
     return f"damaged: {why}" if why else "verified"
 
 
@@ -92,6 +94,9 @@ def _state(folder: Path) -> str:
 def _resume(folder: Path, saved: list[Saved]) -> str:
     steps = _read(folder / "recipe.yaml").get("steps")
     good = next((one for one in saved if one.good), None)
+    newest = next((one for one in saved if one.good or one.state.startswith(UNREADABLE)), None)
+    if newest is not None and newest is not good:
+        return f"the same command refuses: {newest.name} {newest.state}"
     passed = [one.name for one in saved if good and one.step > good.step and "aside" not in one.state]
     past = f", putting {', '.join(passed)} aside" if passed else ""
     if good is None:
@@ -99,7 +104,8 @@ def _resume(folder: Path, saved: list[Saved]) -> str:
         return text if saved else "no checkpoint: the same command begins at step 0"
     if str(good.step) == steps:
         return f"the same command finds it done at step {good.step:,}{past}"
-    return f"the same command goes on from step {good.step:,} of {int(steps or 0):,}{past}"
+    of = f"{int(str(steps)):,}" if str(steps).isdecimal() else "?"
+    return f"the same command goes on from step {good.step:,} of {of}{past}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -107,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
         found = json.loads(text) if path.suffix == ".json" else yaml.load(text, yaml.BaseLoader)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 

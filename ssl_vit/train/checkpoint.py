@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssl_vit import inject
-from ssl_vit.durable import sha256, sync_folder, write_bytes
+from ssl_vit.durable import sha256, sweep, sync_folder, write_bytes
 from ssl_vit.exits import DISK, INTEGRITY, Refusal
 
 MANIFEST = "MANIFEST.json"
 VERSION = 2
-MOST = 1 << 24  # bytes of a manifest
+MOST = 1 << 20  # bytes of a manifest, and of state.json
 LIBRARIES = ("torch", "accelerate", "safetensors")
 SLOW, SLOW_RATE = 2.0, 50e6  # seconds, and bytes a second: a slower save than both is worth a word
 BUDGET = 25.0  # seconds that a save may take after a signal: launchers kill after 30
@@ -46,6 +46,9 @@ def publish(target: Path, write: Callable[[Path], None], **facts: Any) -> None:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         write(draft)
+        readers = draft.stat().st_mode & 0o666  # safetensors gives its files to their owner alone
+        for path in draft.iterdir():
+            path.chmod(readers)
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": _flushed(path)} for path in sorted(draft.iterdir())
         }
@@ -60,7 +63,7 @@ def publish(target: Path, write: Callable[[Path], None], **facts: Any) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         why = f"{error.strerror}: {error.filename or draft}" if isinstance(error, OSError) else str(error)
-        cure = "what was there before is whole; mend the disk or free some of it, and start again"
+        cure = "mend the disk or free some of it, and start again"
         raise Refusal(DISK, f"{target}: could not be written ({why}); {cure}") from error
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -146,8 +149,9 @@ def newest(parent: Path) -> Path | None:
 
 def tidy(parent: Path, keep: int) -> None:
     """Remove what a killed process left: drafts, what it was deleting, one checkpoint too many; mend the hint."""
+    sweep(parent)
     for draft in parent.glob(".step-*.tmp"):
-        shutil.rmtree(draft, ignore_errors=True)
+        draft.unlink() if draft.is_symlink() else shutil.rmtree(draft, ignore_errors=True)
     prune(parent, keep)
     for last in steps(parent)[-1:]:
         _hint(last)
@@ -155,10 +159,10 @@ def tidy(parent: Path, keep: int) -> None:
 
 def _hint(folder: Path) -> None:
     """Say in `latest`, for people and scripts, which checkpoint is the newest; nothing of ours believes it."""
-    hint = folder.parent / "latest"
-    if hint.is_dir() and not hint.is_symlink():
-        return
-    write_bytes(hint, f"{folder.name}\n".encode())
+    try:
+        write_bytes(folder.parent / "latest", f"{folder.name}\n".encode())
+    except OSError as error:
+        print(f"{folder.parent / 'latest'} could not be written: {error.strerror}", flush=True)
 
 
 def prune(parent: Path, keep: int) -> None:
@@ -167,7 +171,7 @@ def prune(parent: Path, keep: int) -> None:
         trash = folder if folder.suffix == ".trash" else folder.with_name(f".{folder.name}.trash")
         try:
             folder.rename(trash)
-            shutil.rmtree(trash)
+            trash.unlink() if trash.is_symlink() else shutil.rmtree(trash)
         except OSError as error:
             print(f"old checkpoint {folder} could not be deleted, tried again later: {error}", flush=True)
 
@@ -176,7 +180,13 @@ def check_space(parent: Path, size: int) -> None:
     """Refuse with 74 where the disk has not 1.2 times the checkpoint's size left, before anything is written."""
     need, free = size * 6 // 5, shutil.disk_usage(parent).free
     if free < need:
-        raise Refusal(DISK, f"{parent}: a checkpoint needs {need} bytes, {free} are free; free some and start again")
+        text = f"{parent}: a checkpoint needs {need} bytes, {free} are free"
+        raise Refusal(DISK, f"{text}; free some and start again; {_kept(parent)}")
+
+
+def _kept(parent: Path) -> str:
+    last = steps(parent)[-1:]
+    return f"the last checkpoint is {last[0].name}" if last else "there is no checkpoint yet"
 
 
 def save(
@@ -203,9 +213,11 @@ def save(
         check_space(parent, size)
         publish(target, write, step=step, world=world)
         inject.point("save.published", step)
-        _hint(target)
-    except OSError as error:
-        raise Refusal(DISK, f"{target}: {error.strerror}: {error.filename}; mend it and start again") from error
+    except (OSError, Refusal) as error:
+        why = str(error) if isinstance(error, Refusal) else f"{target}: {error.strerror}: {error.filename}"
+        there = _kept(parent)
+        raise Refusal(DISK, why if why.endswith(there) else f"{why}; {there}") from error
+    _hint(target)
     prune(parent, keep)
     inject.point("save.pruned", step)
     _judge_speed(target, size, time.monotonic() - began)
@@ -221,12 +233,21 @@ def _judge_speed(target: Path, size: int, seconds: float) -> None:
 def load(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
     """A checkpoint's weights, optimizer state, and `state`; tensors on the CPU. Raises Refusal(INTEGRITY)."""
     optimizer, tensors = (_tensors(folder / f"{name}.safetensors") for name in ("optimizer", "state"))
-    return weights(folder), optimizer, json.loads((folder / "state.json").read_text()) | tensors
+    return weights(folder), optimizer, _values(folder / "state.json") | tensors
 
 
 def weights(folder: Path) -> Tensors:
     """A checkpoint's weights alone, on the CPU."""
     return _tensors(folder / "model.safetensors")
+
+
+def _values(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            values = json.loads(file.read(MOST + 1))
+        return {**values}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Refusal(INTEGRITY, f"{path}: not a file of values: {type(error).__name__}: {error}") from error
 
 
 def _tensors(path: Path) -> Tensors:

@@ -174,9 +174,8 @@ def fit(
     watch = DataWatch(accelerator, data.faults, run.folder, data.epoch_samples, data.config.max_bad)
     numbers = NumberWatch(accelerator, run.folder, data.names, loop.spike, left_out, state.losses, state.skipped)
     stop = stop or StopSignal(accelerator)
-    live = Live(
-        run, accelerator, loop, task, beat, stop, engine, tracker, watch, numbers, state.window, owed=state.owed
-    )
+    parts = run, accelerator, loop, task, beat, stop, engine, tracker, watch, numbers, state.window
+    live = Live(*parts, owed=state.owed, saved=run.step)
     watch.resume(live.seen, *state.bad_samples)
     row: dict[str, Any] = {}
     began, first = time.monotonic(), run.step

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import yaml
 
 from ssl_vit import config
-from ssl_vit.durable import write_bytes
+from ssl_vit.durable import sweep, write_bytes
 from ssl_vit.exits import CANNOT_CREATE, DISK, MISMATCH, Refusal, verdict
 from ssl_vit.train.environment import restarted
 
@@ -64,6 +64,9 @@ class Run:
             self.checkpoints.mkdir(exist_ok=True)
             write_bytes(self.checkpoints / ".probe", b"can be written")
             (self.checkpoints / ".probe").unlink()
+            sweep(self.folder)
+            for token in self.folder.glob(".shared-*"):
+                token.unlink()
             self._compare(recipe, allowed)
         except OSError as error:
             code = DISK if verdict(error).code == DISK else CANNOT_CREATE
@@ -78,7 +81,11 @@ class Run:
         lock.seek(0)
         holder = lock.read().strip()
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.2)  # it may be tools/runs.py, which looks for an instant
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             known = holder.endswith(f" on {socket.gethostname()}") or not holder
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -131,11 +138,11 @@ class Run:
         path = self.folder / "recipe.yaml"
         text = config.dump(recipe)
         begun = any(self.checkpoints.glob("step-*")) or (self.folder / "metrics.jsonl").exists()
-        if begun and path.exists():
+        if begun:
             try:
-                old, new = (yaml.load(t, yaml.BaseLoader) for t in (path.read_text(), text))
+                old, new = (yaml.load(t, config.Plain) for t in (path.read_text(), text))
                 old.items()
-            except (yaml.YAMLError, ValueError, AttributeError) as error:
+            except (FileNotFoundError, yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
                 text = f"{path}: cannot be read, so nobody knows what the run was started with"
                 raise Refusal(MISMATCH, f"{text}; bring it back, or name another run") from error
             names = {line: line.split(":")[0] for line in config.differences(old, new)}
@@ -155,9 +162,11 @@ class Run:
         """Let another process have the folder."""
         self._released.set()
         if self._lock is not None:
-            if self.held:
-                self._lock.truncate(0)
-            self._lock.close()
+            with suppress(OSError):  # of a full disk, where what it was to say is still waiting to be written
+                if self.held:
+                    self._lock.truncate(0)
+            with suppress(OSError):
+                self._lock.close()
 
     def write_exit(self, code: int, reason: str) -> None:
         """Say in exit.json how this start ended, because launchers turn every exit code into 1.
@@ -169,7 +178,10 @@ class Run:
         if self.held and not path.exists():
             end: dict[str, Any] = {"code": code, "step": self.step, "reason": reason}
             end |= {"rank": int(os.environ.get("RANK", "0")), "time": time.strftime("%FT%T%z")}
-            write_bytes(path, (json.dumps(end, indent=1) + "\n").encode())
+            try:
+                write_bytes(path, (json.dumps(end, indent=1) + "\n").encode())
+            except OSError as error:  # which must not take the place of what it was to tell
+                print(f"{path} could not be written: {error.strerror}", flush=True)
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json."""

@@ -52,8 +52,11 @@ class Tracker:
         """One log step: `values` holds `step` and numbers."""
         if not self.active:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps({name: none_for_nan(value) for name, value in values.items()}) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({name: none_for_nan(value) for name, value in values.items()}) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error  # a write names no file
         step = values["step"]
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
         self._accelerator.log({_group(name): value for name, value in numbers.items()}, step=step)

@@ -33,6 +33,8 @@ class Window:
         """Add sums, wherever they are; nothing is read from the device."""
         for name, value in sums.items():
             value = value.detach()
+            if value.is_floating_point():  # exact, so that it does not matter which process had which part
+                value = value.double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
     def report(self, accelerator: "Accelerator", head: Report, flops: int) -> dict[str, Any]:
