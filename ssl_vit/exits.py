@@ -34,6 +34,10 @@ class Refusal(Exception):
         return self.message
 
 
+class Silent(Refusal):
+    """An end of which another process tells."""
+
+
 def verdict(error: BaseException) -> Refusal:
     """The exit code and closing line that an exception deserves."""
     if isinstance(error, Refusal):
@@ -44,11 +48,19 @@ def verdict(error: BaseException) -> Refusal:
         return Refusal(CANNOT_CREATE, f"{error.strerror}: {error.filename}")
     if isinstance(error, KeyboardInterrupt):
         return Refusal(PREEMPTED, "interrupted; the same command goes on where it stopped")
-    if type(error).__name__ == "OutOfMemoryError":
+    if out_of_memory(error):
         return Refusal(INTERNAL, "out of memory: halve micro_batch (the batch stays what it is) and start again")
     lines = str(error).strip().splitlines() or [""]
     text = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
     return Refusal(INTERNAL, f"{type(error).__name__}: {text}")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU's memory, or this process's, is used up."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("DefaultCPUAllocator: can't allocate memory", "not enough memory", "CUDA out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -58,6 +70,8 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _say(end: Refusal) -> None:
+    if isinstance(end, Silent):
+        return
     sys.stderr.write(f"{sys.argv[0].rsplit('/', 1)[-1]}: {end}\n")  # in one piece: other processes write there too
     sys.stderr.flush()
 
@@ -84,7 +98,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
             raise
         end = verdict(error)
         if not end.shared or os.environ.get("RANK", "0") == "0":
-            if end.code == INTERNAL:
+            if not isinstance(error, Refusal) and end.code == INTERNAL:
                 traceback.print_exception(error)
             _say(end)
         code = end.code

@@ -1,15 +1,16 @@
 """Recipes: the parts' configs put together, checked against each other, and run."""
 
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ssl_vit import config, cost, inject
-from ssl_vit.data import find
+from ssl_vit.data import find, workers
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data, Samples
 from ssl_vit.data.sequential import SequentialStream, Tars, tars
@@ -17,21 +18,22 @@ from ssl_vit.data.stream import EvaluationStream, Share, TrainingStream
 from ssl_vit.encoders import Encoder, weights
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.evaluate.accuracy import HeldOut
-from ssl_vit.exits import DATA, USAGE, Refusal, leave, verdict
+from ssl_vit.exits import DATA, INTERNAL, USAGE, Refusal, leave, out_of_memory, verdict
 from ssl_vit.family import follow_launcher
 from ssl_vit.heads import Head
 from ssl_vit.heads.mean_color import MeanColor
 from ssl_vit.heads.panel import grid
 from ssl_vit.heads.transfer import Transfer
 from ssl_vit.model import Batch, Model, count_parameters
-from ssl_vit.scaling import Device, Job, plan
+from ssl_vit.scaling import Device, Job, plan, relief
 from ssl_vit.train import checkpoint
 from ssl_vit.train.distributed import from_main, total
-from ssl_vit.train.environment import world
+from ssl_vit.train.environment import engine, memory, world
 from ssl_vit.train.launch import start
 from ssl_vit.train.loop import Loop, Task, fit, shared
+from ssl_vit.train.numbers import NOTHING, RollBack
 from ssl_vit.train.optim import AdamW, Optim, Sgd
-from ssl_vit.train.run import Run
+from ssl_vit.train.run import SAFE, Run
 from ssl_vit.train.startup import check_alike, check_shared, meet, on_each_machine
 from ssl_vit.train.tracker import write_png
 from ssl_vit.train.watchdog import Watchdog
@@ -49,11 +51,25 @@ class Train(Loop):
     dry_run: bool = Field(default=False, description="say what would be done, draw the first batch, and stop")
     world: int | None = Field(default=None, ge=1, description="with dry_run: GPUs to plan the run for")
     device: Device = Device()
+    fresh: bool = Field(
+        default=False, description="put aside what the run folder holds and begin anew (a launcher's restart goes on)"
+    )
+    allow_change: tuple[str, ...] = Field(
+        default=(), description=f"keys that may differ from the run's, of: {' '.join(sorted(SAFE))}"
+    )
     init: str = Field(
         default="none", description="weights to start from: a run, an encoder folder, a weights file, timm:NAME, none"
     )
     data: Data = Data()
     encoder: Encoder = Vit()
+
+    @field_validator("allow_change")
+    @classmethod
+    def _is_safe(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in SAFE:
+                raise ValueError(f"{name} may not change in a run; these may: {' '.join(sorted(SAFE))}")
+        return names
 
 
 class Pretrain(Train):
@@ -170,24 +186,40 @@ def run(recipe: Recipe) -> int:
     watchdog = Watchdog(accelerator, recipe.timeout, lambda end: folder.write_exit(end.code, end.message))
     try:
         check_alike(accelerator, recipe)
-        from_main(accelerator, lambda: folder.claim(recipe))
+        from_main(accelerator, lambda: folder.claim(recipe, recipe.fresh, recipe.allow_change))
+        inject.point("claimed")
         check_shared(accelerator, folder.folder)
         folder.held = True  # by one process for all
         train, val = from_main(accelerator, lambda: sources(recipe), watchdog.beat)
         on_each_machine(accelerator, lambda: sound(recipe, train, val))
-        model = build(recipe, len(train.classes), tensors, source)
-        share = shared(recipe, accelerator.process_index, accelerator.num_processes)
-        task = _task(recipe, model, train, val, share, accelerator.device, partial(total, accelerator))
-        row = fit(folder, accelerator, recipe, task, watchdog.beat)
+        row = None
+        left_out = NOTHING
+        while row is None:
+            model = build(recipe, len(train.classes), tensors, source)
+            share = shared(recipe, accelerator.process_index, accelerator.num_processes)
+            task = _task(recipe, model, train, val, share, accelerator.device, partial(total, accelerator))
+            try:
+                row = fit(folder, accelerator, recipe, task, watchdog.beat, left_out=left_out)
+            except RollBack as back:
+                left_out = back.left_out
+                del model, task
+                accelerator.free_memory()
+        inject.point("finish")
         from_main(accelerator, lambda: _finish(recipe, folder, row))
         folder.write_exit(0, "done")
     except BaseException as error:
         lost = watchdog.explain(error)
-        end = lost or verdict(error)
+        end = lost or workers.explain(error) or verdict(error)
+        if out_of_memory(error):
+            end = Refusal(INTERNAL, out_of_memory_advice(recipe))
         folder.write_exit(end.code, end.message)
         if lost:
             leave(lost)
-        raise
+        if not end.shared:
+            watchdog.fail(end)
+        if end.code == INTERNAL and not isinstance(error, Refusal) and end.message == verdict(error).message:
+            raise
+        raise end from error
     finally:
         watchdog.close()
         folder.release()
@@ -311,7 +343,16 @@ def print_plan(recipe: Recipe, model: Model, train: Manifest | Tars) -> None:
     """What `world` GPUs would make of the run: docs/scaling.md."""
     if isinstance(train, Tars):
         raise Refusal(USAGE, f"world={recipe.world}: a plan needs a manifest; tools/index_shards.py makes one")
-    job = Job(
+    size = sum(shard.bytes for shard in train.shards) / train.samples
+    lanes = recipe.data.lanes if train.wanted(0) else None
+    job = _job(recipe, model, recipe.world or 1, sample_bytes=size, samples=train.samples, lanes=lanes)
+    lines, warnings = plan(job, recipe.device)
+    print("\n".join(["", *lines, *(f"warning     {text}" for text in warnings)]))
+
+
+def _job(recipe: Recipe, model: Model, world: int, **data: Any) -> Job:
+    """The numbers of a run that its plan, and its memory, depend on; `data` are those of its images."""
+    return Job(
         encoder=recipe.encoder,
         head_macs=model.head.macs,
         parameters=count_parameters(model),
@@ -319,12 +360,31 @@ def print_plan(recipe: Recipe, model: Model, train: Manifest | Tars) -> None:
         batch=recipe.batch,
         micro_batch=recipe.micro_batch,
         steps=recipe.steps,
-        world=recipe.world or 1,
+        world=world,
         activation_checkpointing=recipe.activation_checkpointing,
         bf16=recipe.precision != "fp32",
-        sample_bytes=sum(shard.bytes for shard in train.shards) / train.samples,
-        samples=train.samples,
-        lanes=recipe.data.lanes if train.wanted(0) else None,
+        **data,
     )
-    lines, warnings = plan(job, recipe.device)
-    print("\n".join(["", *lines, *(f"warning     {text}" for text in warnings)]))
+
+
+def out_of_memory_advice(recipe: Recipe) -> str:
+    """What was asked, what there is and what to set instead, all in figures, for a run whose memory did not suffice."""
+    with torch.device("meta"):
+        encoder = recipe.encoder.build()
+        job = _job(
+            recipe, Model(encoder, recipe.head.build(encoder, 1)), world(), sample_bytes=1.0, samples=1, lanes=None
+        )
+    peak, room = memory()
+    height, width = recipe.data.image_hw
+    kind = engine()
+    cures = relief(job, kind, room)
+    pieces = f"batch={job.batch}, {job.world} processes, {job.share // job.micro} micro batches a step"
+    lines = [
+        f"out of memory with micro_batch={job.micro} images of {height} x {width} ({pieces})",
+        f"  used        {peak / 1e9:.3g} GB at the peak, of {room / 1e9:.3g} GB",
+        f"  by formula  {job.memory(kind, job.micro, job.activation_checkpointing)[1] / 1e9:.3g} GB under {kind}",
+        *(f"  instead     {cure}: {size / 1e9:.3g} GB by formula" for cure, size in cures),
+    ]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    cure = " or ".join(cure for cure, _ in cures) or "a smaller encoder or image, or an engine that shards"
+    return f"out of memory: set {cure}; the last checkpoint is whole, the same command then goes on from it"

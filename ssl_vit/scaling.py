@@ -168,6 +168,19 @@ def _cures(job: Job, engines: tuple[Engine, ...], room: float, enough: int) -> l
     return pieces[:1] + twice[:1]
 
 
+def relief(job: Job, engine: Engine, room: float) -> list[tuple[str, int]]:
+    """What to set where a step did not fit into `room` bytes, each with the memory that it takes by formula.
+
+    The images at once are the most that fit by formula, and at most half of those that did not.
+    """
+    again = job.activation_checkpointing
+    fewer = [images for images in range(job.micro // 2, 0, -1) if job.share % images == 0]
+    sizes = {images: job.memory(engine, images, again)[1] for images in fewer}
+    images = next((images for images in fewer if sizes[images] <= USABLE * room), fewer[-1] if fewer else 0)
+    cures = [(f"micro_batch={images}", sizes[images])] if images else []
+    return cures if again else [*cures, ("activation_checkpointing=true", job.memory(engine, job.micro, True)[1])]
+
+
 def _network(job: Job, device: Device, engine: Engine, seconds: float) -> Limit:
     """What the engine sends, against what the network takes while the GPU computes.
 

@@ -183,7 +183,7 @@ def images(count: int, vit: Vit, device: torch.device) -> Batch:
     }
 
 
-def ours(accelerator: Any, made: recipe.Recipe, model: Model, batch: Batch) -> Callable[[], None]:
+def ours(accelerator: Any, made: recipe.Recipe, model: Model, batch: Batch) -> Callable[[], object]:
     """The loop's own step."""
     outfit(model, made, accelerator)
     engine = prepare(accelerator, model, made.optim, {})

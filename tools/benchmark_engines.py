@@ -95,7 +95,7 @@ def turn(who: Any, made: EngineBenchmark, images: Callable[..., Batch]) -> tuple
     return seconds, float(loss) / environment.world(), peak
 
 
-def ours(accelerator: Any, made: EngineBenchmark, model: Model, batch: Batch) -> Callable[[], None]:
+def ours(accelerator: Any, made: EngineBenchmark, model: Model, batch: Batch) -> Callable[[], object]:
     """The loop's own step, by the engine that was chosen."""
     built = engine.prepare(accelerator, model, made.optim, {})
     task = Task(model, stream=None, optim=made.optim)  # type: ignore[arg-type]  # a step asks no stream

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, field_validator
 from torch.utils.data import Dataset
 
+from ssl_vit import inject
 from ssl_vit.config import Config
 from ssl_vit.counter import sample_seed
 from ssl_vit.data import augment, remote
@@ -25,6 +26,7 @@ from ssl_vit.data.cache import Store
 from ssl_vit.data.decode import BadImage, decode_jpeg, decode_other, jpeg_size
 from ssl_vit.data.faults import BadSample, Fault
 from ssl_vit.data.manifest import Manifest
+from ssl_vit.data.workers import now_at
 from ssl_vit.exits import DATA, Refusal
 from ssl_vit.model import Batch
 
@@ -73,6 +75,7 @@ class Data(Config):
     workers: int | None = Field(
         default=None, ge=0, description="loader processes a training process (none: by the cores)"
     )
+    timeout: float = Field(default=600, gt=0, description="seconds that a loader process may take for a batch")
     lanes: int = Field(default=16, ge=1, description="shards read side by side")
     window: int = Field(default=4, ge=1, description="shards in a shuffle window of a lane")
 
@@ -133,6 +136,8 @@ class Samples(Dataset[Any]):
         for slot, (epoch, sample) in enumerate(keys):
             if sample < 0:
                 continue  # padding
+            now_at(sample)
+            inject.point("sample", sample)
             seed = sample_seed(self.seed, epoch, sample)
             try:
                 image, label = self.sample(sample, seed)
@@ -176,7 +181,7 @@ class Samples(Dataset[Any]):
         try:
             return self.crop(data, seed), label
         except BadImage as error:
-            raise BadSample(f"{self._where(sample)} cannot be decoded: {error}") from error
+            raise BadSample(f"{self.where(sample)} cannot be decoded: {error}") from error
 
     def read(self, sample: int) -> tuple[bytes, int]:
         """The image bytes and the label of a sample; raises BadSample where they are damaged or gone."""
@@ -191,7 +196,7 @@ class Samples(Dataset[Any]):
                 if len(data) == size and zlib.crc32(data) == crc:
                     return data, label
                 why = "its checksum differs" if len(data) == size else "the shard is too short"
-                raise BadSample(f"{self._where(sample)} is damaged ({why})")
+                raise BadSample(f"{self.where(sample)} is damaged ({why})")
             except BadSample:
                 self._close(shard)
                 if attempt:
@@ -205,14 +210,15 @@ class Samples(Dataset[Any]):
                 return operation()
             except OSError as error:
                 if attempt == TRIES - 1 or error.errno in LASTING:
-                    raise BadSample(f"{self._where(sample)} cannot be read: {error.strerror}") from error
+                    raise BadSample(f"{self.where(sample)} cannot be read: {error.strerror}") from error
                 time.sleep(PAUSE * 2**attempt)
         raise AssertionError("unreachable")
 
     def _shard_of(self, sample: int) -> int:
         return int(np.searchsorted(self.manifest.starts, sample, side="right")) - 1
 
-    def _where(self, sample: int) -> str:
+    def where(self, sample: int) -> str:
+        """The shard that a sample lies in, and its number there."""
         shard = self._shard_of(sample)
         return f"{self.manifest.where(shard)}: sample {sample - int(self.manifest.starts[shard])}"
 

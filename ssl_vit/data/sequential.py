@@ -25,8 +25,9 @@ from ssl_vit.data.decode import BadImage
 from ssl_vit.data.faults import IN_A_ROW, Fault, Faults, printable
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data, Made, Samples
-from ssl_vit.data.stream import Share, accepted, loaded, on_device
+from ssl_vit.data.stream import Share, accepted, on_device
 from ssl_vit.data.tar import Damage, Member, walk
+from ssl_vit.data.workers import loaded
 from ssl_vit.exits import DATA, USAGE, Refusal
 from ssl_vit.model import Batch
 
@@ -87,8 +88,13 @@ class SequentialStream:
 
     def batches(self, seen: int, share: Share, device: torch.device) -> Iterator[Batch]:
         """Micro batches on the device; after a resumption at `seen` samples the order is a new one."""
-        made = loaded(_Reader(self, seen, share), self.config.workers, device)
+        made = loaded(_Reader(self, seen, share), self.config.workers, self.config.timeout, device)
         yield from on_device(accepted(made, self.samples, share.micro_batch, self.faults), device)
+
+    def names(self, batch: int) -> list[tuple[int, int]]:
+        """The samples of a batch: nobody knows them here."""
+        del batch
+        return []
 
     def first(self, count: int) -> Batch:
         """A few samples, for a picture."""

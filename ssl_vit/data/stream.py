@@ -3,10 +3,7 @@
 Workers keep no state: they are told (epoch, sample id) and everything else follows from it.
 """
 
-import atexit
 import math
-import os
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from ssl_vit.counter import key, permutation
 from ssl_vit.data.cache import Ahead, Wanted
@@ -23,8 +19,8 @@ from ssl_vit.data.faults import Faults
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.plan import Plan, in_order
 from ssl_vit.data.samples import Data, Keys, Made, Samples
+from ssl_vit.data.workers import loaded
 from ssl_vit.exits import Refusal
-from ssl_vit.family import serve_parent
 from ssl_vit.model import Batch
 
 SUBSTITUTES = 3  # tried in the shuffle window of a bad sample, and as many in the whole set
@@ -76,6 +72,10 @@ class TrainingStream:
                 yield chosen[first : first + share.micro_batch]
             seen += self.batch
 
+    def names(self, batch: int) -> Keys:
+        """The (epoch, sample) pairs of a whole batch, by its number in the stream."""
+        return next(self.keys(batch * self.batch, Share(micro_batch=self.batch)))
+
     def substitutes(self, epoch: int, sample: int) -> Iterator[int]:
         """What may take the place of a sample: three of its shuffle window, then three of the whole set."""
         place = sample if self.ids is None else int(np.searchsorted(self.ids, sample))
@@ -88,7 +88,7 @@ class TrainingStream:
         """Micro batches on the device."""
         keys = self.keys(seen, share)
         ahead = self._ahead(seen, share) if self.samples.manifest.wanted(0) else None
-        made = _made(self.samples, _following(keys, ahead) if ahead else keys, self.config.workers, device)
+        made = _made(self.samples, _following(keys, ahead) if ahead else keys, device)
         yield from on_device(accepted(made, self.samples, share.micro_batch, self.faults), device)
 
     def _ahead(self, seen: int, share: Share) -> Iterator[None]:
@@ -128,7 +128,7 @@ class EvaluationStream:
     def batches(self, share: Share, device: torch.device) -> Iterator[Batch]:
         """This process's batches, padded with valid=False; a sample that cannot be had is padding too."""
         keys = in_order(self.count, self.batch, share.rank, share.world)
-        made = _made(self.samples, keys, self.samples.config.workers, device)
+        made = _made(self.samples, keys, device)
         yield from on_device(accepted(made, self.samples, self.batch, self.faults, len(keys)), device)
 
 
@@ -137,49 +137,15 @@ def subset(samples: int, share: float) -> np.ndarray:
     return np.sort(permutation(key("subset", samples), samples)[: max(1, round(samples * share))])
 
 
-def default_workers() -> int:
-    """Loader processes for this process: the node's cores but one, shared by its training processes, at most 12."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(12, len(os.sched_getaffinity(0)) // local - 1))
-
-
 def _following(keys: Iterator[Keys], ahead: Iterator[None]) -> Iterator[Keys]:
     for micro_batch in keys:
         next(ahead)
         yield micro_batch
 
 
-def _made(samples: Samples, keys: Iterable[Keys], workers: int | None, device: torch.device) -> Any:
+def _made(samples: Samples, keys: Iterable[Keys], device: torch.device) -> Any:
     """What the workers make of the keys, in their order."""
-    return loaded(samples, workers, device, batch_sampler=keys)
-
-
-def loaded(source: Any, workers: int | None, device: torch.device, **options: Any) -> Iterator[Made | Refusal]:
-    """What worker processes make of a torch data set."""
-    workers = default_workers() if workers is None else workers
-    loader = DataLoader(
-        source,
-        **(options or {"batch_size": None}),
-        collate_fn=_as_is,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_begin_work if workers else None,
-        prefetch_factor=4 if workers else None,
-    )
-    iterator = iter(loader)
-    if workers:
-        _working.add(iterator)
-    return iterator
-
-
-_working: "weakref.WeakSet[Any]" = weakref.WeakSet()
-
-
-@atexit.register
-def _dismiss() -> None:
-    """Tell the workers to go: they ignore the signal by which Python would end them, and it would wait for ever."""
-    for iterator in list(_working):
-        iterator._shutdown_workers()
+    return loaded(samples, samples.config.workers, samples.config.timeout, device, batch_sampler=keys)
 
 
 def accepted(
@@ -200,16 +166,6 @@ def accepted(
     while faults.fatal is not None and left > 0:
         left -= 1
         yield samples.empty(size)
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _begin_work(worker: int) -> None:
-    """A worker that dies of a signal to the process group would cost the checkpoint."""
-    del worker
-    serve_parent()
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -17,8 +17,11 @@ Sums = dict[str, Tensor]
 class Evaluator(Protocol):
     """Judges a model, wrapped or not, that is in eval mode."""
 
-    def run(self, model: nn.Module) -> Iterator[tuple[str, float]]:
-        """What was measured, name by name; the same on every process."""
+    def run(self, model: nn.Module, between: Callable[[], None]) -> Iterator[tuple[str, float]]:
+        """What was measured, name by name; the same on every process.
+
+        All processes call `between` after every batch; it raises where they are to leave.
+        """
         ...
 
 
@@ -39,13 +42,14 @@ class HeldOut:
         self.stream, self.share, self.device = stream, share, device
         self.total, self.report = total, report
 
-    def run(self, model: nn.Module) -> Iterator[tuple[str, float]]:
+    def run(self, model: nn.Module, between: Callable[[], None] = lambda: None) -> Iterator[tuple[str, float]]:
         """The head's report, and how many `samples` were counted, how many `bad_samples` could not be."""
         sums: Sums = {}
         for batch in self.stream.batches(self.share, self.device):
             output = model(batch)
             parts = {**output.sums, "_weight": output.weight}
             sums = {name: sums[name] + part if name in sums else part for name, part in parts.items()}
+            between()
         faults, fatal = self.stream.faults.take(), self.stream.faults.fatal
         for fault in faults[:SHOWN]:
             print(f"evaluation leaves out sample {fault.sample}: {printable(fault.reason)}", flush=True)

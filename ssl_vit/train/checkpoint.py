@@ -5,40 +5,63 @@ rename. Reading starts from the newest that verifies; a bad one is put aside und
 safetensors, all else is JSON.
 """
 
+import hashlib
 import json
 import os
 import shutil
+import stat
+import time
 from collections.abc import Callable
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ssl_vit import inject
 from ssl_vit.durable import sha256, sync_folder, write_bytes
 from ssl_vit.exits import DISK, INTEGRITY, Refusal
 
 MANIFEST = "MANIFEST.json"
-VERSION = 1
+VERSION = 2
+MOST = 1 << 24  # bytes of a manifest
+LIBRARIES = ("torch", "accelerate", "safetensors")
+SLOW, SLOW_RATE = 2.0, 50e6  # seconds, and bytes a second: a slower save than both is worth a word
+BUDGET = 25.0  # seconds that a save may take after a signal: launchers kill after 30
 Tensors = dict[str, Tensor]
 """By name: `encoder.norm.weight` of a model, `encoder.norm.weight/exp_avg` of an optimizer."""
 
 
-def publish(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a hidden folder and make it `target` by one rename; nothing is left of a failed attempt."""
+def publish(target: Path, write: Callable[[Path], None], **facts: Any) -> None:
+    """Let `write` fill a hidden folder and make it `target` by one rename; nothing is left of a failed attempt.
+
+    `facts` go into its manifest. Raises Refusal(DISK) where the disk does not take it.
+    """
     draft = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    step = facts.get("step", 0)
     try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
         write(draft)
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": _flushed(path)} for path in sorted(draft.iterdir())
         }
-        write_bytes(draft / MANIFEST, json.dumps({"version": VERSION, "files": files}, indent=1).encode())
+        libraries = {name: version(name) for name in LIBRARIES}
+        content = {"version": VERSION, **facts, "libraries": libraries, "files": files}
+        write_bytes(draft / MANIFEST, _sealed(content).encode())
+        inject.point("save.written", step)
         if target.exists():
             shutil.rmtree(target)
         os.rename(draft, target)
         sync_folder(target.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        why = f"{error.strerror}: {error.filename or draft}" if isinstance(error, OSError) else str(error)
+        cure = "what was there before is whole; mend the disk or free some of it, and start again"
+        raise Refusal(DISK, f"{target}: could not be written ({why}); {cure}") from error
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -50,19 +73,49 @@ def _flushed(path: Path) -> str:
     return sha256(path)
 
 
+def _sealed(content: dict[str, Any]) -> str:
+    """A manifest's text: what it says, and the digest of that."""
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "digest": digest}, indent=1)
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """What a folder's manifest says; ValueError where it is not as it was written, Refusal where it is another version.
+
+    Any version seals its manifest in the same way: so damage is told from what is newer than this code.
+    """
+    with (folder / MANIFEST).open("rb") as file:
+        text = file.read(MOST + 1)
+    content = json.loads(text)
+    if _sealed({name: value for name, value in content.items() if name != "digest"}).encode() != text:
+        raise ValueError(f"{MANIFEST} differs from its digest")
+    if content["version"] != VERSION:
+        found = f"{folder}: {MANIFEST} has version {content['version']}, this code reads version {VERSION}"
+        raise Refusal(INTEGRITY, f"{found}: go on with the code that wrote it, or name another run")
+    return content
+
+
 def flaw(folder: Path) -> str | None:
-    """What is wrong with a published folder, or None: every file of its manifest is there, unchanged, and no other."""
+    """What is wrong with a published folder, or None: every file of its manifest is there, unchanged, and no other.
+
+    Nothing but plain files is opened. Raises Refusal(INTEGRITY) for a manifest of another version.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return "it is no folder of its own"
+    there = {path.name: path.lstat() for path in folder.iterdir()}
+    odd = sorted(name for name, state in there.items() if not stat.S_ISREG(state.st_mode))
+    if odd:
+        return f"not a plain file: {', '.join(odd)}"
     try:
-        content = json.loads((folder / MANIFEST).read_text())
-        files = content["files"]
-        if content["version"] != VERSION:
-            return f"{MANIFEST} has version {content['version']}, this reads {VERSION}"
+        files = manifest(folder)["files"]
         for name, entry in files.items():
-            if Path(name).name != name or sha256(folder / name) != entry["sha256"]:
+            if name not in there:
+                return f"{name} is missing"
+            if there[name].st_size != entry["bytes"] or sha256(folder / name) != entry["sha256"]:
                 return f"{name} differs from its digest"
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"  # another OSError may pass: it ends this start and condemns nothing
-    extra = {path.name for path in folder.iterdir()} - {MANIFEST, *files}
+    extra = there.keys() - {MANIFEST, *files}
     return f"unexpected {', '.join(sorted(extra))}" if extra else None
 
 
@@ -72,71 +125,112 @@ def steps(parent: Path) -> list[Path]:
 
 
 def newest(parent: Path) -> Path | None:
-    """The newest checkpoint that verifies; bad ones are renamed to `.corrupt`, and None means there never was one.
+    """The newest checkpoint that verifies; bad ones are renamed to `.corrupt-TIME`, and None means there never was one.
 
     Raises Refusal(INTEGRITY) where there are some and none verifies: a run never starts again in silence.
     """
-    bad = [f"{folder.name} (put aside before)" for folder in sorted(parent.glob("step-*.corrupt"))]
+    bad = [f"{folder.name} (put aside before)" for folder in sorted(parent.glob("step-*.corrupt-*"))]
     for folder in reversed(steps(parent)):
         why = flaw(folder)
         if why is None:
             return folder
-        aside = folder.with_name(f"{folder.name}.corrupt")
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = folder.with_name(f"{folder.name}.corrupt-{datetime.now():%Y%m%dT%H%M%S%f}")
         folder.rename(aside)
         bad.append(f"{aside.name} ({why})")
         print(f"checkpoint {folder} is damaged, put aside as {aside.name}: {why}", flush=True)
     if bad:
-        raise Refusal(
-            INTEGRITY, f"{parent}: no checkpoint verifies: {', '.join(bad)}; restore one, or name another run"
-        )
+        cure = "bring one back, or begin anew with fresh=true"
+        raise Refusal(INTEGRITY, f"{parent}: no checkpoint verifies: {', '.join(bad)}; {cure}")
     return None
+
+
+def tidy(parent: Path, keep: int) -> None:
+    """Remove what a killed process left: drafts, what it was deleting, one checkpoint too many; mend the hint."""
+    for draft in parent.glob(".step-*.tmp"):
+        shutil.rmtree(draft, ignore_errors=True)
+    prune(parent, keep)
+    for last in steps(parent)[-1:]:
+        _hint(last)
+
+
+def _hint(folder: Path) -> None:
+    """Say in `latest`, for people and scripts, which checkpoint is the newest; nothing of ours believes it."""
+    hint = folder.parent / "latest"
+    if hint.is_dir() and not hint.is_symlink():
+        return
+    write_bytes(hint, f"{folder.name}\n".encode())
 
 
 def prune(parent: Path, keep: int) -> None:
     """Delete the oldest checkpoints but `keep`, after a newer one is published; what resists stays for next time."""
-    for folder in steps(parent)[:-keep]:
-        trash = folder.with_name(f".{folder.name}.trash")
+    for folder in [*parent.glob(".step-*.trash"), *steps(parent)[:-keep]]:
+        trash = folder if folder.suffix == ".trash" else folder.with_name(f".{folder.name}.trash")
         try:
             folder.rename(trash)
             shutil.rmtree(trash)
         except OSError as error:
-            print(f"old checkpoint {folder} could not be deleted: {error}", flush=True)
+            print(f"old checkpoint {folder} could not be deleted, tried again later: {error}", flush=True)
 
 
-def check_space(parent: Path) -> None:
-    """Refuse with 74 where the disk has not 1.2 times the last checkpoint's size left, before anything is written."""
-    last = steps(parent)[-1:]
-    need = sum(path.stat().st_size for folder in last for path in folder.iterdir()) * 6 // 5
-    free = shutil.disk_usage(parent).free
+def check_space(parent: Path, size: int) -> None:
+    """Refuse with 74 where the disk has not 1.2 times the checkpoint's size left, before anything is written."""
+    need, free = size * 6 // 5, shutil.disk_usage(parent).free
     if free < need:
         raise Refusal(DISK, f"{parent}: a checkpoint needs {need} bytes, {free} are free; free some and start again")
 
 
-def save(parent: Path, step: int, keep: int, model: Tensors, optimizer: Tensors, state: dict[str, Any]) -> Path:
-    """Publish `step-NNNNNNNN` with the weights, the optimizer's state, tensors and values of `state`; then prune."""
-    parent.mkdir(parents=True, exist_ok=True)
-    check_space(parent)
+def save(
+    parent: Path, step: int, keep: int, model: Tensors, optimizer: Tensors, state: dict[str, Any], world: int = 1
+) -> Path:
+    """Publish `step-NNNNNNNN` with the weights, the optimizer's state, tensors and values of `state`; then prune.
+
+    Raises Refusal(DISK) where the disk does not take it; what was there before stays.
+    """
+    began = time.monotonic()
     target = parent / f"step-{step:08d}"
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     values = {name: value for name, value in state.items() if name not in tensors}
+    size = sum(value.nbytes for content in (model, optimizer, tensors) for value in content.values())
 
     def write(folder: Path) -> None:
         for name, content in (("model", model), ("optimizer", optimizer), ("state", tensors)):
             save_file({key: value.contiguous() for key, value in content.items()}, folder / f"{name}.safetensors")
+            inject.point("save.mid", step) if name == "model" else None
         (folder / "state.json").write_text(json.dumps(values, indent=1))
 
-    publish(target, write)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        check_space(parent, size)
+        publish(target, write, step=step, world=world)
+        inject.point("save.published", step)
+        _hint(target)
+    except OSError as error:
+        raise Refusal(DISK, f"{target}: {error.strerror}: {error.filename}; mend it and start again") from error
     prune(parent, keep)
+    inject.point("save.pruned", step)
+    _judge_speed(target, size, time.monotonic() - began)
     return target
 
 
+def _judge_speed(target: Path, size: int, seconds: float) -> None:
+    if seconds > SLOW and size / seconds < SLOW_RATE:
+        late = " A signal 30 s before a kill would come too late." if seconds > BUDGET else ""
+        print(f"slow disk: {target} took {seconds:.1f} s, {size / seconds / 1e6:.2f} MB/s.{late}", flush=True)
+
+
 def load(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
-    """A checkpoint's weights, optimizer state, and `state`; tensors on the CPU."""
-    optimizer, tensors = (load_file(folder / f"{name}.safetensors") for name in ("optimizer", "state"))
+    """A checkpoint's weights, optimizer state, and `state`; tensors on the CPU. Raises Refusal(INTEGRITY)."""
+    optimizer, tensors = (_tensors(folder / f"{name}.safetensors") for name in ("optimizer", "state"))
     return weights(folder), optimizer, json.loads((folder / "state.json").read_text()) | tensors
 
 
 def weights(folder: Path) -> Tensors:
     """A checkpoint's weights alone, on the CPU."""
-    return load_file(folder / "model.safetensors")
+    return _tensors(folder / "model.safetensors")
+
+
+def _tensors(path: Path) -> Tensors:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise Refusal(INTEGRITY, f"{path}: not a file of tensors: {error}") from error

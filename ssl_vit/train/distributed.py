@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -53,6 +54,29 @@ def everyone(accelerator: "Accelerator", value: Any) -> list[Any]:
         found = [None] * accelerator.num_processes
         dist.all_gather_object(found, value)
     return found
+
+
+def together(accelerator: "Accelerator", make: Callable[[], Value]) -> Value:
+    """What `make` returns on this process; where it fails on any, all raise the first such Refusal."""
+    if accelerator.num_processes == 1:
+        return make()
+    value, found, cause = None, None, None
+    try:
+        value = make()
+    except Exception as error:
+        end, cause = verdict(error), error
+        found = end.code, f"rank {accelerator.process_index} on {socket.gethostname()}: {end}"
+    refuse_first(everyone(accelerator, found), cause)
+    return value  # type: ignore[return-value]
+
+
+def refuse_first(found: list[Any], cause: BaseException | None = None) -> None:
+    """Raise the first of many processes' findings, saying how many there are."""
+    wrong = [one for one in found if one is not None]
+    if wrong:
+        code, text, *_ = wrong[0].args if isinstance(wrong[0], Refusal) else wrong[0]
+        more = f" (processes: {len(wrong)})" if len(wrong) > 1 else ""
+        raise Refusal(code, f"{text}{more}", shared=True) from cause
 
 
 def total(accelerator: "Accelerator", sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -120,9 +144,12 @@ class StopSignal:
         if not self.raised:
             self.raised, self.when = number, time.monotonic()
 
-    def agreed(self) -> bool:
-        """Called once a step by every process: True on all of them in the same step."""
-        return any(bool(votes) for (votes,) in self._later.sums(torch.tensor([float(self.raised)])))
+    def agreed(self, now: bool = False) -> bool:
+        """Called by every process at the same places: True on all of them at the same one.
+
+        A signal counts at the next place, so that no step waits for the others' votes; with `now` it counts at once.
+        """
+        return any(bool(votes) for (votes,) in self._later.sums(torch.tensor([float(self.raised)]), wait=now))
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""

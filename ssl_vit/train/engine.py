@@ -53,6 +53,11 @@ class Engine:
         self._prepared.zero_grad()
         return norm
 
+    @property
+    def replicated(self) -> bool:
+        """Whether every process holds a copy of all weights, and updates it by itself."""
+        return not any(map(_is_dtensor, self.parameters.values()))
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter, whole, one after the other; called by all processes together."""
         for name, parameter in self.parameters.items():
@@ -95,6 +100,11 @@ class Zero(Engine):
         del clip
         norm = math.inf if self._zero.overflow else self.model.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.model.device)
+
+    @property
+    def replicated(self) -> bool:
+        """Each process's copy, where there is one, is overwritten with every update."""
+        return False
 
     @property
     def _zero(self) -> Any:

@@ -2,18 +2,25 @@
 
 import json
 import os
+import resource
 from typing import Any, Literal
 
 import torch
 
 from ssl_vit.cost import Engine
 
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 Precision = Literal["auto", "fp32", "bf16"]
 
 
 def world() -> int:
     """How many processes the launcher started, known before Accelerate is."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def restarted() -> bool:
+    """Whether a launcher or a scheduler repeats a command of its own accord."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)
 
 
 def on_gpu() -> bool:
@@ -29,6 +36,24 @@ def uses_bf16(precision: Precision) -> bool:
 def flag(name: str) -> bool:
     """Whether a variable says yes."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def engine() -> Engine:
+    """The engine that was asked for by accelerate's launcher."""
+    if flag("ACCELERATE_USE_DEEPSPEED"):
+        stages: dict[str, Engine] = {"1": "zero1", "2": "zero2", "3": "zero3"}
+        return stages.get(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", ""), "zero2")
+    return "fsdp2" if flag("ACCELERATE_USE_FSDP") else "ddp"
+
+
+def memory() -> tuple[int, int]:
+    """Bytes that this process used at its peak, and those there are: of its GPU, or else of the machine."""
+    if on_gpu():
+        return torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return peak, there if limit == resource.RLIM_INFINITY else min(there, limit)
 
 
 def choose(engine: Engine, zero: dict[str, Any] | None = None) -> None:

@@ -5,28 +5,33 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
+from ssl_vit import inject
 from ssl_vit.config import Config
 from ssl_vit.counter import key
 from ssl_vit.data.sequential import SequentialStream
 from ssl_vit.data.stream import Share, TrainingStream
 from ssl_vit.evaluate.accuracy import Evaluator
-from ssl_vit.exits import DATA, MISMATCH, PREEMPTED, USAGE, Refusal
+from ssl_vit.exits import DISK, INTEGRITY, MISMATCH, PREEMPTED, USAGE, Refusal
 from ssl_vit.model import Batch, Model
 from ssl_vit.train import checkpoint
 from ssl_vit.train.checkpoint import Tensors
-from ssl_vit.train.distributed import Beat, StopSignal, from_main, silent, total
+from ssl_vit.train.distributed import Beat, StopSignal, from_main, silent, together, total
 from ssl_vit.train.engine import Engine, prepare
 from ssl_vit.train.environment import Precision, uses_bf16
+from ssl_vit.train.numbers import NOTHING, LeftOut, NumberWatch, Spike, check_replicas, unrepeatable
 from ssl_vit.train.optim import Optim, set_rate
 from ssl_vit.train.plugins import Asked
 from ssl_vit.train.run import Run
-from ssl_vit.train.tracker import Tracker, TrackerName
+from ssl_vit.train.tracker import Tracker, TrackerName, has_row
 from ssl_vit.train.watch import DataWatch
 from ssl_vit.train.window import Window
 
@@ -55,6 +60,20 @@ class Loop(Config):
         default=False,
         description="keep only each block's input and compute the rest again: less memory, slower",
     )
+    on_save_error: Literal["stop", "continue"] = Field(
+        default="stop", description="where a checkpoint cannot be written; the last one stays, the next is tried anyway"
+    )
+    check_every: int = Field(
+        default=100,
+        ge=1,
+        description="steps between comparisons of the weights of all processes (and with checkpoints)",
+    )
+    verify_step: bool = Field(
+        default=False, description="compute the first micro batch twice and stop where a bit differs"
+    )
+    spike: Spike = Field(
+        default="warn", description="of a loss that jumps by more than 6 sigma: say so, or go back and leave it out"
+    )
     timeout: float = Field(
         default=600, gt=0, description="seconds that processes wait for one another before all end, naming the missing"
     )
@@ -73,11 +92,15 @@ class Loop(Config):
 
 
 class Stop(Protocol):
-    """Asked once a step by every process, with the same answer on all."""
+    """Asked at the same places by every process, with the same answer on all."""
 
-    def agreed(self) -> bool: ...
+    def agreed(self, now: bool = False) -> bool: ...
 
     def close(self) -> None: ...
+
+
+class Interrupted(Exception):
+    """An evaluation is left, because the run is to stop."""
 
 
 @dataclass
@@ -92,59 +115,156 @@ class Task:
     flops: int = 0  # of training, an image
 
 
+@dataclass
+class Live:
+    """A training in its process: what the functions of the loop share."""
+
+    run: Run
+    accelerator: "Accelerator"
+    loop: Loop
+    task: Task
+    beat: Beat
+    stop: Stop
+    engine: Engine
+    tracker: Tracker
+    watch: DataWatch
+    numbers: NumberWatch
+    window: Window
+    owed: bool  # the row of this step, with its evaluation where one is due, is still to be written
+    postponed: bool = False  # a checkpoint waits until it is clear whether the run goes back
+    saved: int = -1  # the step of this start's newest checkpoint
+
+    @property
+    def seen(self) -> int:
+        """Samples of the stream that are behind this step."""
+        return self.numbers.left_out.batch(self.run.step) * self.loop.batch
+
+
 def fit(
-    run: Run, accelerator: "Accelerator", loop: Loop, task: Task, beat: Beat = silent, stop: Stop | None = None
+    run: Run,
+    accelerator: "Accelerator",
+    loop: Loop,
+    task: Task,
+    beat: Beat = silent,
+    stop: Stop | None = None,
+    left_out: LeftOut = NOTHING,
 ) -> dict[str, Any]:
     """Train to `loop.steps`, going on from the newest checkpoint of the run; returns the last row of metrics.
 
-    Raises Refusal: PREEMPTED after a signal, with a checkpoint on disk; DATA where the numbers cannot be cured.
+    Raises RollBack where it is to be called again with a new model and what that says to leave out. Refusals: PREEMPTED
+    after a signal, with a checkpoint on disk; DATA where the numbers cannot be cured; INTEGRITY where processes differ.
     """
     share = shared(loop, accelerator.process_index, accelerator.num_processes)
-    moments, window, bad = resume(run, accelerator, task)
-    if run.step >= loop.steps:
+    moments, state = resume(run, accelerator, loop, task)
+    if run.step >= loop.steps and not state.owed:
         return last_row(run)
+    left_out = state.left_out.and_also(left_out)
     outfit(task.model.to(accelerator.device), loop, accelerator)
+    batches = remaining(task, loop, left_out, run.step, share, accelerator.device)
+    if loop.verify_step:
+        batches = verified(accelerator, task.model, batches, loop.seed)
     engine = prepare(accelerator, task.model, task.optim, moments)
     del moments
     engine.model.register_forward_pre_hook(lambda *_: beat(f"step {run.step + 1}"))  # of an evaluation too
-    batches = task.stream.batches(run.step * loop.batch, share, accelerator.device)
     tracker = Tracker(accelerator, run.folder, run.step, loop.steps, loop.quiet)
-    stop = stop or StopSignal(accelerator)
     data = task.stream
     watch = DataWatch(accelerator, data.faults, run.folder, data.epoch_samples, data.config.max_bad)
-    watch.resume(run.step * loop.batch, *bad)
+    numbers = NumberWatch(accelerator, run.folder, data.names, loop.spike, left_out, state.losses, state.skipped)
+    stop = stop or StopSignal(accelerator)
+    live = Live(
+        run, accelerator, loop, task, beat, stop, engine, tracker, watch, numbers, state.window, owed=state.owed
+    )
+    watch.resume(live.seen, *state.bad_samples)
     row: dict[str, Any] = {}
     began, first = time.monotonic(), run.step
     try:
-        while run.step < loop.steps:
-            rate = task.optim.rate(run.step, loop.steps)
-            set_rate(engine.optimizer.param_groups, rate)
-            update(accelerator, loop, task, engine, batches, window, run.step)
-            run.step += 1
-            tracker.advance()
-            judge = bool(run.step == loop.steps or (loop.eval_every and run.step % loop.eval_every == 0))
-            told = judge or run.step % loop.log_every == 0
-            stopping = stop.agreed()
-            due = bool(stopping or run.step == loop.steps or run.step % loop.save_every == 0)
-            watch.check(run.step * loop.batch, wait=told or due)
-            if told:
-                left = (time.monotonic() - began) / (run.step - first) * (loop.steps - run.step)
-                row = {"step": run.step, "samples_seen": run.step * loop.batch, "lr": rate}
-                row |= window.report(accelerator, task.model.head.report, task.flops)
-                row["bad_samples"] = watch.total
-                check_numbers(row)
-                row |= evaluate(engine.model, task, tracker, run) if judge else {}
-                tracker.row(row, left)
-                window = Window()
-            if due:
-                beat(f"the checkpoint of step {run.step}")
-                save(run, accelerator, loop, task, engine, window, watch, beat)
-            if stopping and run.step < loop.steps:
-                text = f"stopped at step {run.step} of {loop.steps}; the same command goes on"
-                raise Refusal(PREEMPTED, text, shared=True)
+        while run.step < loop.steps or live.owed:
+            if not live.owed:
+                advance(live, batches)
+            if live.owed:
+                done = max(1, run.step - first)
+                row = tell(live, (time.monotonic() - began) / done * (loop.steps - run.step))
     finally:
         stop.close()
         tracker.close()
+    return row
+
+
+def remaining(
+    task: Task, loop: Loop, left_out: LeftOut, step: int, share: Share, device: torch.device
+) -> Iterator[Batch]:
+    """This process's micro batches of the steps after `step`."""
+    first, micros = left_out.batch(step), loop.batch // share.world // share.micro_batch
+    for number, batch in enumerate(task.stream.batches(first * loop.batch, share, device)):
+        if first + number // micros not in left_out.batches:
+            yield batch
+
+
+def verified(accelerator: "Accelerator", model: Model, batches: Iterator[Batch], seed: int) -> Iterator[Batch]:
+    """The same batches, after two passes over the first gave the same bits on every process."""
+    batch = next(batches)
+
+    def check() -> None:
+        if differs := unrepeatable(model, batch, seed):
+            cause = "a kernel that is not deterministic, or faulty hardware"
+            raise Refusal(INTEGRITY, f"verify_step: {differs} differs between two passes over one batch: {cause}")
+
+    together(accelerator, check)
+    if accelerator.is_main_process:
+        print("verify_step: two passes over one batch gave the same bits", flush=True)
+    return chain([batch], batches)
+
+
+def advance(live: Live, batches: Iterator[Batch]) -> None:
+    """One step, and what is due after it; raises Refusal(PREEMPTED) where the run is to stop, with a checkpoint."""
+    run, loop, task, engine = live.run, live.loop, live.task, live.engine
+    set_rate(engine.optimizer.param_groups, task.optim.rate(run.step, loop.steps))
+    loss, norm = update(live.accelerator, loop, task, engine, batches, live.window, run.step, live.beat)
+    run.step += 1
+    live.tracker.advance()
+    inject.point("update", run.step)
+    final = run.step == loop.steps
+    live.owed = final or judged(loop, run.step) or run.step % loop.log_every == 0
+    stopping = live.stop.agreed()
+    due = stopping or final or run.step % loop.save_every == 0 or live.postponed
+    live.watch.check(live.seen, wait=live.owed or due)
+    live.numbers.check(run.step, loss, norm, wait=live.owed or due)
+    if engine.replicated and (due or run.step % loop.check_every == 0):
+        check_replicas(live.accelerator, engine.parameters, run.step)
+    live.postponed = due and bool(live.numbers.skipped) and not (stopping or final)
+    if due and not live.postponed:
+        save(live, must=stopping or final)
+        stopping = live.stop.agreed(now=True)  # a signal that came while it saved asks for no second one
+    if stopping:
+        raise preempted(live)
+
+
+def judged(loop: Loop, step: int) -> bool:
+    """Whether a step is followed by an evaluation."""
+    return step == loop.steps or (loop.eval_every is not None and step % loop.eval_every == 0)
+
+
+def preempted(live: Live) -> Refusal:
+    """The end after a signal; the checkpoint of this step is written."""
+    text = f"stopped at step {live.run.step} of {live.loop.steps}; the same command goes on"
+    return Refusal(PREEMPTED, text, shared=True)
+
+
+def tell(live: Live, left: float) -> dict[str, Any]:
+    """The row of metrics of this step, with its evaluation where one is due; `left` are seconds to the end."""
+    run, loop, task = live.run, live.loop, live.task
+    row: dict[str, Any] = {"step": run.step, "samples_seen": live.seen, "lr": task.optim.rate(run.step - 1, loop.steps)}
+    row |= live.window.report(live.accelerator, task.model.head.report, task.flops)
+    row["bad_samples"] = live.watch.total
+    try:
+        row |= evaluate(live) if judged(loop, run.step) else {}
+    except Interrupted:
+        if live.saved != run.step:
+            save(live, must=True)
+        raise preempted(live) from None
+    inject.point("row", run.step)
+    from_main(live.accelerator, lambda: live.tracker.row(row, left), live.beat)
+    live.window, live.owed = Window(), False
     return row
 
 
@@ -202,9 +322,13 @@ def update(
     batches: Iterator[Batch],
     window: Window,
     step: int,
-) -> None:
-    """One optimizer step over its micro batches."""
+    beat: Beat = silent,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step over its micro batches; returns this process's mean loss, and the global gradient norm."""
+    losses, norm = [], torch.zeros(())
+    inject.point("batch", step + 1)
     for micro in range(accelerator.gradient_accumulation_steps):
+        beat(f"the data of step {step + 1}")
         asked = time.monotonic()
         batch = next(batches)
         window.waited += time.monotonic() - asked
@@ -212,58 +336,73 @@ def update(
         torch.manual_seed(key(loop.seed, "dropout", step, micro, accelerator.process_index))
         with accelerator.accumulate(engine.model):
             output = engine.model(batch)
-            accelerator.backward(output.loss)
+            loss = inject.point("loss", step + 1, output.loss)
+            accelerator.backward(loss)
+            losses.append(loss.detach())
             window.add({**output.sums, "_weight": output.weight, "_digest": batch["seed"].sum()})
             if accelerator.sync_gradients:
+                inject.point("weights", step + 1, engine.parameters)
                 norm = engine.step(task.optim.clip)
                 fine = norm.isfinite()
                 safe = torch.where(fine, norm, torch.zeros_like(norm))
                 window.add({"_norm": safe, "_skipped": (~fine).float(), "_updates": torch.ones_like(norm)})
+    return torch.stack(losses).mean(), norm
 
 
-def check_numbers(row: dict[str, Any]) -> None:
-    """Stop where every update of a window was skipped: waiting longer cures nothing."""
-    if row["skipped_updates"] and row["skipped_updates"] == row["updates"]:
-        steps = f"steps {row['step'] - row['updates'] + 1} to {row['step']}"
-        text = f"gradients were not finite in all of {steps}; lower optim.lr, or look at the data"
-        raise Refusal(DATA, text, shared=True)
+def evaluate(live: Live) -> dict[str, float]:
+    """Every evaluator's values under `val_`, and the panel's picture, by the wrapped model in eval mode.
 
+    Raises Interrupted, on all processes after the same batch, where the run is to stop.
+    """
 
-def evaluate(model: nn.Module, task: Task, tracker: Tracker, run: Run) -> dict[str, float]:
-    """Every evaluator's values under `val_`, and the panel's picture, by the wrapped model in eval mode."""
+    def between() -> None:
+        inject.point("eval.batch", live.run.step)
+        if live.stop.agreed():
+            raise Interrupted
+
     values: dict[str, float] = {}
+    model, panel = live.engine.model, live.task.panel
     model.eval()
     with torch.no_grad():
-        for evaluator in task.evaluators:
-            values |= {f"val_{name}": value for name, value in evaluator.run(model)}
-        if task.panel is not None:
-            picture = model(task.panel, panel=True)
-            tracker.picture("reconstruction", picture, run.step, run.folder)
+        for evaluator in live.task.evaluators:
+            values |= {f"val_{name}": value for name, value in evaluator.run(model, between)}
+        picture = model(panel, panel=True) if panel is not None else None
     model.train()
+    if picture is not None:
+        show = partial(live.tracker.picture, "reconstruction", picture, live.run.step, live.run.folder)
+        from_main(live.accelerator, show, live.beat)
     return values
 
 
-def save(
-    run: Run,
-    accelerator: "Accelerator",
-    loop: Loop,
-    task: Task,
-    engine: Engine,
-    window: Window,
-    watch: DataWatch,
-    beat: Beat,
-) -> None:
-    """Publish a checkpoint; the main process writes, all take part in gathering it and in its verdict."""
-    state: dict[str, Any] = {f"window.{name}": value for name, value in total(accelerator, window.sums).items()}
+def save(live: Live, must: bool) -> None:
+    """Publish a checkpoint; the main process writes, all take part in gathering it and in its verdict.
+
+    Where the disk does not take it the run ends, or under on_save_error=continue goes on, unless it `must` be there.
+    """
+    run, accelerator, step = live.run, live.accelerator, live.run.step
+    live.beat(f"the checkpoint of step {step}")
+    inject.point("save.begin", step)
+    state: dict[str, Any] = {f"window.{name}": value for name, value in total(accelerator, live.window.sums).items()}
     state |= {
-        "step": run.step,
-        "samples_seen": run.step * loop.batch,
-        "seed": loop.seed,
-        "data": task.stream.identity,
-        "bad_samples": [watch.bad, watch.total],
+        "step": step,
+        "samples_seen": live.seen,
+        "seed": live.loop.seed,
+        "data": live.task.stream.identity,
+        "bad_samples": [live.watch.bad, live.watch.total],
+        "owed": live.owed,
+        "rollbacks": live.numbers.left_out.rollbacks,
+        **live.numbers.state,
     }
-    model, optimizer = (on_main(accelerator, each()) for each in (engine.weights, engine.optimizer_state))
-    from_main(accelerator, lambda: checkpoint.save(run.checkpoints, run.step, loop.keep, model, optimizer, state), beat)
+    model, optimizer = (on_main(accelerator, each()) for each in (live.engine.weights, live.engine.optimizer_state))
+    content = live.loop.keep, model, optimizer, state, accelerator.num_processes
+    try:
+        from_main(accelerator, lambda: checkpoint.save(run.checkpoints, step, *content), live.beat)
+        live.saved = step
+    except Refusal as end:
+        if must or end.code != DISK or live.loop.on_save_error == "stop":
+            raise
+        if accelerator.is_main_process:
+            print(f"on_save_error=continue: {end}", flush=True)
 
 
 def on_main(accelerator: "Accelerator", tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
@@ -272,25 +411,47 @@ def on_main(accelerator: "Accelerator", tensors: Iterable[tuple[str, Tensor]]) -
     return {name: value.cpu() for name, value in tensors if kept}
 
 
-def resume(run: Run, accelerator: "Accelerator", task: Task) -> tuple[Tensors, Window, tuple[int, int]]:
-    """Put the newest checkpoint's weights in place, and say at which step the run goes on.
+@dataclass
+class Resumed:
+    """What a checkpoint says beside weights and moments, or what a run begins with."""
 
-    Returns the optimizer's state, what was summed since the last row, and the bad samples of epoch and run; where
-    there is no checkpoint they are empty and the step is 0.
+    window: Window
+    owed: bool = False
+    bad_samples: Sequence[int] = (0, 0)  # of the epoch, of the run
+    left_out: LeftOut = NOTHING
+    losses: Sequence[float] = ()
+    skipped: Sequence[int] = ()
+
+
+def resume(run: Run, accelerator: "Accelerator", loop: Loop, task: Task) -> tuple[Tensors, Resumed]:
+    """Put the newest checkpoint's weights in place, and its step into the run; returns moments, and all else it says.
+
+    Where there is none they are empty, and the step is 0. Where one process cannot read it, all raise the same Refusal.
     """
-    folder = from_main(accelerator, lambda: checkpoint.newest(run.checkpoints))
+
+    def choose() -> tuple[Path | None, bool]:
+        folder = checkpoint.newest(run.checkpoints)
+        checkpoint.tidy(run.checkpoints, loop.keep)
+        return folder, folder is not None and has_row(run.folder, int(folder.name.removeprefix("step-")))
+
+    folder, told = from_main(accelerator, choose)
+    inject.point("resume.chosen")
     if folder is None:
         run.step = 0
-        return {}, Window(), (0, 0)
-    model, optimizer, state = checkpoint.load(folder)
+        return {}, Resumed(Window())
+    model, optimizer, state = together(accelerator, lambda: checkpoint.load(folder))
     if state["data"] != task.stream.identity:
-        raise Refusal(MISMATCH, f"run={run.folder}: was started on other data than data.train holds now")
+        text = f"run={run.folder}: was started on other data than data.train holds now"
+        raise Refusal(MISMATCH, text, shared=True)
     task.model.load_state_dict(model)
     run.step = state["step"]
+    inject.point("resume.loaded", run.step)
+    owed = state["owed"] and not told
     sums = {name.removeprefix("window."): value for name, value in state.items() if name.startswith("window.")}
-    device = accelerator.device
-    mine = {name: value.to(device) for name, value in sums.items()} if accelerator.is_main_process else {}
-    return optimizer, Window(mine), tuple(state["bad_samples"])
+    kept = accelerator.is_main_process and (owed or not state["owed"])  # of sums over all, one process keeps them
+    window = Window({name: value.to(accelerator.device) for name, value in sums.items()} if kept else {})
+    left_out = LeftOut(tuple(state["left_out"]), state["rollbacks"])
+    return optimizer, Resumed(window, owed, state["bad_samples"], left_out, state["losses"], state["skipped"])
 
 
 def last_row(run: Run) -> dict[str, Any]:

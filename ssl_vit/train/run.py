@@ -1,11 +1,15 @@
 """The run folder: who holds it, what was asked of it, and how the last start ended."""
 
+import errno
 import fcntl
 import json
 import math
 import os
 import socket
+import threading
 import time
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,12 +17,22 @@ import yaml
 
 from ssl_vit import config
 from ssl_vit.durable import write_bytes
-from ssl_vit.exits import CANNOT_CREATE, MISMATCH, Refusal
+from ssl_vit.exits import CANNOT_CREATE, DISK, MISMATCH, Refusal, verdict
+from ssl_vit.train.environment import restarted
 
 # keys that may change from start to start: what they steer leaves the weights as they are, or goes on from them
 FREE = {"log_every", "save_every", "eval_every", "keep", "tracker", "quiet", "dry_run", "compile", "run", "world"}
 FREE |= {"micro_batch", "activation_checkpointing", "timeout", "data.workers", "data.train", "data.val"}
-FREE |= {"data.cache", "data.cache_gb", "data.verify", "data.max_bad"}
+FREE |= {"data.cache", "data.cache_gb", "data.verify", "data.max_bad", "data.timeout"}
+FREE |= {"fresh", "allow_change", "on_save_error", "check_every", "verify_step"}
+# keys that change the training, not what was trained so far: they may change where allow_change names them
+SAFE = {"steps", "precision", "spike", "encoder.dropout", "data.crop_area", "data.flip"}
+SAFE |= {f"optim.{name}" for name in ("lr", "warmup_steps", "schedule", "weight_decay", "clip", "betas")}
+
+BEAT = 5.0  # seconds between two signs of life of a run's holder
+MADE = ("checkpoints", "metrics.jsonl", "numerics.jsonl", "tensorboard", "encoder", "results.json", "recipe.yaml")
+MADE += ("reconstruction.png", "exit.json", "bad_samples-*.jsonl")
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class Run:
@@ -30,51 +44,119 @@ class Run:
         self.step = 0  # done so far, for whoever reports the end
         self.held = False
         self._lock: TextIO | None = None
+        self._released = threading.Event()
 
-    def claim(self, recipe: config.Config) -> None:
+    def claim(self, recipe: config.Config, fresh: bool = False, allowed: tuple[str, ...] = ()) -> None:
         """Make and lock the folder, and check that the recipe is the one it was started with, or write it.
 
-        Raises Refusal: CANNOT_CREATE where it cannot be made or is held, MISMATCH with the keys that differ.
+        `fresh` puts what was made so far aside first; keys of `allowed` may differ. Raises Refusal: CANNOT_CREATE where
+        the folder cannot be made or is held, MISMATCH with the keys that differ.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / ".lock").open("a+")
+            self._take(self._lock)
+            self.held = True
+            self._keep_alive(self._lock)
+            (self.folder / "exit.json").unlink(missing_ok=True)
+            if fresh and not restarted():
+                self._put_aside()
+            self.checkpoints.mkdir(exist_ok=True)
+            write_bytes(self.checkpoints / ".probe", b"can be written")
+            (self.checkpoints / ".probe").unlink()
+            self._compare(recipe, allowed)
         except OSError as error:
-            raise Refusal(CANNOT_CREATE, f"run={self.folder}: {error.strerror}; name another folder") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
-            raise Refusal(
-                CANNOT_CREATE, f"run={self.folder}: in use by {holder}; wait for it, or name another"
-            ) from error
-        self.held = True
-        os.register_at_fork(after_in_child=self._lock.close)  # else loader workers would hold it after a kill
-        (self.folder / "exit.json").unlink(missing_ok=True)
-        self._lock.truncate(0)
-        self._lock.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
-        self._lock.flush()
-        self._compare(recipe)
+            code = DISK if verdict(error).code == DISK else CANNOT_CREATE
+            raise Refusal(code, f"run={self.folder}: {error.strerror}; name another folder") from error
 
-    def _compare(self, recipe: config.Config) -> None:
+    def _take(self, lock: TextIO) -> None:
+        """Have the lock, or refuse with who has it.
+
+        The lock is the system's, which frees it when its holder dies, and tells nothing of other machines on some
+        network file systems: there the holder's signs of life count.
+        """
+        lock.seek(0)
+        holder = lock.read().strip()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            known = holder.endswith(f" on {socket.gethostname()}") or not holder
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise self._in_use(holder) from error
+            known = not holder
+        if not known and self._shows_life():
+            raise self._in_use(holder)
+
+    def _in_use(self, holder: str) -> Refusal:
+        text = f"run={self.folder}: in use by {holder or 'another process'}; wait for it, or name another"
+        return Refusal(CANNOT_CREATE, text)
+
+    def _shows_life(self) -> bool:
+        """Whether the lock file is touched while we look; opened anew, as network file systems look again only then."""
+
+        def touched() -> int:
+            with (self.folder / ".lock").open() as lock:
+                return os.fstat(lock.fileno()).st_mtime_ns
+
+        first, end = touched(), time.monotonic() + 2.5 * BEAT
+        while time.monotonic() < end:
+            time.sleep(BEAT / 5)
+            if touched() != first:
+                return True
+        return False
+
+    def _keep_alive(self, lock: TextIO) -> None:
+        os.register_at_fork(after_in_child=lock.close)  # else loader workers would hold it after a kill
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} since {time.strftime('%F %T')} on {socket.gethostname()}\n")
+        lock.flush()
+
+        def beat() -> None:
+            while not self._released.wait(BEAT):
+                with suppress(OSError, ValueError):  # a full disk, or closed between the two
+                    os.utime(lock.fileno())
+
+        threading.Thread(target=beat, daemon=True).start()
+
+    def _put_aside(self) -> None:
+        made = [path for name in MADE for path in self.folder.glob(name)]
+        if made:
+            aside = self.folder / f"before-{datetime.now():%Y%m%dT%H%M%S%f}"
+            aside.mkdir()
+            for path in made:
+                path.rename(aside / path.name)
+            print(f"fresh=true: what {self.folder} held is in {aside} now; leave fresh out to go on later", flush=True)
+
+    def _compare(self, recipe: config.Config, allowed: tuple[str, ...]) -> None:
         path = self.folder / "recipe.yaml"
         text = config.dump(recipe)
-        begun = self.checkpoints.exists() or (self.folder / "metrics.jsonl").exists()
+        begun = any(self.checkpoints.glob("step-*")) or (self.folder / "metrics.jsonl").exists()
         if begun and path.exists():
-            old, new = (yaml.load(t, yaml.BaseLoader) for t in (path.read_text(), text))
+            try:
+                old, new = (yaml.load(t, yaml.BaseLoader) for t in (path.read_text(), text))
+                old.items()
+            except (yaml.YAMLError, ValueError, AttributeError) as error:
+                text = f"{path}: cannot be read, so nobody knows what the run was started with"
+                raise Refusal(MISMATCH, f"{text}; bring it back, or name another run") from error
             names = {line: line.split(":")[0] for line in config.differences(old, new)}
-            changed = [line for line, name in names.items() if name not in FREE and not name.startswith("device.")]
-            if changed:
-                cure = "give the old values, or name another run"
-                raise Refusal(
-                    MISMATCH, f"run={self.folder}: was started with other keys ({'; '.join(changed)}); {cure}"
-                )
+            changed = {
+                line: name for line, name in names.items() if name not in FREE and not name.startswith("device.")
+            }
+            wrong = {line: name for line, name in changed.items() if name not in allowed}
+            if wrong:
+                safe = ",".join(name for name in wrong.values() if name in SAFE)
+                cure = f"give the old values, {f'allow_change={safe}, ' if safe else ''}or name another run"
+                raise Refusal(MISMATCH, f"run={self.folder}: was started with other keys ({'; '.join(wrong)}); {cure}")
+            for line in changed:
+                print(f"allow_change: {line}", flush=True)
         write_bytes(path, text.encode())
 
     def release(self) -> None:
         """Let another process have the folder."""
+        self._released.set()
         if self._lock is not None:
+            if self.held:
+                self._lock.truncate(0)
             self._lock.close()
 
     def write_exit(self, code: int, reason: str) -> None:
@@ -85,7 +167,8 @@ class Run:
         """
         path = self.folder / "exit.json"
         if self.held and not path.exists():
-            end = {"code": code, "step": self.step, "reason": reason, "time": time.strftime("%FT%T%z")}
+            end: dict[str, Any] = {"code": code, "step": self.step, "reason": reason}
+            end |= {"rank": int(os.environ.get("RANK", "0")), "time": time.strftime("%FT%T%z")}
             write_bytes(path, (json.dumps(end, indent=1) + "\n").encode())
 
     def write_results(self, results: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ import yaml
 
 from ssl_vit import config
 from ssl_vit.durable import sha256
-from ssl_vit.exits import CANNOT_CREATE, MISMATCH, USAGE, Refusal, verdict
-from ssl_vit.train.distributed import everyone, from_main
+from ssl_vit.exits import CANNOT_CREATE, MISMATCH, USAGE, Refusal
+from ssl_vit.train.distributed import everyone, from_main, refuse_first, together
 from ssl_vit.train.environment import on_gpu, world
 
 if TYPE_CHECKING:
@@ -157,20 +157,5 @@ def check_shared(accelerator: "Accelerator", folder: Path) -> None:
 
 def on_each_machine(accelerator: "Accelerator", check: Callable[[], None]) -> None:
     """Run a check once a machine, but not on the main process's, which has done it; all raise the first Refusal."""
-    found = None
-    if accelerator.is_local_main_process and not accelerator.is_main_process:
-        try:
-            check()
-        except Exception as error:
-            end = verdict(error)
-            found = end.code, f"rank {accelerator.process_index} on {socket.gethostname()}: {end}"
-    refuse_first(everyone(accelerator, found))
-
-
-def refuse_first(found: list[Any]) -> None:
-    """Raise the first of many processes' findings, saying how many there are."""
-    wrong = [one for one in found if one is not None]
-    if wrong:
-        code, text, *_ = wrong[0].args if isinstance(wrong[0], Refusal) else wrong[0]
-        more = f" (processes: {len(wrong)})" if len(wrong) > 1 else ""
-        raise Refusal(code, f"{text}{more}", shared=True)
+    mine = accelerator.is_local_main_process and not accelerator.is_main_process
+    together(accelerator, check if mine else lambda: None)

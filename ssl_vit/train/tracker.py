@@ -40,7 +40,7 @@ class Tracker:
     def _rewind(self, step: int) -> None:
         """Drop the rows after the step that the run resumes from: they will be written again."""
         if self._path.exists():
-            rows = [line for line in self._path.read_text().splitlines() if _step(line) in range(1, step + 1)]
+            rows = [line for line in _lines(self._path) if _step(line) in range(1, step + 1)]
             write_bytes(self._path, "".join(row + "\n" for row in rows).encode())
 
     def advance(self) -> None:
@@ -84,6 +84,16 @@ class Tracker:
 def _group(name: str) -> str:
     """TensorBoard groups by the part before the slash."""
     return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
+
+
+def has_row(folder: Path, step: int) -> bool:
+    """Whether a run's metrics have the row of a step."""
+    path = folder / "metrics.jsonl"
+    return path.exists() and any(_step(line) == step for line in _lines(path))
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines()
 
 
 def _step(line: str) -> int:

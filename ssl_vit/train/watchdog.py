@@ -8,6 +8,7 @@ import faulthandler
 import json
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -15,36 +16,48 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from ssl_vit.exits import INTERNAL, Refusal, leave
-from ssl_vit.train.distributed import from_main
+from ssl_vit.exits import INTERNAL, Refusal, Silent, leave
+from ssl_vit.train.distributed import everyone, from_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 PULSE = 1.0  # seconds between two signs of life
 CONNECT = 60.0  # seconds to get a connection, which looks up names: 5 to 10 s where no name server answers
+SILENT = "no sign of life"
 BROKEN = ("connection closed by peer", "connection reset by peer", "gloo", "nccl")
 
 
 class Watchdog:
-    """Watches over several processes; with one it does nothing. `ended` is told the verdict before this one ends."""
+    """Watches over several processes; with one it does nothing. `ended` is told the verdict before this one ends.
+
+    A process that died is seen by those on its own machine, one that fails says so itself; all end at once then, and
+    one of them tells. A process that hangs is known by its silence, or by where it still is, after `timeout` seconds.
+    """
 
     def __init__(self, accelerator: "Accelerator", timeout: float, ended: Callable[[Refusal], None]):
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.timeout, self.ended = timeout, ended
         self._beats, self._place, self._at = 0, "the start", time.monotonic()
         self._pulse, self._ending, self._done = 0, False, threading.Event()
+        self._silent: list[int] = []
+        self._only = threading.Lock()  # of this process's threads, one ends it
         if self.world == 1:
             return
         self._prefix = from_main(accelerator, lambda: f"watchdog-{secrets.token_hex(4)}")  # a restart begins anew
-        # one to ask by is made now as well: a new connection may wait seconds for a name server
-        self._store, self._asking = _connection(), _connection()
+        # those to ask by are made now as well: a new connection may wait seconds for a name server
+        self._store, self._asking, self._listening = _connection(), _connection(), _connection()
         self._publish()
-        accelerator.wait_for_everyone()
+        here = socket.gethostname()
+        alive = everyone(accelerator, (here, os.getpid(), born(os.getpid())))
+        self._neighbours = {
+            rank: (pid, birth) for rank, (host, pid, birth) in enumerate(alive) if host == here and rank != self.rank
+        }
         for work in (self._tell, self._watch):  # who asks for others must not fall silent itself
             threading.Thread(target=work, daemon=True).start()
 
@@ -54,18 +67,59 @@ class Watchdog:
 
     def close(self) -> None:
         """The waiting is over."""
-        self._done.set()
+        if self.world > 1 and not self._done.is_set():
+            self._say_goodbye()
+
+    def fail(self, end: Refusal) -> None:
+        """This process ends by itself: the others end too, and leave the word to it."""
+        if self.world > 1 and not self._done.is_set():
+            self._announce(f"rank {self.rank} on {socket.gethostname()} failed: {end}")
+            self._say_goodbye()
+            if self.rank == 0:
+                time.sleep(2 * PULSE)  # without a launcher the store ends with this process, and the others must hear
 
     def explain(self, error: BaseException) -> Refusal | None:
         """Where an error comes of a peer that went away: who it was. None where no other process is missing."""
         text = str(error).lower()
         if self.world == 1 or not isinstance(error, RuntimeError) or not any(word in text for word in BROKEN):
             return None
-        lost = self._missing()
+        self._only.acquire()  # from here on this thread ends the process, or nobody has to
+        end = time.monotonic() + 3 * PULSE
+        while (told := self._lost()) is None and time.monotonic() < end:
+            time.sleep(PULSE / 4)
+        lost = told or self._missing()
         if not lost:
+            self._only.release()
             return None
+        end = self._verdict(f"rank {self.rank} lost its peers at {self._place}: {lost}", lost)
         self._say_goodbye()
-        return Refusal(INTERNAL, f"rank {self.rank} lost its peers at {self._place}: {lost}; the same command goes on")
+        return end
+
+    def _verdict(self, text: str, lost: str) -> Refusal:
+        """What this process says of the loss: all of it where it is the first to, else nothing."""
+        end = Refusal(INTERNAL, f"{text}; the same command goes on from the last checkpoint")
+        return end if self._announce(lost) else Silent(end.code, end.message)
+
+    def _announce(self, lost: str) -> bool:
+        """Tell all who was lost; False where another process was first."""
+        mine = json.dumps({"by": self.rank, "lost": lost})
+        first = within(3 * PULSE, lambda: self._asking.compare_set(f"{self._prefix}/lost", "", mine))
+        return first is None or first.decode() == mine
+
+    def _lost(self) -> str | None:
+        """Who died or failed, as far as this process can see or was told."""
+        told = within(3 * PULSE, lambda: self._listening.check([f"{self._prefix}/lost"]))
+        if told:
+            word = within(3 * PULSE, lambda: self._listening.get(f"{self._prefix}/lost"))
+            return json.loads(word)["lost"] if word else None
+        for rank, (pid, birth) in self._neighbours.items():
+            if born(pid) != birth and not self._said_goodbye(rank):
+                return f"rank {rank} on {socket.gethostname()} (pid {pid}) is gone"
+        return None
+
+    def _said_goodbye(self, rank: int) -> bool:
+        told = within(3 * PULSE, lambda: self._listening.get(f"{self._prefix}/{rank}"))
+        return told is not None and json.loads(told)["ending"]
 
     def _tell(self) -> None:
         while not self._done.wait(PULSE):
@@ -79,12 +133,15 @@ class Watchdog:
 
     def _say_goodbye(self) -> None:
         """So that others, who are still asking, do not take this end for the cause of theirs."""
-        self.close()
+        self._done.set()
         self._ending = True
         within(5 * PULSE, self._publish)
 
     def _watch(self) -> None:
         while not self._done.wait(PULSE):
+            if lost := self._lost():
+                time.sleep(PULSE)  # the main thread may hear of it too, and come to an end of its own
+                self._leave(f"rank {self.rank} at {self._place}: {lost}", lost, stacks=SILENT in lost)
             waited = time.monotonic() - self._at
             if waited > self.timeout:
                 self._end(waited)
@@ -104,25 +161,49 @@ class Watchdog:
             return f"the machine of rank 0 ({os.environ['MASTER_ADDR']}) does not answer"
         name = [f"rank {rank} on {told['host']}" for rank, told in enumerate(now)]
         others = [rank for rank in range(self.world) if rank != self.rank and not now[rank]["ending"]]
-        silent = [rank for rank in others if now[rank]["pulse"] == before[rank]["pulse"]]
-        if silent:
-            return f"no sign of life from {', '.join(name[rank] for rank in silent)}"
+        self._silent = [rank for rank in others if now[rank]["pulse"] == before[rank]["pulse"]]
+        if self._silent:
+            return f"{SILENT} from {', '.join(name[rank] for rank in self._silent)}"
         front = max(told["beats"] for told in now)
         behind = [rank for rank in range(self.world) if now[rank]["beats"] < front]
+        if behind == [self.rank]:
+            return "the others wait for it"
         return ", ".join(f"{name[rank]} is still at {now[rank]['place']}" for rank in behind)
 
     def _end(self, waited: float) -> None:
-        """End this process, whatever its main thread hangs in."""
+        """End this process, whatever its main thread hangs in, and those on this machine that do not answer."""
         lost = self._missing() or "no process is behind: the network between them is stuck"
         if self._done.is_set() or time.monotonic() - self._at < self.timeout:
             return  # it went on while this was asked
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        text = f"rank {self.rank} waited {waited:.0f} s at {self._place}: {lost}"
-        end = Refusal(INTERNAL, f"{text}; the same command goes on from the last checkpoint (timeout={self.timeout:g})")
+        self._announce(lost)
+        for rank in self._silent:
+            pid, birth = self._neighbours.get(rank, (0, None))
+            if pid and born(pid) == birth:
+                os.kill(pid, signal.SIGKILL)  # a stopped one would outlive its launcher's patience
+        text = f"rank {self.rank} has been at {self._place} for {waited:.0f} s (timeout={self.timeout:g}): {lost}"
+        self._leave(text, None, stacks=True)
+
+    def _leave(self, text: str, lost: str | None, stacks: bool) -> None:
+        """End this process; with `lost` only the first that knows of it tells."""
+        if self._done.is_set() or not self._only.acquire(blocking=False):
+            return
+        if stacks:
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        end = Refusal(INTERNAL, f"{text}; the same command goes on from the last checkpoint")
+        end = self._verdict(text, lost) if lost else end
         self._say_goodbye()
         with suppress(Exception):  # a full disk must not keep it
             self.ended(end)
         leave(end)
+
+
+def born(pid: int) -> str | None:
+    """When a process of this machine began, in the kernel's ticks, or None where there is none that runs (Linux)."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else rest[18]
 
 
 def _connection() -> TCPStore:

@@ -69,6 +69,15 @@ def killed_unheard(dog: Watchdog, victim: bool) -> None:
     hang()
 
 
+def failed(dog: Watchdog, victim: bool) -> None:
+    """A rank ends by itself, the others wait for something that does not break."""
+    dog.beat("step 1")
+    if victim:
+        dog.fail(Refusal(1, "a reason"))
+        os._exit(1)
+    hang()
+
+
 def slow(dog: Watchdog, victim: bool) -> None:
     dog.beat("the checkpoint of step 3")
     if not victim:
@@ -137,6 +146,7 @@ class Scenario:
     timeout: float = 3
     pulse: float = 0.3
     rank_0_holds_the_store: bool = False
+    elsewhere: bool = False  # the others are on other machines, as far as they know
 
 
 SCENARIOS = {
@@ -145,7 +155,10 @@ SCENARIOS = {
     "rank 0 stopped": Scenario(stopped, victim=0, rank_0_holds_the_store=True),
     "one of three killed": Scenario(killed, ranks=3, timeout=60),
     "rank 0 killed": Scenario(killed, victim=0, timeout=60, rank_0_holds_the_store=True),
-    "killed unheard": Scenario(killed_unheard),
+    "killed unheard": Scenario(killed_unheard, ranks=3, timeout=60),
+    "killed elsewhere": Scenario(killed, ranks=3, timeout=60, elsewhere=True),
+    "killed unheard elsewhere": Scenario(killed_unheard, elsewhere=True),
+    "failed": Scenario(failed, ranks=3, timeout=60),
     "slow": Scenario(slow),
     "stuck": Scenario(stuck),
     "told in vain": Scenario(told_in_vain),
@@ -175,6 +188,8 @@ def live(number: int, scenario: Scenario, listener: socket.socket, folder: Path)
         (folder / f"told-{number}.json").write_text(json.dumps(told))
 
     dog = Watchdog(stub, scenario.timeout, ended)
+    if scenario.elsewhere:
+        dog._neighbours.clear()
     scenario.do(dog, number == scenario.victim)
     dog.close()
     dist.barrier()
@@ -213,8 +228,8 @@ def drive(scenario: Scenario, folder: Path) -> None:
         os.kill(victim, signal.SIGCONT)
     found: dict[int, dict[str, Any]] = {}
     while len(found) < len(ranks):
-        if scenario.do is stopped and len(found) == len(ranks) - 1:
-            os.kill(victim, signal.SIGKILL)
+        if scenario.do is stopped and len(found) == len(ranks) - 1 and scenario.victim not in found:
+            os.kill(victim, signal.SIGKILL)  # on another machine, it may be, or as here on one that is asked no more
         child, status = os.wait()
         number, now = ranks[child], time.monotonic()
         told = folder / f"told-{number}.json"

@@ -1,0 +1,111 @@
+"""Loader processes: they end with their process, answer no signal of its group, and it is known what they were reading.
+
+Workers keep no state, so one that dies costs no sample: the run ends, and the same command goes on.
+"""
+
+import atexit
+import os
+import re
+import weakref
+from collections.abc import Iterator
+from functools import partial
+from multiprocessing.sharedctypes import RawArray
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from ssl_vit.exits import INTERNAL, Refusal
+from ssl_vit.family import serve_parent
+
+_working: "weakref.WeakKeyDictionary[Any, tuple[Any, Any]]" = weakref.WeakKeyDictionary()
+"""Of each iterator over workers: what they read from, and the sample that each is at."""
+_mine: tuple[Any, int] | None = None  # in a worker: where it says at which sample it is
+
+
+def default_workers() -> int:
+    """Loader processes for this process: the node's cores but one, shared by its training processes, at most 12."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(12, len(os.sched_getaffinity(0)) // local - 1))
+
+
+def loaded(source: Any, workers: int | None, timeout: float, device: torch.device, **options: Any) -> Iterator[Any]:
+    """What worker processes make of a torch data set; one that takes longer than `timeout` seconds is an error."""
+    workers = default_workers() if workers is None else workers
+    at = RawArray("q", [-1] * max(1, workers))
+    loader = DataLoader(
+        source,
+        **(options or {"batch_size": None}),
+        collate_fn=_as_is,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=partial(_begin_work, at) if workers else None,
+        prefetch_factor=4 if workers else None,
+        timeout=timeout if workers else 0,
+    )
+    iterator = iter(loader)
+    if workers:
+        _working[iterator] = source, at
+    return iterator
+
+
+def now_at(sample: int) -> None:
+    """A worker comes to a sample."""
+    if _mine is not None:
+        _mine[0][_mine[1]] = sample
+
+
+def explain(error: BaseException) -> Refusal | None:
+    """Where an error comes of a worker that died or hangs: which, and at what; it is ended. None for other errors.
+
+    torch raises it wherever the main thread is when the worker dies.
+    """
+    text = str(error)
+    if not isinstance(error, RuntimeError) or "DataLoader" not in text:
+        return None
+    hangs = "timed out" in text
+    named = set() if hangs else {int(number) for number in re.findall(r"\d+", text)}
+    found = []
+    for iterator, (source, at) in list(_working.items()):
+        for number, worker in enumerate(iterator._workers):
+            owes = hangs and iterator._task_info.get(iterator._rcvd_idx, [None])[0] == number
+            if worker.pid in named or owes:
+                found.append(f"loader worker {number} (pid {worker.pid}, {_place(source, at[number])})")
+                worker.kill()
+    who = ", ".join(found) or "a loader worker"
+    why = re.search(r"killed by signal: [\w ]+|timed out after [\d.]+ seconds|exited unexpectedly.*", text)
+    cure = "the same command goes on from the last checkpoint"
+    if "Bus error" in text or "shared memory" in text or "/torch_" in text:
+        cure = f"/dev/shm is too small: raise it (docker: --shm-size), or data.workers=0; {cure}"
+    elif hangs:
+        cure = f"is its disk or network stuck? data.timeout waits longer; {cure}"
+    else:
+        cure = f"did memory run out? data.workers starts fewer; {cure}"
+    return Refusal(INTERNAL, f"{who}: {why[0] if why else text.strip()}; {cure}")
+
+
+def _place(source: Any, sample: int) -> str:
+    """Where a sample lies, of sources that know."""
+    if sample < 0 or not hasattr(source, "where"):
+        return "before its first sample" if hasattr(source, "where") else "of a stream of tars"
+    return f"at {source.where(sample)}"
+
+
+@atexit.register
+def _dismiss() -> None:
+    """Tell the workers to go: they ignore the signal by which Python would end them, and it would wait for ever."""
+    for iterator in list(_working):
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            worker.kill()  # one that hangs; the others have gone
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _begin_work(at: Any, worker: int) -> None:
+    """A worker that dies of a signal to the process group would cost the checkpoint."""
+    global _mine
+    _mine = at, worker
+    serve_parent()
