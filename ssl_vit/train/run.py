@@ -177,6 +177,20 @@ class Run:
         write_bytes(self.folder / "results.json", (json.dumps(finite, indent=1) + "\n").encode())
 
 
+def holder(folder: Path) -> str | None:
+    """Who holds a run's folder on this machine, or says so from another one; None where nobody does."""
+    path = folder / ".lock"
+    if not path.exists():
+        return None
+    with path.open() as lock:
+        who = lock.read().strip()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return who or "another process"
+    return who if who and not who.endswith(f" on {socket.gethostname()}") else None
+
+
 def none_for_nan(value: Any) -> Any:
     """JSON has no NaN: null stands for it."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
