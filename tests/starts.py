@@ -7,7 +7,6 @@ ranks meet as under Slurm, without a launcher.
 import atexit
 import multiprocessing
 import os
-import resource
 import runpy
 import signal
 import socket
@@ -21,7 +20,7 @@ from typing import Any
 
 GRACE = 2.0  # seconds for workers to end after their rank
 BASE = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-PRELOAD = ["tests.starts", "ssl_vit.recipe", "accelerate", "torch._dynamo", "torch.distributed.fsdp"]
+PRELOAD = ["tests.starts", "tests.odd", "ssl_vit.recipe", "accelerate", "torch._dynamo", "torch.distributed.fsdp"]
 PRELOAD += ["PIL.PngImagePlugin"]
 
 _context = multiprocessing.get_context("forkserver")
@@ -55,19 +54,6 @@ def _live(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def short_of_memory() -> None:
-    """Leave a start 2 GB beyond what it has."""
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (held + 2 * 10**9, held + 2 * 10**9))
-
-
-def odd_clock() -> None:
-    """Have the clock jump by JUMP seconds half a second from now."""
-    real, begun = time.time, time.monotonic()
-    jump = float(os.environ["JUMP"])
-    time.time = lambda: real() + (jump if time.monotonic() > begun + 0.5 else 0)
 
 
 def free_port() -> int:

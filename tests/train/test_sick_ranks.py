@@ -19,7 +19,8 @@ import pytest
 from ssl_vit.exits import CANNOT_CREATE, INTERNAL, MISMATCH, USAGE
 from ssl_vit.train import checkpoint
 from tests import runs
-from tests.starts import TOOLS, Start, free_port, odd_clock, short_of_memory
+from tests.odd import odd_clock, short_of_memory
+from tests.starts import TOOLS, Start, free_port
 
 HOST = socket.gethostname()
 GONE = 15.0  # seconds until the others have ended when a rank is gone
@@ -65,8 +66,18 @@ class Ended:
         self.codes = self.start.wait(90)
 
     def lines(self, rank: int) -> list[str]:
-        """What a rank said, but for the drill's announcement."""
-        return [line for line in self.start.said(rank).splitlines() if not line.startswith("SSL_VIT_FAULT=")]
+        """What a rank said, but for the drill's announcement and what torch's C++ parts have to say."""
+        noise = (
+            "SSL_VIT_FAULT=",
+            "[rank",
+            "[W",
+            "[E",
+            "Exception raised from",
+            "frame #",
+            "<omitting",
+            "terminate called",
+        )
+        return [line for line in self.start.said(rank).splitlines() if line and not line.startswith(noise)]
 
     def intact(self, step: int) -> None:
         """The last checkpoint before the fault is there and whole, and nothing that runs is left."""

@@ -1,0 +1,53 @@
+"""Odd machines: functions that a start calls before anything else."""
+
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+from ssl_vit import inject
+from ssl_vit.model import Model
+
+
+def short_of_memory() -> None:
+    """Leave 2 GB beyond what the process has."""
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (held + 2 * 10**9, held + 2 * 10**9))
+
+
+def odd_clock() -> None:
+    """Have the clock jump by JUMP seconds, half a second from now."""
+    real, begun, jump = time.time, time.monotonic(), float(os.environ["JUMP"])
+    time.time = lambda: real() + (jump if time.monotonic() > begun + 0.5 else 0)
+
+
+def only_once() -> None:
+    """Have a fault happen at a place and step only the first time, not again after a rollback."""
+    arm = inject.arm
+
+    def armed(text: str) -> None:
+        arm(text)
+        point, met = inject.point, set[tuple[str, int]]()
+
+        def first(place: str, step: int = 0, value: Any = None) -> Any:
+            if (place, step) in met:
+                return value
+            met.add((place, step))
+            return point(place, step, value)
+
+        inject.point = first
+
+    inject.arm = armed
+
+
+def unsteady() -> None:
+    """Have every pass over a batch give another loss, by one part in a million."""
+    forward, calls = Model.forward, [0]
+
+    def other(self: Model, *given: Any, **options: Any) -> Any:
+        output = forward(self, *given, **options)
+        calls[0] += 1
+        return output._replace(loss=output.loss * (1 + calls[0] * 1e-6)) if hasattr(output, "loss") else output
+
+    Model.forward = other
