@@ -206,13 +206,15 @@ def run(recipe: Recipe) -> int:
                 accelerator.free_memory()
         inject.point("finish")
         from_main(accelerator, lambda: _finish(recipe, folder, row))
-        folder.write_exit(0, "done")
+        if accelerator.is_main_process:
+            folder.write_exit(0, "done")
     except BaseException as error:
         lost = watchdog.explain(error)
         end = lost or workers.explain(error) or verdict(error)
         if out_of_memory(error):
             end = Refusal(INTERNAL, out_of_memory_advice(recipe))
-        folder.write_exit(end.code, end.message)
+        if accelerator.is_main_process or not end.shared:
+            folder.write_exit(end.code, end.message)
         if lost:
             leave(lost)
         if not end.shared:

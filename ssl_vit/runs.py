@@ -40,7 +40,7 @@ class Saved:
 
 
 def report(options: Runs) -> Iterator[str]:
-    """The lines on each run. Refusals: USAGE where there is none; INTEGRITY, after all lines, where one cannot resume."""
+    """The lines on each run; Refusal: USAGE where there is none, INTEGRITY after all where one cannot be resumed."""
     parent = Path(options.run)
     runs = [folder for folder in (parent, *sorted(parent.glob("*/"))) if (folder / "recipe.yaml").is_file()]
     if not runs:

@@ -219,7 +219,8 @@ def advance(live: Live, batches: Iterator[Batch]) -> None:
     """One step, and what is due after it; raises Refusal(PREEMPTED) where the run is to stop, with a checkpoint."""
     run, loop, task, engine = live.run, live.loop, live.task, live.engine
     set_rate(engine.optimizer.param_groups, task.optim.rate(run.step, loop.steps))
-    loss, norm = update(live.accelerator, loop, task, engine, batches, live.window, run.step, live.beat)
+    number = live.numbers.left_out.batch(run.step)
+    loss, norm = update(live.accelerator, loop, task, engine, batches, live.window, run.step, live.beat, number)
     run.step += 1
     live.tracker.advance()
     inject.point("update", run.step)
@@ -323,8 +324,12 @@ def update(
     window: Window,
     step: int,
     beat: Beat = silent,
+    number: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step over its micro batches; returns this process's mean loss, and the global gradient norm."""
+    """One optimizer step over its micro batches, of the stream's batch of this number.
+
+    Returns this process's mean loss, and the global gradient norm.
+    """
     losses, norm = [], torch.zeros(())
     inject.point("batch", step + 1)
     for micro in range(accelerator.gradient_accumulation_steps):
@@ -336,7 +341,7 @@ def update(
         torch.manual_seed(key(loop.seed, "dropout", step, micro, accelerator.process_index))
         with accelerator.accumulate(engine.model):
             output = engine.model(batch)
-            loss = inject.point("loss", step + 1, output.loss)
+            loss = inject.point("loss", number + 1, output.loss)
             accelerator.backward(loss)
             losses.append(loss.detach())
             window.add({**output.sums, "_weight": output.weight, "_digest": batch["seed"].sum()})
@@ -448,8 +453,10 @@ def resume(run: Run, accelerator: "Accelerator", loop: Loop, task: Task) -> tupl
     inject.point("resume.loaded", run.step)
     owed = state["owed"] and not told
     sums = {name.removeprefix("window."): value for name, value in state.items() if name.startswith("window.")}
-    kept = accelerator.is_main_process and (owed or not state["owed"])  # of sums over all, one process keeps them
-    window = Window({name: value.to(accelerator.device) for name, value in sums.items()} if kept else {})
+    paid = state["owed"] and not owed
+    main = accelerator.is_main_process  # of sums over all, one process keeps them
+    mine = {} if paid else {name: value if main else torch.zeros_like(value) for name, value in sums.items()}
+    window = Window({name: value.to(accelerator.device) for name, value in mine.items()})
     left_out = LeftOut(tuple(state["left_out"]), state["rollbacks"])
     return optimizer, Resumed(window, owed, state["bad_samples"], left_out, state["losses"], state["skipped"])
 
