@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ssl_vit import inject
 from ssl_vit.model import Model
 
 
@@ -20,25 +19,6 @@ def odd_clock() -> None:
     """Have the clock jump by JUMP seconds, half a second from now."""
     real, begun, jump = time.time, time.monotonic(), float(os.environ["JUMP"])
     time.time = lambda: real() + (jump if time.monotonic() > begun + 0.5 else 0)
-
-
-def only_once() -> None:
-    """Have a fault happen at a place and step only the first time, not again after a rollback."""
-    arm = inject.arm
-
-    def armed(text: str) -> None:
-        arm(text)
-        point, met = inject.point, set[tuple[str, int]]()
-
-        def first(place: str, step: int = 0, value: Any = None) -> Any:
-            if (place, step) in met:
-                return value
-            met.add((place, step))
-            return point(place, step, value)
-
-        inject.point = first
-
-    inject.arm = armed
 
 
 def unsteady() -> None:
