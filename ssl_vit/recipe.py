@@ -1,7 +1,6 @@
 """Recipes: the parts' configs put together, checked against each other, and run."""
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from pydantic import Field, field_validator
 
 from ssl_vit import config, cost, inject
+from ssl_vit.advice import planned, relieved
 from ssl_vit.data import find, workers
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data, Samples
@@ -25,10 +25,10 @@ from ssl_vit.heads.mean_color import MeanColor
 from ssl_vit.heads.panel import grid
 from ssl_vit.heads.transfer import Transfer
 from ssl_vit.model import Batch, Model, count_parameters
-from ssl_vit.scaling import Device, Job, plan, relief
+from ssl_vit.scaling import Device
 from ssl_vit.train import checkpoint
 from ssl_vit.train.distributed import from_main, total
-from ssl_vit.train.environment import engine, memory, world
+from ssl_vit.train.environment import world
 from ssl_vit.train.launch import start
 from ssl_vit.train.loop import Loop, Task, fit, shared
 from ssl_vit.train.numbers import NOTHING, RollBack
@@ -212,7 +212,7 @@ def run(recipe: Recipe) -> int:
         lost = watchdog.explain(error)
         end = lost or workers.explain(error) or verdict(error)
         if out_of_memory(error):
-            end = Refusal(INTERNAL, out_of_memory_advice(recipe))
+            end = Refusal(INTERNAL, relieved(recipe))
         if accelerator.is_main_process or not end.shared:
             folder.write_exit(end.code, end.message)
         if lost:
@@ -337,56 +337,5 @@ def preview(recipe: Recipe, tensors: weights.Weights | None, source: Vit | None)
     rows["first batch"] = str(picture)
     print("\n".join(f"{name:<16}{text}" for name, text in rows.items()))
     if recipe.world is not None:
-        print_plan(recipe, model, train)
+        print("\n".join(planned(recipe, model, train)))
     return 0
-
-
-def print_plan(recipe: Recipe, model: Model, train: Manifest | Tars) -> None:
-    """What `world` GPUs would make of the run: docs/scaling.md."""
-    if isinstance(train, Tars):
-        raise Refusal(USAGE, f"world={recipe.world}: a plan needs a manifest; tools/index_shards.py makes one")
-    size = sum(shard.bytes for shard in train.shards) / train.samples
-    lanes = recipe.data.lanes if train.wanted(0) else None
-    job = _job(recipe, model, recipe.world or 1, sample_bytes=size, samples=train.samples, lanes=lanes)
-    lines, warnings = plan(job, recipe.device)
-    print("\n".join(["", *lines, *(f"warning     {text}" for text in warnings)]))
-
-
-def _job(recipe: Recipe, model: Model, world: int, **data: Any) -> Job:
-    """The numbers of a run that its plan, and its memory, depend on; `data` are those of its images."""
-    return Job(
-        encoder=recipe.encoder,
-        head_macs=model.head.macs,
-        parameters=count_parameters(model),
-        moments=len(set(recipe.optim.state) - {"step"}),
-        batch=recipe.batch,
-        micro_batch=recipe.micro_batch,
-        steps=recipe.steps,
-        world=world,
-        activation_checkpointing=recipe.activation_checkpointing,
-        bf16=recipe.precision != "fp32",
-        **data,
-    )
-
-
-def out_of_memory_advice(recipe: Recipe) -> str:
-    """What was asked, what there is and what to set instead, all in figures, for a run whose memory did not suffice."""
-    with torch.device("meta"):
-        encoder = recipe.encoder.build()
-        job = _job(
-            recipe, Model(encoder, recipe.head.build(encoder, 1)), world(), sample_bytes=1.0, samples=1, lanes=None
-        )
-    peak, room = memory()
-    height, width = recipe.data.image_hw
-    kind = engine()
-    cures = relief(job, kind, room)
-    pieces = f"batch={job.batch}, {job.world} processes, {job.share // job.micro} micro batches a step"
-    lines = [
-        f"out of memory with micro_batch={job.micro} images of {height} x {width} ({pieces})",
-        f"  used        {peak / 1e9:.3g} GB at the peak, of {room / 1e9:.3g} GB",
-        f"  by formula  {job.memory(kind, job.micro, job.activation_checkpointing)[1] / 1e9:.3g} GB under {kind}",
-        *(f"  instead     {cure}: {size / 1e9:.3g} GB by formula" for cure, size in cures),
-    ]
-    print("\n".join(lines), file=sys.stderr, flush=True)
-    cure = " or ".join(cure for cure, _ in cures) or "a smaller encoder or image, or an engine that shards"
-    return f"out of memory: set {cure}; the last checkpoint is whole, the same command then goes on from it"

@@ -16,7 +16,8 @@ from ssl_vit.recipe import Pretrain
 from ssl_vit.train import loop
 from ssl_vit.train.engine import prepare
 from ssl_vit.train.launch import start
-from ssl_vit.train.loop import Loop, Task, Window, outfit, update
+from ssl_vit.train.loop import Loop, Task, Window, update
+from ssl_vit.train.outfit import outfit
 from tests.train.test_engines import BIN, ENGINES, launched
 from tests.train.test_engines import rows as training_rows
 from tests.train.test_loop import StopAfter, fresh_accelerate  # noqa: F401 - a fixture
@@ -86,7 +87,7 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path):
     accelerator = start(made.asked(made.optim.clip, world=1), "none", tmp_path)
     made, _, _ = recipe.resolve(made)
     model: Model = recipe.build(made, 0).cuda()
-    outfit(model, made, accelerator)
+    outfit(model, accelerator, made.precision, made.compile, made.activation_checkpointing)
     engine = prepare(accelerator, model, made.optim, {})
     batch = {
         "image": torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, device="cuda"),

@@ -35,7 +35,8 @@ from ssl_vit.model import Batch, Edit, Model
 from ssl_vit.train.engine import prepare
 from ssl_vit.train.environment import uses_bf16
 from ssl_vit.train.launch import start
-from ssl_vit.train.loop import Task, outfit, update
+from ssl_vit.train.loop import Task, update
+from ssl_vit.train.outfit import outfit
 from ssl_vit.train.window import Window
 
 
@@ -185,7 +186,7 @@ def images(count: int, vit: Vit, device: torch.device) -> Batch:
 
 def ours(accelerator: Any, made: recipe.Recipe, model: Model, batch: Batch) -> Callable[[], object]:
     """The loop's own step."""
-    outfit(model, made, accelerator)
+    outfit(model, accelerator, made.precision, made.compile, made.activation_checkpointing)
     engine = prepare(accelerator, model, made.optim, {})
     task = Task(model, stream=None, optim=made.optim)  # type: ignore[arg-type]  # a step asks no stream
     batches: Iterator[Batch] = repeat(batch)

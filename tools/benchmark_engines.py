@@ -23,7 +23,8 @@ from ssl_vit import cost, recipe
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.model import Batch, Model
 from ssl_vit.train import engine, environment, launch
-from ssl_vit.train.loop import Task, outfit, update
+from ssl_vit.train.loop import Task, update
+from ssl_vit.train.outfit import outfit
 from ssl_vit.train.window import Window
 
 WARM_UP = 3  # steps
@@ -68,7 +69,7 @@ def turn(who: Any, made: EngineBenchmark, images: Callable[..., Batch]) -> tuple
     accelerator = launch.start(made.asked(made.optim.clip, environment.world()), "none", Path(made.output))
     model = recipe.build(made, 1000).to(accelerator.device)
     nn.init.normal_(model.head.linear.weight, std=0.02)  # it starts at zero, where any encoder has the same loss
-    outfit(model, made, accelerator)
+    outfit(model, accelerator, made.precision, made.compile, made.activation_checkpointing)
     torch.manual_seed(accelerator.process_index)
     batch = images(made.micro(environment.world()), made.encoder, accelerator.device)
     losses: list[torch.Tensor] = []

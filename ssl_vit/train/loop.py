@@ -1,13 +1,11 @@
 """The one loop: pretraining, supervised pretraining and fine-tuning differ by what they pass in."""
 
 import json
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -20,18 +18,19 @@ from ssl_vit.counter import key
 from ssl_vit.data.sequential import SequentialStream
 from ssl_vit.data.stream import Share, TrainingStream
 from ssl_vit.evaluate.accuracy import Evaluator
-from ssl_vit.exits import DISK, INTEGRITY, MISMATCH, PREEMPTED, USAGE, Refusal
+from ssl_vit.exits import DISK, INTEGRITY, PREEMPTED, USAGE, Refusal
 from ssl_vit.model import Batch, Model
 from ssl_vit.train import checkpoint
-from ssl_vit.train.checkpoint import Tensors
 from ssl_vit.train.distributed import Beat, StopSignal, from_main, silent, together, total
 from ssl_vit.train.engine import Engine, prepare
-from ssl_vit.train.environment import Precision, uses_bf16
+from ssl_vit.train.environment import Precision
 from ssl_vit.train.numbers import NOTHING, LeftOut, NumberWatch, Spike, check_replicas, unrepeatable
 from ssl_vit.train.optim import Optim, set_rate
+from ssl_vit.train.outfit import outfit
 from ssl_vit.train.plugins import Asked
 from ssl_vit.train.run import Run
-from ssl_vit.train.tracker import Tracker, TrackerName, has_row
+from ssl_vit.train.state import on_main, resume
+from ssl_vit.train.tracker import Tracker, TrackerName
 from ssl_vit.train.watch import DataWatch
 from ssl_vit.train.window import Window
 
@@ -155,11 +154,12 @@ def fit(
     after a signal, with a checkpoint on disk; DATA where the numbers cannot be cured; INTEGRITY where processes differ.
     """
     share = shared(loop, accelerator.process_index, accelerator.num_processes)
-    moments, state = resume(run, accelerator, loop, task)
+    moments, state = resume(run, accelerator, loop.keep, task.model, task.stream.identity)
     if run.step >= loop.steps and not state.owed:
         return last_row(run)
     left_out = state.left_out.and_also(left_out)
-    outfit(task.model.to(accelerator.device), loop, accelerator)
+    model = task.model.to(accelerator.device)
+    outfit(model, accelerator, loop.precision, loop.compile, loop.activation_checkpointing)
     batches = remaining(task, loop, left_out, run.step, share, accelerator.device)
     if loop.verify_step:
         batches = verified(accelerator, task.model, batches, loop.seed)
@@ -269,38 +269,6 @@ def tell(live: Live, left: float) -> dict[str, Any]:
     return row
 
 
-def outfit(model: Model, loop: Loop, accelerator: "Accelerator") -> None:
-    """What is put on a model before any engine wraps it: recomputation, compiled blocks, autocast."""
-    device = accelerator.device.type
-    model.encoder.activation_checkpointing = loop.activation_checkpointing
-    can = device == "cuda" and not cuts_layers(accelerator) and has_compiler()
-    if can if loop.compile is None else loop.compile:
-        compile_blocks(model)
-    if uses_bf16(loop.precision):
-        model.forward = torch.autocast(device, dtype=torch.bfloat16)(model.forward)
-
-
-def cuts_layers(accelerator: "Accelerator") -> bool:
-    """Whether ZeRO-3 gathers parameters by hooks inside the blocks, which break compiled graphs (pytorch#115484)."""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    return plugin is not None and plugin.zero_stage == 3
-
-
-def has_compiler() -> bool:
-    """Whether there is a C compiler, which Triton asks for when a kernel first runs."""
-    found = any(map(shutil.which, ("cc", "gcc", "clang")))
-    if not found:
-        print("no C compiler: training without torch.compile, which is slower", flush=True)
-    return found
-
-
-def compile_blocks(model: Model) -> None:
-    """Compile the encoder's blocks in place, before they are wrapped."""
-    torch._dynamo.config.optimize_ddp = False  # it would cut each block at DDP's bucket edges
-    for block in getattr(model.encoder, "blocks", ()):
-        block.compile()
-
-
 def shared(loop: Loop, rank: int, world: int) -> Share:
     """A process's part of a batch; raises Refusal(USAGE) where processes or micro batches do not divide it."""
     if loop.batch % world:
@@ -408,57 +376,6 @@ def save(live: Live, must: bool) -> None:
             raise
         if accelerator.is_main_process:
             print(f"on_save_error=continue: {end}", flush=True)
-
-
-def on_main(accelerator: "Accelerator", tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
-    """The tensors, on the main process's CPU; the others take part and keep none."""
-    kept = accelerator.is_main_process
-    return {name: value.cpu() for name, value in tensors if kept}
-
-
-@dataclass
-class Resumed:
-    """What a checkpoint says beside weights and moments, or what a run begins with."""
-
-    window: Window
-    owed: bool = False
-    bad_samples: Sequence[int] = (0, 0)  # of the epoch, of the run
-    left_out: LeftOut = NOTHING
-    losses: Sequence[float] = ()
-    skipped: Sequence[int] = ()
-
-
-def resume(run: Run, accelerator: "Accelerator", loop: Loop, task: Task) -> tuple[Tensors, Resumed]:
-    """Put the newest checkpoint's weights in place, and its step into the run; returns moments, and all else it says.
-
-    Where there is none they are empty, and the step is 0. Where one process cannot read it, all raise the same Refusal.
-    """
-
-    def choose() -> tuple[Path | None, bool]:
-        folder = checkpoint.newest(run.checkpoints)
-        checkpoint.tidy(run.checkpoints, loop.keep)
-        return folder, folder is not None and has_row(run.folder, int(folder.name.removeprefix("step-")))
-
-    folder, told = from_main(accelerator, choose)
-    inject.point("resume.chosen")
-    if folder is None:
-        run.step = 0
-        return {}, Resumed(Window())
-    model, optimizer, state = together(accelerator, lambda: checkpoint.load(folder))
-    if state["data"] != task.stream.identity:
-        text = f"run={run.folder}: was started on other data than data.train holds now"
-        raise Refusal(MISMATCH, text, shared=True)
-    task.model.load_state_dict(model)
-    run.step = state["step"]
-    inject.point("resume.loaded", run.step)
-    owed = state["owed"] and not told
-    sums = {name.removeprefix("window."): value for name, value in state.items() if name.startswith("window.")}
-    paid = state["owed"] and not owed
-    main = accelerator.is_main_process  # of sums over all, one process keeps them
-    mine = {} if paid else {name: value if main else torch.zeros_like(value) for name, value in sums.items()}
-    window = Window({name: value.to(accelerator.device) for name, value in mine.items()})
-    left_out = LeftOut(tuple(state["left_out"]), state["rollbacks"])
-    return optimizer, Resumed(window, owed, state["bad_samples"], left_out, state["losses"], state["skipped"])
 
 
 def last_row(run: Run) -> dict[str, Any]:
