@@ -141,7 +141,7 @@ def test_the_traceback_of_a_rank_that_raises_is_all_that_is_said(
 
 
 @pytest.mark.parametrize(
-    ("name", "victim", "place"), [("hangs", 1, "step 9"), ("hangs as rank 0", 0, "the checkpoint of step 14")]
+    ("name", "victim", "place"), [("hangs", 1, "step 8"), ("hangs as rank 0", 0, "the checkpoint of step 14")]
 )
 def test_a_rank_that_hangs_is_named_with_its_place(ended: dict[str, Ended], name: str, victim: int, place: str):
     """All show their stacks, that of the hanging one too, and end."""
@@ -211,6 +211,20 @@ def test_a_sick_worker_is_named_with_its_sample(ended: dict[str, Ended], name: s
         assert end.lines(1 - rank) == []
     assert (runs.told(end.run)["code"], runs.told(end.run)["rank"]) == (INTERNAL, rank)
     assert end.start.orphans == []
+
+
+def test_a_worker_that_stops_after_its_work(shards: Path, tmp_path: Path):
+    """Its batches are in the queue, but it would have to hand over their memory itself."""
+    run = tmp_path / "run"
+    fault = "sleep:point=batch:step=5:seconds=1.5"
+    start = Start(runs.words(shards, run, f"data.timeout={TIMEOUT}"), tmp_path / "logs", 1, fault)
+    start.until(lambda: (run / "metrics.jsonl").exists() and bool(runs.rows(run)))
+    time.sleep(0.5)  # it has made all batches that it may make ahead
+    for worker in start.workers():
+        os.kill(worker, signal.SIGSTOP)
+    assert start.wait(30) == [INTERNAL], start.said()
+    assert "worker 0" in start.said().splitlines()[-1]
+    assert start.orphans == []
 
 
 def test_what_a_fault_leaves_is_resumed(ended: dict[str, Ended], shards: Path, peaceful: dict[int, Path]):

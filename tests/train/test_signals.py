@@ -90,7 +90,7 @@ def test_a_signal_while_a_start_is_under_way(shards: Path, peaceful: dict[int, P
         ("resume.chosen", 1, 0, "int"),
         ("update", None, 9, "term"),
     ]
-    for place, rank, step, name in [*early, ("resume.loaded", 0, 9, "usr2"), ("resume.loaded", None, 9, "term")]:
+    for place, rank, step, name in [*early, ("resume.loaded", 0, 10, "usr2"), ("resume.loaded", None, 10, "term")]:
         fault = f"{name}:point={place}:step={step}{'' if rank is None else f':rank={rank}'}"
         sent = time.monotonic()
         start = Start(runs.words(shards, run), tmp_path / "logs", 2, fault)
