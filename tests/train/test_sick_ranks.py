@@ -43,7 +43,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "raises": {"world": 2, "fault": "raise:point=update:rank=1:step=9"},
     "raises as rank 0": {"world": 2, "fault": "raise:point=loss:rank=0:step=9"},
     "raises at the start": {"world": 2, "fault": "raise:point=resume.chosen:rank=1"},
-    "hangs": {"world": 2, "fault": "hang:point=loss:rank=1:step=9", "words": [f"timeout={TIMEOUT}"]},
+    "hangs": {"world": 2, "fault": "hang:point=batch:rank=1:step=9", "words": [f"timeout={TIMEOUT}"]},
     "hangs as rank 0": {"world": 2, "fault": "hang:point=save.mid:rank=0:step=14", "words": [f"timeout={TIMEOUT}"]},
     "out of memory": {"world": 1, "fault": "oom:point=loss:step=9"},
     "out of memory on a rank": {"world": 2, "fault": "oom:point=loss:rank=1:step=9"},
