@@ -1,10 +1,10 @@
-# make demo | make test | make check | make test-long | make gpu (on a machine with one)
+# make demo | make test | make check | make test-long | make chaos | make gpu (on a machine with one)
 # Needs Linux, Python >= 3.11 and make; everything else goes into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long check gpu install
+.PHONY: demo test test-long check chaos gpu install
 .DEFAULT_GOAL := demo
 
 install: .venv/installed
@@ -26,6 +26,12 @@ test: install
 
 test-long: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -s
+
+# random faults for so many minutes, on 1 and 2 processes; the same seed repeats them
+MINUTES ?= 10
+SEED ?= 0
+chaos: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos minutes=$(MINUTES) seed=$(SEED)
 
 gpu: install
 	$(BIN)/python -m pytest -m gpu

@@ -176,6 +176,7 @@ def run(recipe: Recipe) -> int:
     """Do what the recipe says, from the checkpoint where there is one; returns the exit code."""
     follow_launcher()
     arm_faults()
+    inject.point("start")
     recipe, tensors, source = resolve(recipe)
     asked = recipe.asked(recipe.optim.clip, world())
     if recipe.dry_run:

@@ -123,6 +123,7 @@ def test_help_names_every_key_with_its_meaning():
 
 # the surface is a promise: adding a key is a decision, and is written down here
 KEYS = """
+fresh allow_change on_save_error check_every verify_step spike data.timeout
 steps batch micro_batch seed log_every save_every eval_every keep precision compile tracker quiet run dry_run init
 activation_checkpointing timeout world device.tflops device.memory_gb device.gpus_per_node device.network_gbps
 device.cores device.storage_gbs

@@ -1,4 +1,4 @@
-"""Measure speed side by side: tools/benchmark.py step|engines [recipe=NAME] [key=value ...], or loader images=PATH
+"""Measure speed side by side: tools/benchmark.py step|engines|safety [recipe=NAME] [key=value ...], loader images=PATH
 
 `step` is the training step of a recipe, forward to optimizer, on `micro_batch` (or `batch`) images on the device.
 Beside ours runs a timm ViT of the same size with the same head in the simplest loop (eager, torch's default AdamW,
@@ -7,6 +7,8 @@ rounds; medians, and ratios within a round with their spread. Both start from th
 that they compute the same.
 
 `loader` is images/s of a core, from shards to batches, beside webdataset + Pillow + torchvision: benchmark_loader.py.
+
+`safety` is the share of a run's time that checkpoints and checks take: benchmark_safety.py.
 
 `engines`, under torchrun, is the step of every engine (DDP, ZeRO, FSDP2) beside bare DDP: benchmark_engines.py.
 """
@@ -91,8 +93,10 @@ def main(arguments: list[str]) -> int:
         return main_loader(arguments[1:])
     if arguments[0] == "engines":
         return main_engines(arguments[1:])
+    if arguments[0] == "safety":
+        return main_safety(arguments[1:])
     if arguments[0] != "step":
-        raise Refusal(USAGE, f"no benchmark '{arguments[0]}'; there are step, engines and loader")
+        raise Refusal(USAGE, f"no benchmark '{arguments[0]}'; there are step, engines, loader and safety")
     options = config.parse(Benchmark, arguments[1:], recipe.FOLDER)
     resolved, tensors, source = recipe.resolve(options)
     measured = resolved.model_copy(update={"batch": resolved.micro_batch or resolved.batch})
@@ -109,6 +113,17 @@ def main_loader(arguments: list[str]) -> int:
     rows = loader.benchmark_loader(options)
     print(loader.table(rows))
     store(rows, Path(options.output) / "loader.json")
+    return 0
+
+
+def main_safety(arguments: list[str]) -> int:
+    import benchmark_safety as safety
+
+    options = config.parse(safety.SafetyBenchmark, arguments, recipe.FOLDER)
+    rows = safety.benchmark_safety(options)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(safety.table(rows))
+        store(rows, Path(options.output) / "safety.json")
     return 0
 
 

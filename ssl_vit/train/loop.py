@@ -160,6 +160,9 @@ def fit(
     left_out = state.left_out.and_also(left_out)
     model = task.model.to(accelerator.device)
     outfit(model, accelerator, loop.precision, loop.compile, loop.activation_checkpointing)
+    if loop.on_save_error == "stop":
+        size = 4 * sum(p.numel() for p in task.model.parameters()) * (1 + len(set(task.optim.state) - {"step"}))
+        from_main(accelerator, lambda: checkpoint.check_space(run.checkpoints, size))
     batches = remaining(task, loop, left_out, run.step, share, accelerator.device)
     if loop.verify_step:
         batches = verified(accelerator, task.model, batches, loop.seed)
