@@ -166,12 +166,16 @@ def met(life: Life) -> bool:
 
 def signal_some(everyone: bool) -> Callable[[Life], None]:
     def during(life: Life) -> None:
+        while life.start and not life.start.hears():
+            time.sleep(0.002)
         if life.sleep() and life.start:
             sent = time.monotonic()
             life.start.signal(life.random.choice(SIGNALS), None if everyone else life.rank())
             life.start.wait(WAIT)
             if max(life.start.ended.values()) - sent > LATE:
-                raise Broken(f"{max(life.start.ended.values()) - sent:.1f} s from the signal to the end")
+                raise Broken(
+                    f"{max(life.start.ended.values()) - sent:.1f} s from a signal to the end: {life.start.said()}"
+                )
 
     return during
 
@@ -180,8 +184,8 @@ def signal_twice(life: Life) -> None:
     """During a save that hangs: the second signal ends what the first one cannot."""
     start = life.start
     assert start is not None
-    drafts = life.run / "checkpoints"
-    while start.running and not list(drafts.glob(".step-*.tmp")):
+    draft = life.run / "checkpoints" / ".step-00000014.tmp"
+    while start.running and not draft.exists():
         time.sleep(0.01)
     for _ in range(2):
         start.signal(signal.SIGTERM)
@@ -279,7 +283,7 @@ FAULTS = [
         "second signal",
         {PREEMPTED, 128 + signal.SIGTERM},
         during=signal_twice,
-        variable=lambda life: "hang:point=save.mid:rank=0:step=15",
+        variable=lambda life: "hang:point=save.mid:rank=0:step=14",
     ),
     Fault("SIGSTOP of a rank", {KILLED, INTERNAL}, during=stop),
     Fault("kill -9 of a worker", {INTERNAL}, during=to_worker(signal.SIGKILL)),

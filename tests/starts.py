@@ -118,6 +118,16 @@ class Start:
             if process.is_alive():
                 os.kill(process.pid, number)
 
+    def hears(self) -> bool:
+        """Whether all ranks answer signals already; before that, while Python itself starts, one simply ends them."""
+        for process in self.processes:
+            with suppress(OSError):
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                caught = int(status.partition("SigCgt:")[2].split()[0], 16) if "SigCgt:" in status else 0
+                if not caught >> (signal.SIGTERM - 1) & 1 and process.is_alive():
+                    return False
+        return True
+
     def workers(self, rank: int = 0) -> list[int]:
         """The loader workers of a rank."""
         pid = self.processes[rank].pid

@@ -181,13 +181,14 @@ def test_signals_at_random_times(shards: Path, tmp_path: Path, world: int):
     run, lasted, kept = tmp_path / "run", [], 0
     for number in range(RANDOM_SIGNALS):
         start = Start(runs.words(shards, run, *more), tmp_path / "logs", world)
+        start.until(start.hears)
         wait = random.uniform(0, SPAN)
         time.sleep(wait)
         sent = time.monotonic()
         start.signal(signal.SIGTERM, random.choice([None, *range(world)]))
         codes = start.wait()
         lasted.append(max(start.ended.values()) - sent)
-        assert codes == [PREEMPTED] * world, f"signal {number}, {wait:.3f} s after the start: {codes} {start.said()}"
+        assert codes == [PREEMPTED] * world, f"signal {number}, {wait:.3f} s after it began: {codes} {start.said()}"
         assert start.orphans == []
         assert max(lasted) < LATE
         if runs.saved(run):
