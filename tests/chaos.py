@@ -34,21 +34,11 @@ LATE = 25.0  # seconds from a signal to the end
 STEPS = 60
 WORDS = [f"steps={STEPS}", "timeout=8", "data.timeout=4"]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-PLACES = (
-    "start",
-    "claimed",
-    "resume.chosen",
-    "resume.loaded",
-    "batch",
-    "loss",
-    "weights",
-    "update",
-    "row",
-    "eval.batch",
-)
-PLACES += ("save.begin", "save.mid", "save.written", "save.published", "save.pruned", "finish")
+PLACES = "batch loss weights update row eval.batch save.begin save.mid"
+PLACES += " save.written save.published save.pruned"
+ONCE = "claimed resume.chosen resume.loaded finish"
 PROMISED: tuple[str, ...] = ("bits differing", "manual actions", "good samples lost", "orphan processes")
-KILLED, DONE, INTERNAL, DISK, PREEMPTED, INTEGRITY = -9, 0, 70, 74, 75, 76
+KILLED, DONE, INTERNAL, CANNOT_CREATE, DISK, PREEMPTED, INTEGRITY = -9, 0, 70, 73, 74, 75, 76
 
 
 class Soak(config.Config):
@@ -74,6 +64,7 @@ class Life:
     folder: Path
     start: Start | None = None
     starts: int = 0
+    resumed: int = 0  # the step that the last start went on from
     steps: int = 0  # done in all starts together, as far as rows and exit.json tell
     orphans: int = 0
     seconds: float = 0.0
@@ -110,8 +101,8 @@ class Life:
 
     def go(self, fault: "Fault", before: str = "") -> list[int]:
         """One start with a fault, perhaps after a damage; its exit codes."""
-        DAMAGES.get(before, nothing)(self)
-        resumed = int(self.sound()[-1].name[-8:]) if self.sound() else 0
+        damaged = DAMAGES[before](self) if before else False
+        self.resumed = int(self.sound()[-1].name[-8:]) if self.sound() else 0
         began = time.monotonic()
         variable = fault.variable(self)
         self.start = Start(self.words, self.folder / "logs", self.world, variable)
@@ -119,9 +110,9 @@ class Life:
         fault.during(self)
         codes = self.start.wait(WAIT)
         self.seconds += time.monotonic() - began
-        self.steps += max(0, self.reached() - resumed)
+        self.steps += max(0, self.reached() - self.resumed)
         self.orphans += len(self.start.orphans)
-        self.met.update({fault.name, before} - {"", "none"})
+        self.met.update([before] * damaged + [fault.name] * (set(codes) != {DONE} or fault.quiet))
         what = f"{f'{before}, ' if before else ''}{fault.name}{f' ({variable})' if variable else ''}"
         print(f"life {self.number}, {self.world} ranks, start {self.starts}: {what}: {codes}", flush=True)
         if not set(codes) <= {DONE, *fault.ends}:
@@ -142,6 +133,7 @@ class Fault:
     during: Callable[[Life], None] = nothing
     variable: Callable[[Life], str] = lambda life: ""
     worlds: tuple[int, ...] = (1, 2)
+    quiet: bool = False  # it may have happened though the start ended well
 
 
 def kill_all(life: Life) -> None:
@@ -192,6 +184,10 @@ def signal_twice(life: Life) -> None:
         time.sleep(5.5)
 
 
+def stuck(life: Life) -> str:
+    return "hang:point=save.mid:rank=0:step=14"
+
+
 def stop(life: Life) -> None:
     """A process alone goes on after it; of two, the other one sees it and ends it."""
     if met(life) and life.sleep() and life.start:
@@ -213,33 +209,66 @@ def to_worker(number: int) -> Callable[[Life], None]:
     return during
 
 
-def injected(actions: tuple[str, ...], places: tuple[str, ...]) -> Callable[[Life], str]:
+def injected(actions: str, places: str) -> Callable[[Life], str]:
+    """At one of the places, soon after the step that the start goes on from."""
+
     def variable(life: Life) -> str:
-        step = life.random.randrange(1, STEPS)
-        action, place = life.random.choice(actions), life.random.choice(places)
-        return f"{action}:point={place}:rank={life.rank()}:step={step if place != 'start' else 0}:seconds=1"
+        action, place = life.random.choice(actions.split()), life.random.choice(places.split())
+        step = life.random.randrange(life.resumed, STEPS)
+        return f"{action}:point={place}:rank={life.rank()}:step={step}-{step + 6}:seconds=0.5"
 
     return variable
 
 
-def damage(cut: bool) -> Callable[[Life], None]:
+def at_any(actions: str) -> Callable[[Life], str]:
+    """At places that have no step, or that come once."""
+    return lambda life: (
+        f"{life.random.choice(actions.split())}:point={life.random.choice(ONCE.split())}:rank={life.rank()}"
+    )
+
+
+def flip(life: Life) -> str:
+    step = life.random.randrange(life.resumed, STEPS) + 1
+    return f"flip:point=weights:rank=1:step={step}"
+
+
+def damage(cut: bool) -> Callable[[Life], bool]:
     """A bit flipped, or a file cut, in the newest checkpoint; where it is the only one, nothing could bear that."""
 
-    def before(life: Life) -> None:
-        if len(folders := life.sound()) > 1:
+    def before(life: Life) -> bool:
+        folders = life.sound()
+        if len(folders) > 1:
             path = life.random.choice(sorted(folders[-1].iterdir()))
             content = bytearray(path.read_bytes())
             place = life.random.randrange(len(content))
             content[place] ^= 1 << life.random.randrange(8)
             path.write_bytes(content[:place] if cut else content)
+        return len(folders) > 1
 
     return before
 
 
-def leave_drafts(life: Life) -> None:
+def leave_drafts(life: Life) -> bool:
     for name in (".step-00000007.tmp", ".step-00000099.tmp", ".step-00000001.trash"):
         (life.run / "checkpoints" / name).mkdir(parents=True, exist_ok=True)
         (life.run / "checkpoints" / name / "model.safetensors").write_bytes(b"half")
+    return True
+
+
+def spoil_latest(life: Life) -> bool:
+    (life.run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    text = life.random.choice(["", "../../x", "step-99999999", "\0\xff", str(life.folder)])
+    (life.run / "checkpoints" / "latest").write_text(text)
+    return True
+
+
+def spoil_rows(life: Life) -> bool:
+    """What a row that was being written when the power went may look like."""
+    there = (life.run / "metrics.jsonl").exists()
+    if there:
+        with (life.run / "metrics.jsonl").open("ab") as file:
+            file.write(life.random.choice([b'{"step": 9, "lo', b"\0" * 40, b"\xff\xfe{", b"\n\n", b'"a"\n[1]\nnull\n']))
+    return there
 
 
 def second_start(life: Life) -> None:
@@ -249,52 +278,29 @@ def second_start(life: Life) -> None:
             time.sleep(0.01)
         held = life.start.running
         codes = other.wait(WAIT)
-        if held and codes != [73] * life.world:
+        if held and codes != [CANNOT_CREATE] * life.world:
             raise Broken(f"a second start on the folder ended with {codes}:\n{other.said()}")
 
 
-def spoil_latest(life: Life) -> None:
-    (life.run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    text = life.random.choice(["", "../../x", "step-99999999", "\0\xff", str(life.folder)])
-    (life.run / "checkpoints" / "latest").write_text(text)
-
-
-def spoil_rows(life: Life) -> None:
-    """What a row that was being written when the power went may look like."""
-    if (life.run / "metrics.jsonl").exists():
-        with (life.run / "metrics.jsonl").open("ab") as file:
-            file.write(life.random.choice([b'{"step": 9, "lo', b"\0" * 40, b"\xff\xfe{", b"\n\n", b'"a"\n[1]\nnull\n']))
-
-
-def flip(life: Life) -> str:
-    step = life.random.randrange(1, STEPS)
-    return f"flip:point=weights:rank=1:step={step}-{step}"
-
-
-ERRORS = ("raise", "oom", "enospc", "eio")
-RECOVERS = {KILLED, INTERNAL, DISK, PREEMPTED}
 FAULTS = [
     Fault("none", set()),
-    Fault("kill -9 of all", {KILLED}, during=kill_all),
-    Fault("kill -9 of a rank", {KILLED, INTERNAL}, during=kill_one),
-    Fault("signal to a rank", {PREEMPTED}, during=signal_some(False)),
-    Fault("signal to all", {PREEMPTED}, during=signal_some(True)),
-    Fault(
-        "second signal",
-        {PREEMPTED, 128 + signal.SIGTERM},
-        during=signal_twice,
-        variable=lambda life: "hang:point=save.mid:rank=0:step=14",
-    ),
-    Fault("SIGSTOP of a rank", {KILLED, INTERNAL}, during=stop),
-    Fault("kill -9 of a worker", {INTERNAL}, during=to_worker(signal.SIGKILL)),
-    Fault("SIGSTOP of a worker", {INTERNAL}, during=to_worker(signal.SIGSTOP)),
-    Fault("killed at a place", RECOVERS, variable=injected(("kill",), PLACES)),
-    Fault("error at a place", RECOVERS, variable=injected(ERRORS, PLACES)),
-    Fault("slow at a place", set(), variable=injected(("sleep",), PLACES)),
-    Fault("signal at a place", {PREEMPTED}, variable=injected(("term", "int", "usr1", "usr2"), PLACES)),
-    Fault("fault of a worker", RECOVERS, variable=injected(("kill", "abort", "raise", "sleep"), ("sample",))),
+    Fault("kill -9 of all", {KILLED}, kill_all),
+    Fault("kill -9 of a rank", {KILLED, INTERNAL}, kill_one),
+    Fault("signal to a rank", {PREEMPTED}, signal_some(False)),
+    Fault("signal to all", {PREEMPTED}, signal_some(True)),
+    Fault("second signal", {PREEMPTED, 128 + signal.SIGTERM, INTERNAL}, signal_twice, stuck),
+    Fault("SIGSTOP of a rank", {KILLED, INTERNAL}, stop, quiet=True),
+    Fault("kill -9 of a worker", {INTERNAL}, to_worker(signal.SIGKILL)),
+    Fault("SIGSTOP of a worker", {INTERNAL}, to_worker(signal.SIGSTOP)),
+    Fault("killed at a place", {KILLED, INTERNAL}, variable=injected("kill", PLACES)),
+    Fault("error at a place", {INTERNAL, DISK}, variable=injected("raise oom enospc eio", PLACES)),
+    Fault("slow at a place", set(), variable=injected("sleep", PLACES), quiet=True),
+    Fault("signal at a place", {PREEMPTED}, variable=injected("term int usr1 usr2", PLACES)),
+    Fault("fault of a worker", {INTERNAL}, variable=injected("kill abort raise stop hang", "sample")),
+    Fault("killed at the start or end", {KILLED, INTERNAL}, variable=at_any("kill")),
+    Fault("error at the start or end", {INTERNAL, DISK, CANNOT_CREATE}, variable=at_any("raise enospc eacces")),
     Fault("flipped weight", {INTEGRITY}, variable=flip, worlds=(2,)),
-    Fault("second start", set(), during=second_start),
+    Fault("second start", set(), second_start, quiet=True),
 ]
 
 

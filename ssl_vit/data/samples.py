@@ -18,7 +18,6 @@ import torch
 from pydantic import Field, field_validator
 from torch.utils.data import Dataset
 
-from ssl_vit import inject
 from ssl_vit.config import Config
 from ssl_vit.counter import sample_seed
 from ssl_vit.data import augment, remote
@@ -104,6 +103,10 @@ class Data(Config):
         """Input height and width, pixels."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
+    def bytes(self, images: int) -> int:
+        """Bytes of the pixels of so many images."""
+        return 3 * images * self.image_hw[0] * self.image_hw[1]
+
 
 class Samples(Dataset[Any]):
     """Samples by (epoch, id), whole batches at a time: image, label, seed, valid.
@@ -137,7 +140,6 @@ class Samples(Dataset[Any]):
             if sample < 0:
                 continue  # padding
             now_at(sample)
-            inject.point("sample", sample)
             seed = sample_seed(self.seed, epoch, sample)
             try:
                 image, label = self.sample(sample, seed)

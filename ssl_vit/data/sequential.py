@@ -88,7 +88,8 @@ class SequentialStream:
 
     def batches(self, seen: int, share: Share, device: torch.device) -> Iterator[Batch]:
         """Micro batches on the device; after a resumption at `seen` samples the order is a new one."""
-        made = loaded(_Reader(self, seen, share), self.config.workers, self.config.timeout, device)
+        size = self.config.bytes(share.micro_batch)
+        made = loaded(_Reader(self, seen, share), self.config.workers, self.config.timeout, size, device)
         yield from on_device(accepted(made, self.samples, share.micro_batch, self.faults), device)
 
     def names(self, batch: int) -> list[tuple[int, int]]:

@@ -88,7 +88,7 @@ class TrainingStream:
         """Micro batches on the device."""
         keys = self.keys(seen, share)
         ahead = self._ahead(seen, share) if self.samples.manifest.wanted(0) else None
-        made = _made(self.samples, _following(keys, ahead) if ahead else keys, device)
+        made = _made(self.samples, _following(keys, ahead) if ahead else keys, share.micro_batch, device)
         yield from on_device(accepted(made, self.samples, share.micro_batch, self.faults), device)
 
     def _ahead(self, seen: int, share: Share) -> Iterator[None]:
@@ -128,7 +128,7 @@ class EvaluationStream:
     def batches(self, share: Share, device: torch.device) -> Iterator[Batch]:
         """This process's batches, padded with valid=False; a sample that cannot be had is padding too."""
         keys = in_order(self.count, self.batch, share.rank, share.world)
-        made = _made(self.samples, keys, device)
+        made = _made(self.samples, keys, self.batch, device)
         yield from on_device(accepted(made, self.samples, self.batch, self.faults, len(keys)), device)
 
 
@@ -143,9 +143,10 @@ def _following(keys: Iterator[Keys], ahead: Iterator[None]) -> Iterator[Keys]:
         yield micro_batch
 
 
-def _made(samples: Samples, keys: Iterable[Keys], device: torch.device) -> Any:
+def _made(samples: Samples, keys: Iterable[Keys], batch: int, device: torch.device) -> Any:
     """What the workers make of the keys, in their order."""
-    return loaded(samples, samples.config.workers, samples.config.timeout, device, batch_sampler=keys)
+    config = samples.config
+    return loaded(samples, config.workers, config.timeout, config.bytes(batch), device, batch_sampler=keys)
 
 
 def accepted(

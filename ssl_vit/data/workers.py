@@ -6,18 +6,24 @@ Workers keep no state, so one that dies costs no sample: the run ends, and the s
 import atexit
 import os
 import re
+import shutil
+import signal
 import weakref
 from collections.abc import Iterator
 from functools import partial
 from multiprocessing.sharedctypes import RawArray
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
+from ssl_vit import inject
 from ssl_vit.exits import INTERNAL, Refusal
 from ssl_vit.family import serve_parent
 
+PREFETCH = 4  # batches that a worker is ahead
+SHARED = Path("/dev/shm")  # where torch puts what workers hand over
 _working: "weakref.WeakKeyDictionary[Any, tuple[Any, Any]]" = weakref.WeakKeyDictionary()
 """Of each iterator over workers: what they read from, and the sample that each is at."""
 _mine: tuple[Any, int] | None = None  # in a worker: where it says at which sample it is
@@ -29,9 +35,18 @@ def default_workers() -> int:
     return max(1, min(12, len(os.sched_getaffinity(0)) // local - 1))
 
 
-def loaded(source: Any, workers: int | None, timeout: float, device: torch.device, **options: Any) -> Iterator[Any]:
-    """What worker processes make of a torch data set; one that takes longer than `timeout` seconds is an error."""
+def loaded(
+    source: Any, workers: int | None, timeout: float, size: int, device: torch.device, **options: Any
+) -> Iterator[Any]:
+    """What worker processes make of a torch data set, in batches of `size` bytes.
+
+    One that takes longer than `timeout` seconds is an error. Raises Refusal(INTERNAL) where not even two batches fit
+    into the memory through which they come.
+    """
     workers = default_workers() if workers is None else workers
+    if workers and SHARED.exists() and (free := shutil.disk_usage(SHARED).free) < 2 * size:
+        cure = f"raise it to {2 * PREFETCH * workers * size >> 20} MiB (docker: --shm-size), or data.workers=0"
+        raise Refusal(INTERNAL, f"{SHARED} is too small: {free} bytes free, a batch takes {size}; {cure}")
     at = RawArray("q", [-1] * max(1, workers))
     loader = DataLoader(
         source,
@@ -40,7 +55,7 @@ def loaded(source: Any, workers: int | None, timeout: float, device: torch.devic
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=partial(_begin_work, at) if workers else None,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         timeout=timeout if workers else 0,
     )
     iterator = iter(loader)
@@ -53,6 +68,7 @@ def now_at(sample: int) -> None:
     """A worker comes to a sample."""
     if _mine is not None:
         _mine[0][_mine[1]] = sample
+        inject.point("sample", sample)
 
 
 def explain(error: BaseException) -> Refusal | None:
@@ -66,6 +82,7 @@ def explain(error: BaseException) -> Refusal | None:
     hangs = "timed out" in text
     named = set() if hangs else {int(number) for number in re.findall(r"\d+", text)}
     found = []
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more, wherever the end has come to
     for iterator, (source, at) in list(_working.items()):
         for number, worker in enumerate(iterator._workers):
             owes = hangs and iterator._task_info.get(iterator._rcvd_idx, [None])[0] == number
@@ -76,7 +93,7 @@ def explain(error: BaseException) -> Refusal | None:
     why = re.search(r"killed by signal: [\w ]+|timed out after [\d.]+ seconds|exited unexpectedly.*", text)
     cure = "the same command goes on from the last checkpoint"
     if "Bus error" in text or "shared memory" in text or "/torch_" in text:
-        cure = f"/dev/shm is too small: raise it (docker: --shm-size), or data.workers=0; {cure}"
+        cure = f"{SHARED} is too small: raise it (docker: --shm-size), or data.workers=0; {cure}"
     elif hangs:
         cure = f"is its disk or network stuck? data.timeout waits longer; {cure}"
     else:
@@ -94,6 +111,7 @@ def _place(source: Any, sample: int) -> str:
 @atexit.register
 def _dismiss() -> None:
     """Tell the workers to go: they ignore the signal by which Python would end them, and it would wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for iterator in list(_working):
         iterator._shutdown_workers()
         for worker in iterator._workers:
