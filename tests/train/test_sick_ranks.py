@@ -287,7 +287,7 @@ def test_a_clock_that_jumps_has_no_effect(shards: Path, peaceful: dict[int, Path
     """An hour back, then a year ahead; nor do times of files: the newest checkpoint is that of the highest step."""
     run = tmp_path / "run"
     stopped = Start(
-        runs.words(shards, run), tmp_path / "logs", 2, "kill:point=update:step=20", prepare=odd_clock, JUMP=jump
+        runs.words(shards, run), tmp_path / "logs", 2, "kill:point=update:step=20", prepare=odd_clock, JUMP="-3600"
     )
     assert KILLED in stopped.wait()
     for age, folder in enumerate(checkpoint.steps(run / "checkpoints")):
