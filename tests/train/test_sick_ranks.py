@@ -312,7 +312,7 @@ def test_a_clock_that_jumps_has_no_effect(shards: Path, peaceful: dict[int, Path
 
 @pytest.mark.parametrize("batch", [16, pytest.param(3, marks=defect("torch's queue thread drops a batch in silence"))])
 def test_a_small_shared_memory_is_explained(shards: Path, tmp_path: Path, batch: int):
-    """A container's /dev/shm holds 64 MB; this one 1 MB: less than a batch of 16, or than the batches of 3 under way."""
+    """A container's /dev/shm holds 64 MB; this one 1 MB: not for one batch of 16, nor for all of 3 at once."""
     words = runs.words(
         shards, tmp_path / "run", "data.image_size=224", "encoder.patch=56", "data.timeout=5", f"batch={batch}"
     )
