@@ -94,5 +94,5 @@ def straight(shards: Path, folder: Path, world: int, *more: str) -> Path:
     """A run of this many ranks that nothing happens to."""
     run = folder / f"straight-{world}"
     start = Start(words(shards, run, *more), folder / "logs", world)
-    assert start.wait() == [0] * world, start.said()
+    assert start.wait(600) == [0] * world, start.said()
     return run

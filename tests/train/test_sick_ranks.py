@@ -330,13 +330,13 @@ def test_a_small_shared_memory_is_explained(shards: Path, tmp_path: Path, batch:
 @pytest.mark.long
 def test_deaths_at_random_times(shards: Path, tmp_path: Path):
     """30 times one of two ranks is killed: the other one names it in time, and in the end no bit differs."""
-    random, more = Random(0), ("steps=2000", "save_every=50", "log_every=50", "eval_every=200")
+    random, more = Random(0), ("steps=3000", "save_every=50", "log_every=50", "eval_every=200")
     run, noticed = tmp_path / "run", []
     for number in range(DEATHS):
         start = Start(runs.words(shards, run, *more), tmp_path / "logs", 2)
         holder = f"pid {start.processes[0].pid} "
         start.until(lambda holder=holder: (run / ".lock").exists() and holder in (run / ".lock").read_text())
-        wait, victim = random.uniform(0, 1.5), random.randrange(2)
+        wait, victim = random.uniform(0, 1.2), random.randrange(2)
         time.sleep(wait)
         start.signal(signal.SIGKILL, victim)
         codes = start.wait()
@@ -348,7 +348,7 @@ def test_deaths_at_random_times(shards: Path, tmp_path: Path):
         assert start.orphans == [], said
         noticed.append(start.ended[1 - victim] - start.ended[victim])
         assert noticed[-1] < GONE, said
-    assert Start(runs.words(shards, run, *more), tmp_path / "logs", 2).wait() == [0, 0]
+    assert Start(runs.words(shards, run, *more), tmp_path / "logs", 2).wait(600) == [0, 0]
     assert runs.differing(runs.results(runs.straight(shards, tmp_path, 2, *more)), runs.results(run)) == {}
     print(
         f"\n{DEATHS} deaths: noticed after {statistics.median(noticed):.2f} s in the median, {max(noticed):.2f} at most"

@@ -187,20 +187,25 @@ def test_signals_at_random_times(shards: Path, tmp_path: Path, world: int):
     run, lasted, kept = tmp_path / "run", [], 0
     for number in range(RANDOM_SIGNALS):
         start = Start(runs.words(shards, run, *more), tmp_path / "logs", world)
+        rank, holder = random.choice([None, *range(world)]), f"pid {start.processes[0].pid} "
         start.until(start.hears)
+        if rank is not None:  # before they have met, a rank cannot know why the other one is not there
+            start.until(lambda holder=holder: (run / ".lock").exists() and holder in (run / ".lock").read_text())
         wait = random.uniform(0, SPAN)
         time.sleep(wait)
         sent = time.monotonic()
-        start.signal(signal.SIGTERM, random.choice([None, *range(world)]))
+        start.signal(signal.SIGTERM, rank)
         codes = start.wait()
         lasted.append(max(start.ended.values()) - sent)
-        assert codes == [PREEMPTED] * world, f"signal {number}, {wait:.3f} s after it began: {codes} {start.said()}"
+        assert codes == [PREEMPTED] * world, (
+            f"signal {number} to {rank}, {wait:.3f} s after it began: {codes} {start.said()}"
+        )
         assert start.orphans == []
         assert max(lasted) < LATE
         if runs.saved(run):
             assert checkpoint.flaw(runs.last(run)) is None
             kept = max(kept, json.loads((runs.last(run) / "state.json").read_text())["step"])
-    assert Start(runs.words(shards, run, *more), tmp_path / "logs", world).wait() == [0] * world
+    assert Start(runs.words(shards, run, *more), tmp_path / "logs", world).wait(600) == [0] * world
     peace = runs.straight(shards, tmp_path, world, *more)
     assert runs.differing(runs.results(peace), runs.results(run)) == {}
     figures = f"median {statistics.median(lasted):.2f} s, longest {max(lasted):.2f} s, at step {kept} after the last"
