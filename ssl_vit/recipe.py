@@ -193,11 +193,10 @@ def run(recipe: Recipe) -> int:
         folder.held = True  # by one process for all
         train, val = from_main(accelerator, lambda: sources(recipe), watchdog.beat)
         on_each_machine(accelerator, lambda: sound(recipe, train, val))
-        row = None
-        left_out = NOTHING
+        share = shared(recipe, accelerator.process_index, accelerator.num_processes)
+        row, left_out = None, NOTHING
         while row is None:
             model = build(recipe, len(train.classes), tensors, source)
-            share = shared(recipe, accelerator.process_index, accelerator.num_processes)
             task = _task(recipe, model, train, val, share, accelerator.device, partial(total, accelerator))
             try:
                 row = fit(folder, accelerator, recipe, task, watchdog.beat, left_out=left_out)
@@ -210,19 +209,18 @@ def run(recipe: Recipe) -> int:
         if accelerator.is_main_process:
             folder.write_exit(0, "done")
     except BaseException as error:
-        lost = watchdog.explain(error)
-        end = lost or workers.explain(error) or verdict(error)
-        if out_of_memory(error):
-            end = Refusal(INTERNAL, relieved(recipe))
+        if lost := watchdog.explain(error):
+            folder.write_exit(lost.code, lost.message)
+            leave(lost)
+        told = workers.explain(error) or (Refusal(INTERNAL, relieved(recipe)) if out_of_memory(error) else None)
+        end = told or verdict(error)
         if accelerator.is_main_process or not end.shared:
             folder.write_exit(end.code, end.message)
-        if lost:
-            leave(lost)
         if not end.shared:
             watchdog.fail(end)
-        if end.code == INTERNAL and not isinstance(error, Refusal) and end.message == verdict(error).message:
-            raise
-        raise end from error
+        if told:
+            raise told from error
+        raise
     finally:
         watchdog.close()
         folder.release()
