@@ -7,43 +7,48 @@ ranks meet as under Slurm, without a launcher.
 import atexit
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+GRACE = 2.0  # seconds for workers to end after their rank
 BASE = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-PRELOAD = ["tests.starts", "ssl_vit.recipe", "accelerate", "torch._dynamo", "torch.distributed.fsdp"]
+PRELOAD = ["tests.starts", "tests.odd", "ssl_vit.recipe", "accelerate", "torch._dynamo", "torch.distributed.fsdp"]
 PRELOAD += ["PIL.PngImagePlugin"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
 
 
-def _train(words: list[str], environment: dict[str, str], log: str) -> None:
+TOOLS = Path(__file__).parent.parent / "tools"
+
+
+def _live(
+    tool: str, words: list[str], environment: dict[str, str], log: str, prepare: Callable[[], None] | None
+) -> None:
     """The whole life of a start; the preloaded process has read no environment yet."""
     os.setsid()
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(handle, stream)
     os.environ |= environment
-    sys.argv = ["pretrain.py", *words]
+    sys.argv = [f"{tool}.py", *words]
     signal.set_wakeup_fd(-1)
-    multiprocessing.set_start_method("fork", force=True)  # as in any other process, for loader workers
+    multiprocessing.set_start_method("fork", force=True)  # as a command has it; here it would be the server's
     threading.Thread(target=_follow, daemon=True).start()
-
-    from ssl_vit import config, exits, recipe
-
-    def main(arguments: list[str]) -> int:
-        return recipe.run(config.parse(recipe.Pretrain, arguments, recipe.FOLDER))
-
     code: Any = 1
     try:
-        exits.run(main)
+        if prepare is not None:
+            prepare()
+        runpy.run_path(str(TOOLS / f"{tool}.py"), run_name="__main__")
     except SystemExit as end:
         code = end.code
     finally:
@@ -67,42 +72,97 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-class Start:
-    """One start of `tools/pretrain.py` with the words, as `world` processes; their screen is in `logs`."""
+def members(sessions: Collection[int | None]) -> list[int]:
+    """The living processes of sessions; every rank leads one, which its workers belong to."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended meanwhile
+            state, _, _, session = path.read_text().rpartition(") ")[2].split()[:4]
+            if state not in "ZX" and int(session) in sessions:
+                found.append(int(path.parent.name))
+    return found
 
-    def __init__(self, words: list[str], logs: Path, world: int = 1, fault: str = "", **environment: str):
+
+class Start:
+    """One start of a tool with the words, as `world` processes; their screen is in `logs`.
+
+    `alone` holds more words for single ranks. `prepare`, a function of a module, is called first by every process.
+    """
+
+    def __init__(
+        self,
+        words: list[str],
+        logs: Path,
+        world: int = 1,
+        fault: str = "",
+        alone: dict[int, list[str]] | None = None,
+        prepare: Callable[[], None] | None = None,
+        tool: str = "pretrain",
+        **environment: str,
+    ):
         logs.mkdir(parents=True, exist_ok=True)
         port = free_port() if world > 1 else 0
+        self.began = time.monotonic()
         self.logs = [logs / f"{time.monotonic_ns()}-rank{rank}.log" for rank in range(world)]
         self.processes = []
+        self.ended: dict[int, float] = {}  # when each rank ended, of time.monotonic()
+        self.orphans: list[int] = []  # what was left of them when they had ended
         for rank, log in enumerate(self.logs):
-            given = {**BASE, "SSL_VIT_FAULT": fault, **environment}
+            given = {**BASE, "SSL_VIT_FAULT": fault}
             if world > 1:
                 given |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
                 given |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            process = _context.Process(target=_train, args=(words, given, str(log)))
+            said = [*words, *(alone or {}).get(rank, [])]
+            process = _context.Process(target=_live, args=(tool, said, given | environment, str(log), prepare))
             process.start()
             self.processes.append(process)
 
-    def signal(self, number: int, rank: int = 0) -> None:
-        """Send a signal to one rank."""
-        os.kill(self.processes[rank].pid, number)
+    @property
+    def running(self) -> bool:
+        """Whether any rank has not ended yet."""
+        return any(process.is_alive() for process in self.processes)
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """Send a signal to one rank, or to all."""
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    def hears(self) -> bool:
+        """Whether all ranks answer signals already; before that, while Python itself starts, one simply ends them."""
+        for process in self.processes:
+            with suppress(OSError):
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                caught = int(status.partition("SigCgt:")[2].split()[0], 16) if "SigCgt:" in status else 0
+                if not caught >> (signal.SIGTERM - 1) & 1 and process.is_alive():
+                    return False
+        return True
+
+    def workers(self, rank: int = 0) -> list[int]:
+        """The loader workers of a rank."""
+        pid = self.processes[rank].pid
+        return [other for other in members({pid}) if other != pid]
 
     def kill(self) -> None:
         """End all of them, with their loader workers, as a power cut would."""
         for process in self.processes:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                process.kill()
+            process.kill()
 
     def wait(self, seconds: float = 60) -> list[int]:
         """Exit codes by rank, -9 for a kill; one that is not through in time is killed and counts as 999."""
         end = time.monotonic() + seconds
-        codes = []
-        for process in self.processes:
-            process.join(max(0, end - time.monotonic()))
-            codes.append(999 if process.exitcode is None else process.exitcode)
+        left: dict[Any, int] = {process.sentinel: rank for rank, process in enumerate(self.processes)}
+        while left and (rest := end - time.monotonic()) > 0:
+            for sentinel in connection.wait(left, rest):
+                self.ended[left.pop(sentinel)] = time.monotonic()
+        codes = [999 if rank in left.values() else process.exitcode for rank, process in enumerate(self.processes)]
+        sessions = {process.pid for process in self.processes}
+        grace = time.monotonic() + GRACE
+        while (found := members(sessions)) and not left and time.monotonic() < grace:
+            time.sleep(0.02)
+        self.orphans = found
         self.kill()
         for process in self.processes:
             process.join()
@@ -113,7 +173,7 @@ class Start:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"not in {seconds} s: {self.said()}"
-            assert any(process.is_alive() for process in self.processes), self.said()
+            assert self.running or condition(), self.said()
             time.sleep(0.01)
 
     def said(self, rank: int | None = None) -> str:

@@ -1,0 +1,98 @@
+"""What a run leaves behind, as bits that can be compared with those of a run that nothing happened to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from ssl_vit.counter import sample_seed
+from ssl_vit.data import manifest
+from ssl_vit.data.plan import Plan
+from ssl_vit.data.samples import Data
+from ssl_vit.train import checkpoint
+from tests.conftest import TINY
+from tests.starts import Start
+
+SPEEDS = {"images_per_second", "tflops", "data_wait"}  # of the clock, not of the run
+STEPS, BATCH = 30, 8
+RUN = [*TINY, f"steps={STEPS}", f"batch={BATCH}", "log_every=3", "eval_every=10", "tracker=none"]
+RUN += ["save_every=7", "keep=3", "optim.warmup_steps=2", "data.workers=1", "encoder.dropout=0.1"]
+"""A run in which rows, evaluations and checkpoints fall on different steps."""
+
+
+def words(shards: Path, run: Path, *more: str) -> list[str]:
+    """The command of a run on the tiny shards."""
+    return [*RUN, f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", *more]
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics, without what is of the clock."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in SPEEDS} for line in lines]
+
+
+def saved(run: Path) -> list[int]:
+    """The steps of the checkpoints that are there, oldest first."""
+    return [int(folder.name[-8:]) for folder in checkpoint.steps(run / "checkpoints")]
+
+
+def last(run: Path) -> Path:
+    """The newest checkpoint."""
+    return checkpoint.steps(run / "checkpoints")[-1]
+
+
+def told(run: Path) -> dict[str, Any]:
+    """How the last start ended."""
+    return json.loads((run / "exit.json").read_text())
+
+
+def state(run: Path) -> dict[str, bytes]:
+    """All bits of the newest checkpoint, by name."""
+    found = {"state.json": (last(run) / "state.json").read_bytes()}
+    for name in ("model", "optimizer", "state"):
+        for key, value in load_file(last(run) / f"{name}.safetensors").items():
+            found[f"{name}/{key}"] = str(value.dtype).encode() + value.tobytes()
+    return found
+
+
+def results(run: Path) -> dict[str, bytes]:
+    """All bits that a finished run leaves: the last checkpoint, the rows of metrics, the encoder."""
+    found = state(run)
+    found |= {f"row {row['step']}": json.dumps(row, sort_keys=True).encode() for row in rows(run)}
+    found |= {f"encoder/{path.name}": path.read_bytes() for path in (run / "encoder").iterdir()}
+    return found
+
+
+def differing(mine: dict[str, bytes], theirs: dict[str, bytes]) -> dict[str, int]:
+    """The names under which bits differ, and how many."""
+    return {name: bits for name in mine | theirs if (bits := _bits(mine.get(name, b""), theirs.get(name, b"")))}
+
+
+def _bits(a: bytes, b: bytes) -> int:
+    size = max(len(a), len(b))
+    changed = np.frombuffer(a.ljust(size, b"\0"), np.uint8) ^ np.frombuffer(b.ljust(size, b"\0"), np.uint8)
+    return int(np.unpackbits(changed).sum()) or 8 * abs(len(a) - len(b))
+
+
+def lost_samples(run: Path, shards: Path, steps: int = STEPS) -> int:
+    """How many samples of the plan no row accounts for: those of rows whose digest or count is not the plan's."""
+    sizes = [shard.samples for shard in manifest.load(shards / "train").shards]
+    plan = Plan(sizes, seed=0, batch=BATCH, lanes=Data().lanes, window=Data().window)
+    lost = done = 0
+    for row in rows(run):
+        seeds = [
+            sample_seed(0, epoch, sample) for step in range(done, row["step"]) for epoch, sample in plan.batch(step)
+        ]
+        right = row["samples_digest"] == f"{sum(seeds) % 2**64:016x}" and row["samples_seen"] == row["step"] * BATCH
+        lost, done = lost + (not right) * len(seeds), row["step"]
+    return lost + BATCH * (steps - done)
+
+
+def straight(shards: Path, folder: Path, world: int, *more: str) -> Path:
+    """A run of this many ranks that nothing happens to."""
+    run = folder / f"straight-{world}"
+    start = Start(words(shards, run, *more), folder / "logs", world)
+    assert start.wait(600) == [0] * world, start.said()
+    return run
