@@ -4,6 +4,8 @@ import errno
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -16,6 +18,8 @@ DISK = 74  # disk full, I/O error
 PREEMPTED = 75  # stopped by a signal; a checkpoint is on disk, the same command goes on
 INTEGRITY = 76  # no checkpoint verifies
 MISMATCH = 78  # the recipe differs from the one the run was started with
+
+PATIENCE = 5.0  # seconds that the main thread may take to see a signal
 
 
 class Refusal(Exception):
@@ -69,6 +73,23 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _answer_signals() -> None:
+    """Interrupt the main thread, and end where it stays in a call that none reaches, as meeting others is."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, _interrupt)
+    told, tell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(told, True)
+    signal.set_wakeup_fd(tell)
+
+    def insist() -> None:
+        while number := os.read(told, 1):
+            time.sleep(PATIENCE)
+            if signal.getsignal(number[0]) is _interrupt:  # the main thread has not seen it
+                leave(verdict(KeyboardInterrupt()))
+
+    threading.Thread(target=insist, daemon=True).start()
+
+
 def _say(end: Refusal) -> None:
     if isinstance(end, Silent):
         return
@@ -89,8 +110,7 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     A foreseen end prints its one line; anything else its traceback first, then the line. SIGTERM ends a tool as
     Ctrl-C does, so that its worker processes end with it; a training loop has its own answer to both.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, _interrupt)
+    _answer_signals()
     try:
         code = main(sys.argv[1:])
     except BaseException as error:

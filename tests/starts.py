@@ -31,7 +31,7 @@ _context.set_forkserver_preload(PRELOAD)
 TOOLS = Path(__file__).parent.parent / "tools"
 
 
-def _live(
+def live(
     tool: str, words: list[str], environment: dict[str, str], log: str, prepare: Callable[[], None] | None
 ) -> None:
     """The whole life of a start; the preloaded process has read no environment yet."""
@@ -113,7 +113,7 @@ class Start:
                 given |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
                 given |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             said = [*words, *(alone or {}).get(rank, [])]
-            process = _context.Process(target=_live, args=(tool, said, given | environment, str(log), prepare))
+            process = _context.Process(target=live, args=(tool, said, given | environment, str(log), prepare))
             process.start()
             self.processes.append(process)
 

@@ -8,9 +8,13 @@ import os
 import re
 import shutil
 import signal
+import sys
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing.queues import Queue
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,9 @@ PREFETCH = 4  # batches that a worker is ahead
 SHARED = Path("/dev/shm")  # where torch puts what workers hand over
 _working: "weakref.WeakKeyDictionary[Any, tuple[Any, Any]]" = weakref.WeakKeyDictionary()
 """Of each iterator over workers: what they read from, and the sample that each is at."""
+NO_ROOM = -2  # in the place of a sample: /dev/shm did not take the batch
+_late: set[int | None] = set()
+"""Workers that were ended because they took too long."""
 _mine: tuple[Any, int] | None = None  # in a worker: where it says at which sample it is
 
 
@@ -59,9 +66,39 @@ def loaded(
         timeout=timeout if workers else 0,
     )
     iterator = iter(loader)
-    if workers:
-        _working[iterator] = source, at
-    return iterator
+    if not workers:
+        return iterator
+    _working[iterator] = source, at
+    return _bounded(iterator, timeout)
+
+
+def _bounded(iterator: Any, timeout: float) -> Iterator[Any]:
+    """The same batches; torch's timeout does not cover their memory, which a worker that is stopped never hands over.
+
+    Where the main thread waits for that, only the end of the worker brings it back.
+    """
+    asked: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(min(1.0, timeout)):
+            if asked and time.monotonic() - asked[-1] > timeout + 1:
+                _late.update(worker.pid for worker in iterator._workers)
+                for worker in iterator._workers:
+                    worker.kill()
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        while True:
+            asked.append(time.monotonic())
+            batch = next(iterator, over)
+            asked.clear()
+            if batch is over:
+                return
+            yield batch
+    finally:
+        over.set()
 
 
 def now_at(sample: int) -> None:
@@ -90,9 +127,12 @@ def explain(error: BaseException) -> Refusal | None:
                 found.append(f"loader worker {number} (pid {worker.pid}, {_place(source, at[number])})")
                 worker.kill()
     who = ", ".join(found) or "a loader worker"
-    why = re.search(r"killed by signal: [\w ]+|timed out after [\d.]+ seconds|exited unexpectedly.*", text)
+    if named & _late:
+        hangs, text = True, "timed out"
+    why = re.search(r"killed by signal: [\w ]+|timed out(?: after [\d.]+ seconds)?|exited unexpectedly.*", text)
     cure = "the same command goes on from the last checkpoint"
-    if "Bus error" in text or "shared memory" in text or "/torch_" in text:
+    no_room = any(NO_ROOM in at for _, at in _working.values())
+    if no_room or "Bus error" in text or "shared memory" in text or "/torch_" in text:
         cure = f"{SHARED} is too small: raise it (docker: --shm-size), or data.workers=0; {cure}"
     elif hangs:
         cure = f"is its disk or network stuck? data.timeout waits longer; {cure}"
@@ -127,3 +167,13 @@ def _begin_work(at: Any, worker: int) -> None:
     global _mine
     _mine = at, worker
     serve_parent()
+    Queue._on_queue_feeder_error = staticmethod(_not_handed_over)  # type: ignore[method-assign]
+
+
+def _not_handed_over(error: Exception, batch: Any) -> None:
+    """A batch for which /dev/shm has no room never comes: say so where the others look, and end."""
+    del batch
+    print(f"loader worker: {error}", file=sys.stderr, flush=True)
+    if _mine is not None and ("shm" in str(error) or "/torch_" in str(error)):
+        _mine[0][_mine[1]] = NO_ROOM
+    os._exit(1)

@@ -24,7 +24,7 @@ from ssl_vit.train import checkpoint
 from ssl_vit.train.distributed import Beat, StopSignal, from_main, silent, together, total
 from ssl_vit.train.engine import Engine, prepare
 from ssl_vit.train.environment import Precision
-from ssl_vit.train.numbers import NOTHING, LeftOut, NumberWatch, Spike, check_replicas, unrepeatable
+from ssl_vit.train.numbers import NOTHING, LeftOut, NumberWatch, RollBack, Spike, check_replicas, unrepeatable
 from ssl_vit.train.optim import Optim, set_rate
 from ssl_vit.train.outfit import outfit
 from ssl_vit.train.plugins import Asked
@@ -231,7 +231,12 @@ def advance(live: Live, batches: Iterator[Batch]) -> None:
     stopping = live.stop.agreed()
     due = stopping or final or run.step % loop.save_every == 0 or live.postponed
     live.watch.check(live.seen, wait=live.owed or due)
-    live.numbers.check(run.step, loss, norm, wait=live.owed or due)
+    try:
+        live.numbers.check(run.step, loss, norm, wait=live.owed or due)
+    except (RollBack, Refusal):
+        if engine.replicated:  # numbers that are bad on one process alone may not be the data's
+            check_replicas(live.accelerator, engine.parameters, run.step)
+        raise
     if engine.replicated and (due or run.step % loop.check_every == 0):
         check_replicas(live.accelerator, engine.parameters, run.step)
     live.postponed = due and bool(live.numbers.skipped) and not (stopping or final)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from ssl_vit.exits import INTERNAL, Refusal, Silent, leave
+from ssl_vit.exits import INTERNAL, PREEMPTED, Refusal, Silent, leave
 from ssl_vit.train.distributed import everyone, from_main
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ class Watchdog:
     def fail(self, end: Refusal) -> None:
         """This process ends by itself: the others end too, and leave the word to it."""
         if self.world > 1 and not self._done.is_set():
-            self._announce(f"rank {self.rank} on {socket.gethostname()} failed: {end}")
+            code = end.code if end.code == PREEMPTED else INTERNAL  # who was interrupted interrupts all
+            self._announce(f"rank {self.rank} on {socket.gethostname()} failed: {end}", code)
             self._say_goodbye()
             if self.rank == 0:
                 time.sleep(2 * PULSE)  # without a launcher the store ends with this process, and the others must hear
@@ -87,34 +88,35 @@ class Watchdog:
         end = time.monotonic() + 3 * PULSE
         while (told := self._lost()) is None and time.monotonic() < end:
             time.sleep(PULSE / 4)
-        lost = told or self._missing()
+        lost, code = told or (self._missing(), INTERNAL)
         if not lost:
             self._only.release()
             return None
-        end = self._verdict(f"rank {self.rank} lost its peers at {self._place}: {lost}", lost)
+        end = self._verdict(f"rank {self.rank} lost its peers at {self._place}: {lost}", lost, code)
         self._say_goodbye()
         return end
 
-    def _verdict(self, text: str, lost: str) -> Refusal:
+    def _verdict(self, text: str, lost: str, code: int) -> Refusal:
         """What this process says of the loss: all of it where it is the first to, else nothing."""
-        end = Refusal(INTERNAL, f"{text}; the same command goes on from the last checkpoint")
+        end = Refusal(code, f"{text}; the same command goes on from the last checkpoint")
         return end if self._announce(lost) else Silent(end.code, end.message)
 
-    def _announce(self, lost: str) -> bool:
-        """Tell all who was lost; False where another process was first."""
-        mine = json.dumps({"by": self.rank, "lost": lost})
+    def _announce(self, lost: str, code: int = INTERNAL) -> bool:
+        """Tell all who was lost, and the code that they end with; False where another process was first."""
+        mine = json.dumps({"by": self.rank, "lost": lost, "code": code})
         first = within(3 * PULSE, lambda: self._asking.compare_set(f"{self._prefix}/lost", "", mine))
         return first is None or first.decode() == mine
 
-    def _lost(self) -> str | None:
-        """Who died or failed, as far as this process can see or was told."""
+    def _lost(self) -> tuple[str, int] | None:
+        """Who died or failed, as far as this process can see or was told, and the code for all."""
         told = within(3 * PULSE, lambda: self._listening.check([f"{self._prefix}/lost"]))
         if told:
             word = within(3 * PULSE, lambda: self._listening.get(f"{self._prefix}/lost"))
-            return json.loads(word)["lost"] if word else None
+            told = json.loads(word) if word else None
+            return (told["lost"], told["code"]) if told else None
         for rank, (pid, birth) in self._neighbours.items():
             if born(pid) != birth and not self._said_goodbye(rank):
-                return f"rank {rank} on {socket.gethostname()} (pid {pid}) is gone"
+                return f"rank {rank} on {socket.gethostname()} (pid {pid}) is gone", INTERNAL
         return None
 
     def _said_goodbye(self, rank: int) -> bool:
@@ -139,9 +141,10 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._done.wait(PULSE):
-            if lost := self._lost():
+            if told := self._lost():
                 time.sleep(PULSE)  # the main thread may hear of it too, and come to an end of its own
-                self._leave(f"rank {self.rank} at {self._place}: {lost}", lost, stacks=SILENT in lost)
+                lost, code = told
+                self._leave(f"rank {self.rank} at {self._place}: {lost}", lost, stacks=SILENT in lost, code=code)
             waited = time.monotonic() - self._at
             if waited > self.timeout:
                 self._end(waited)
@@ -158,6 +161,9 @@ class Watchdog:
             time.sleep(3 * PULSE)
         now = before and within(3 * PULSE, read)
         if before is None or now is None:
+            self._silent = [0]
+            if 0 in self._neighbours:
+                return f"{SILENT} from rank 0 on {socket.gethostname()}"
             return f"the machine of rank 0 ({os.environ['MASTER_ADDR']}) does not answer"
         name = [f"rank {rank} on {told['host']}" for rank, told in enumerate(now)]
         others = [rank for rank in range(self.world) if rank != self.rank and not now[rank]["ending"]]
@@ -175,25 +181,27 @@ class Watchdog:
         lost = self._missing() or "no process is behind: the network between them is stuck"
         if self._done.is_set() or time.monotonic() - self._at < self.timeout:
             return  # it went on while this was asked
-        self._announce(lost)
         for rank in self._silent:
             pid, birth = self._neighbours.get(rank, (0, None))
             if pid and born(pid) == birth:
                 os.kill(pid, signal.SIGKILL)  # a stopped one would outlive its launcher's patience
+        self._announce(lost)
         text = f"rank {self.rank} has been at {self._place} for {waited:.0f} s (timeout={self.timeout:g}): {lost}"
         self._leave(text, None, stacks=True)
 
-    def _leave(self, text: str, lost: str | None, stacks: bool) -> None:
+    def _leave(self, text: str, lost: str | None, stacks: bool, code: int = INTERNAL) -> None:
         """End this process; with `lost` only the first that knows of it tells."""
         if self._done.is_set() or not self._only.acquire(blocking=False):
             return
         if stacks:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        end = Refusal(INTERNAL, f"{text}; the same command goes on from the last checkpoint")
-        end = self._verdict(text, lost) if lost else end
+        end = Refusal(code, f"{text}; the same command goes on from the last checkpoint")
+        end = self._verdict(text, lost, code) if lost else end
         self._say_goodbye()
         with suppress(Exception):  # a full disk must not keep it
             self.ended(end)
+        if self.rank == 0 and len(self._silent) < self.world - 1:
+            time.sleep(2 * PULSE)  # as in fail: the others are asking
         leave(end)
 
 

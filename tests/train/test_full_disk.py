@@ -25,7 +25,7 @@ from test_kill_points import finished, killed_in
 
 from ssl_vit.exits import CANNOT_CREATE, DISK, MISMATCH, PREEMPTED, USAGE
 from ssl_vit.train import checkpoint
-from tests.starts import BASE, PRELOAD, Start, _train
+from tests.starts import BASE, PRELOAD, Start, live
 from tests.train.children import ended, fork, may_mount, mount, own_mounts
 from tests.train.outcome import STEPS, outcome, rows, state, words
 
@@ -58,7 +58,7 @@ def begin(given: list[str], log: Path, prepare: Callable[[], object] = lambda: N
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         prepare()
-        _train(given, {**BASE, "SSL_VIT_FAULT": fault}, str(log))
+        live("pretrain", given, {**BASE, "SSL_VIT_FAULT": fault}, str(log), None)
 
     return fork(work, log)
 

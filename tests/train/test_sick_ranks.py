@@ -54,11 +54,6 @@ STARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def defect(reason: str) -> pytest.MarkDecorator:
-    """Known and reported with a cure."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 class Ended:
     """A start that has ended."""
 
@@ -146,7 +141,7 @@ def test_the_traceback_of_a_rank_that_raises_is_all_that_is_said(
     ("name", "victim", "place"),
     [
         ("hangs", 1, "step 8"),
-        pytest.param("hangs as rank 0", 0, "the checkpoint of step 14", marks=defect("rank 0 takes the store along")),
+        ("hangs as rank 0", 0, "the checkpoint of step 14"),
     ],
 )
 def test_a_rank_that_hangs_is_named_with_its_place(ended: dict[str, Ended], name: str, victim: int, place: str):
@@ -161,7 +156,6 @@ def test_a_rank_that_hangs_is_named_with_its_place(ended: dict[str, Ended], name
     end.intact(7)
 
 
-@defect("a stopped rank 0, which holds the store, is not ended")
 def test_a_stopped_rank_is_named_and_ended(shards: Path, tmp_path: Path):
     """Within timeout + 5 s, and it does not stay behind: the other rank kills it where it is on its own machine."""
     starts = {}
@@ -220,7 +214,6 @@ def test_a_sick_worker_is_named_with_its_sample(ended: dict[str, Ended], name: s
     assert end.start.orphans == []
 
 
-@defect("data.timeout does not cover handing over a batch's memory")
 def test_a_worker_that_stops_after_its_work(shards: Path, tmp_path: Path):
     """Its batches are in the queue, but it would have to hand over their memory itself."""
     run = tmp_path / "run"
@@ -294,7 +287,6 @@ def test_two_starts_on_one_folder(shards: Path, tmp_path: Path):
     third.wait()
 
 
-@defect("a row of two ranks that a resumption falls into is summed in another order")
 def test_a_clock_that_jumps_has_no_effect(shards: Path, peaceful: dict[int, Path], tmp_path: Path):
     """An hour back, then a year ahead; nor do times of files: the newest checkpoint is that of the highest step."""
     run = tmp_path / "run"
@@ -310,7 +302,7 @@ def test_a_clock_that_jumps_has_no_effect(shards: Path, peaceful: dict[int, Path
     assert runs.differing(runs.results(peaceful[2]), runs.results(run)) == {}
 
 
-@pytest.mark.parametrize("batch", [16, pytest.param(3, marks=defect("torch's queue thread drops a batch in silence"))])
+@pytest.mark.parametrize("batch", [16, 3])
 def test_a_small_shared_memory_is_explained(shards: Path, tmp_path: Path, batch: int):
     """A container's /dev/shm holds 64 MB; this one 1 MB: not for one batch of 16, nor for all of 3 at once."""
     words = runs.words(

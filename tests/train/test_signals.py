@@ -52,12 +52,7 @@ def told(start: Start, run: Path, codes: list[int], lines: Collection[int] = (1,
     return end["step"]
 
 
-ROWS = pytest.mark.xfail(
-    strict=True, reason="a row that a resumption of two ranks falls into is summed in another order"
-)
-
-
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=ROWS)])
+@pytest.mark.parametrize("world", [1, 2])
 def test_a_signal_at_any_place(shards: Path, peaceful: dict[int, Path], tmp_path: Path, world: int):
     """One checkpoint more, of the step that was under way or of the save; then everything as if nothing had been."""
     run, before = tmp_path / "run", []
@@ -86,7 +81,6 @@ def test_a_signal_at_any_place(shards: Path, peaceful: dict[int, Path], tmp_path
     assert runs.lost_samples(run, shards) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="before the first step a signal to one rank ends the others with 70")
 def test_a_signal_while_a_start_is_under_way(shards: Path, peaceful: dict[int, Path], tmp_path: Path):
     """Before the first step: nothing was made, nothing is lost, and all ranks say so, whichever it came to."""
     run = tmp_path / "run"

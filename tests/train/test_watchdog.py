@@ -76,7 +76,8 @@ def test_those_that_wait_for_it_together_name_nobody_else(found):
 
 def test_a_master_that_is_stopped_with_the_store_is_named(found):
     """As under Slurm, where rank 0 holds the store: nobody answers, and asking must not take for ever."""
-    waited(found["rank 0 stopped"][1], "the machine of rank 0 (127.0.0.1) does not answer")
+    waited(found["rank 0 stopped"][1], f"no sign of life from rank 0 {ON}")
+    waited(found["rank 0 stopped elsewhere"][1], "the machine of rank 0 (127.0.0.1) does not answer")
 
 
 def test_a_killed_peer_is_named_at_once_by_one(found):

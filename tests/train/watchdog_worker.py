@@ -153,6 +153,7 @@ SCENARIOS = {
     "stopped": Scenario(stopped, timeout=1.5, pulse=watchdog.PULSE),
     "one of three stopped": Scenario(stopped, ranks=3),
     "rank 0 stopped": Scenario(stopped, victim=0, rank_0_holds_the_store=True),
+    "rank 0 stopped elsewhere": Scenario(stopped, victim=0, rank_0_holds_the_store=True, elsewhere=True),
     "one of three killed": Scenario(killed, ranks=3, timeout=60),
     "rank 0 killed": Scenario(killed, victim=0, timeout=60, rank_0_holds_the_store=True),
     "killed unheard": Scenario(killed_unheard, ranks=3, timeout=60),
