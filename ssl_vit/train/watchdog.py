@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,15 @@ PULSE = 1.0  # seconds between two signs of life
 CONNECT = 60.0  # seconds to get a connection, which looks up names: 5 to 10 s where no name server answers
 SILENT = "no sign of life"
 BROKEN = ("connection closed by peer", "connection reset by peer", "gloo", "nccl")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Why all are to end, and with which code; where somebody hangs, all show what they are doing."""
+
+    who: str
+    code: int = INTERNAL
+    hangs: bool = False
 
 
 class Watchdog:
@@ -74,7 +84,7 @@ class Watchdog:
         """This process ends by itself: the others end too, and leave the word to it."""
         if self.world > 1 and not self._done.is_set():
             code = end.code if end.code == PREEMPTED else INTERNAL  # who was interrupted interrupts all
-            self._announce(f"rank {self.rank} on {socket.gethostname()} failed: {end}", code)
+            self._announce(Loss(f"rank {self.rank} on {socket.gethostname()} failed: {end}", code))
             self._say_goodbye()
             if self.rank == 0:
                 time.sleep(2 * PULSE)  # without a launcher the store ends with this process, and the others must hear
@@ -86,37 +96,37 @@ class Watchdog:
             return None
         self._only.acquire()  # from here on this thread ends the process, or nobody has to
         end = time.monotonic() + 3 * PULSE
-        while (told := self._lost()) is None and time.monotonic() < end:
+        while (loss := self._lost()) is None and time.monotonic() < end:
             time.sleep(PULSE / 4)
-        lost, code = told or (self._missing(), INTERNAL)
-        if not lost:
+        loss = loss or Loss(self._missing())
+        if not loss.who:
             self._only.release()
             return None
-        end = self._verdict(f"rank {self.rank} lost its peers at {self._place}: {lost}", lost, code)
+        if loss.hangs:
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        end = self._verdict(f"rank {self.rank} lost its peers at {self._place}", loss)
         self._say_goodbye()
         return end
 
-    def _verdict(self, text: str, lost: str, code: int) -> Refusal:
-        """What this process says of the loss: all of it where it is the first to, else nothing."""
-        end = Refusal(code, f"{text}; the same command goes on from the last checkpoint")
-        return end if self._announce(lost) else Silent(end.code, end.message)
+    def _verdict(self, where: str, loss: Loss) -> Refusal:
+        """What this process says of a loss: all of it where it is the first to, else nothing."""
+        end = Refusal(loss.code, f"{where}: {loss.who}; the same command goes on from the last checkpoint")
+        return end if self._announce(loss) else Silent(end.code, end.message)
 
-    def _announce(self, lost: str, code: int = INTERNAL) -> bool:
-        """Tell all who was lost, and the code that they end with; False where another process was first."""
-        mine = json.dumps({"by": self.rank, "lost": lost, "code": code})
+    def _announce(self, loss: Loss) -> bool:
+        """Tell all who was lost; False where another process was first."""
+        mine = json.dumps({"by": self.rank, "loss": vars(loss)})
         first = within(3 * PULSE, lambda: self._asking.compare_set(f"{self._prefix}/lost", "", mine))
         return first is None or first.decode() == mine
 
-    def _lost(self) -> tuple[str, int] | None:
-        """Who died or failed, as far as this process can see or was told, and the code for all."""
-        told = within(3 * PULSE, lambda: self._listening.check([f"{self._prefix}/lost"]))
-        if told:
+    def _lost(self) -> Loss | None:
+        """Who died or failed, as far as this process can see or was told."""
+        if within(3 * PULSE, lambda: self._listening.check([f"{self._prefix}/lost"])):
             word = within(3 * PULSE, lambda: self._listening.get(f"{self._prefix}/lost"))
-            told = json.loads(word) if word else None
-            return (told["lost"], told["code"]) if told else None
+            return Loss(**json.loads(word)["loss"]) if word else None
         for rank, (pid, birth) in self._neighbours.items():
             if born(pid) != birth and not self._said_goodbye(rank):
-                return f"rank {rank} on {socket.gethostname()} (pid {pid}) is gone", INTERNAL
+                return Loss(f"rank {rank} on {socket.gethostname()} (pid {pid}) is gone")
         return None
 
     def _said_goodbye(self, rank: int) -> bool:
@@ -141,10 +151,10 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._done.wait(PULSE):
-            if told := self._lost():
+            if loss := self._lost():
                 time.sleep(PULSE)  # the main thread may hear of it too, and come to an end of its own
-                lost, code = told
-                self._leave(f"rank {self.rank} at {self._place}: {lost}", lost, stacks=SILENT in lost, code=code)
+                if not self._done.is_set() and self._only.acquire(blocking=False):
+                    self._leave(self._verdict(f"rank {self.rank} at {self._place}", loss), loss.hangs)
             waited = time.monotonic() - self._at
             if waited > self.timeout:
                 self._end(waited)
@@ -177,26 +187,23 @@ class Watchdog:
         return ", ".join(f"{name[rank]} is still at {now[rank]['place']}" for rank in behind)
 
     def _end(self, waited: float) -> None:
-        """End this process, whatever its main thread hangs in, and those on this machine that do not answer."""
+        """End this process, and those on this machine that do not answer."""
         lost = self._missing() or "no process is behind: the network between them is stuck"
-        if self._done.is_set() or time.monotonic() - self._at < self.timeout:
-            return  # it went on while this was asked
+        went_on = self._done.is_set() or time.monotonic() - self._at < self.timeout
+        if went_on or not self._only.acquire(blocking=False):
+            return
+        within(PULSE / 2, lambda: self._announce(Loss(lost, hangs=True)))
         for rank in self._silent:
             pid, birth = self._neighbours.get(rank, (0, None))
             if pid and born(pid) == birth:
                 os.kill(pid, signal.SIGKILL)  # a stopped one would outlive its launcher's patience
-        self._announce(lost)
         text = f"rank {self.rank} has been at {self._place} for {waited:.0f} s (timeout={self.timeout:g}): {lost}"
-        self._leave(text, None, stacks=True)
+        self._leave(Refusal(INTERNAL, f"{text}; the same command goes on from the last checkpoint"), stacks=True)
 
-    def _leave(self, text: str, lost: str | None, stacks: bool, code: int = INTERNAL) -> None:
-        """End this process; with `lost` only the first that knows of it tells."""
-        if self._done.is_set() or not self._only.acquire(blocking=False):
-            return
+    def _leave(self, end: Refusal, stacks: bool) -> None:
+        """End this process, whatever its main thread hangs in."""
         if stacks:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        end = Refusal(code, f"{text}; the same command goes on from the last checkpoint")
-        end = self._verdict(text, lost, code) if lost else end
         self._say_goodbye()
         with suppress(Exception):  # a full disk must not keep it
             self.ended(end)
