@@ -176,8 +176,8 @@ def signal_twice(life: Life) -> None:
     """During a save that hangs: the second signal ends what the first one cannot."""
     start = life.start
     assert start is not None
-    draft = life.run / "checkpoints" / ".step-00000014.tmp"
-    while start.running and not draft.exists():
+    draft, began = life.run / "checkpoints" / ".step-00000014.tmp", time.time()
+    while start.running and not (draft.exists() and draft.stat().st_mtime > began):  # not one that was left behind
         time.sleep(0.01)
     for _ in range(2):
         start.signal(signal.SIGTERM)
@@ -214,7 +214,7 @@ def injected(actions: str, places: str) -> Callable[[Life], str]:
 
     def variable(life: Life) -> str:
         action, place = life.random.choice(actions.split()), life.random.choice(places.split())
-        step = life.random.randrange(life.resumed, STEPS)
+        step = life.random.randrange(min(life.resumed, STEPS - 1), STEPS)
         return f"{action}:point={place}:rank={life.rank()}:step={step}-{step + 6}:seconds=0.5"
 
     return variable
@@ -228,7 +228,7 @@ def at_any(actions: str) -> Callable[[Life], str]:
 
 
 def flip(life: Life) -> str:
-    step = life.random.randrange(life.resumed, STEPS) + 1
+    step = life.random.randrange(min(life.resumed, STEPS - 1), STEPS) + 1
     return f"flip:point=weights:rank=1:step={step}"
 
 

@@ -43,11 +43,11 @@ def live(
     sys.argv = [f"{tool}.py", *words]
     signal.set_wakeup_fd(-1)
     multiprocessing.set_start_method("fork", force=True)  # as a command has it; here it would be the server's
-    threading.Thread(target=_follow, daemon=True).start()
     code: Any = 1
     try:
         if prepare is not None:
-            prepare()
+            prepare()  # before there are threads, which would forbid a namespace of its own
+        threading.Thread(target=_follow, daemon=True).start()
         runpy.run_path(str(TOOLS / f"{tool}.py"), run_name="__main__")
     except SystemExit as end:
         code = end.code

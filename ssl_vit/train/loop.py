@@ -1,6 +1,5 @@
 """The one loop: pretraining, supervised pretraining and fine-tuning differ by what they pass in."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from ssl_vit.train.outfit import outfit
 from ssl_vit.train.plugins import Asked
 from ssl_vit.train.run import Run
 from ssl_vit.train.state import on_main, resume
-from ssl_vit.train.tracker import Tracker, TrackerName
+from ssl_vit.train.tracker import Tracker, TrackerName, row_of
 from ssl_vit.train.watch import DataWatch
 from ssl_vit.train.window import Window
 
@@ -156,7 +155,7 @@ def fit(
     share = shared(loop, accelerator.process_index, accelerator.num_processes)
     moments, state = resume(run, accelerator, loop.keep, task.model, task.stream.identity)
     if run.step >= loop.steps and not state.owed:
-        return last_row(run)
+        return row_of(run.folder, run.step) or {}
     left_out = state.left_out.and_also(left_out)
     model = task.model.to(accelerator.device)
     outfit(model, accelerator, loop.precision, loop.compile, loop.activation_checkpointing)
@@ -383,9 +382,3 @@ def save(live: Live, must: bool) -> None:
             raise
         if accelerator.is_main_process:
             print(f"on_save_error=continue: {end}", flush=True)
-
-
-def last_row(run: Run) -> dict[str, Any]:
-    """The last row of metrics that a finished run wrote."""
-    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-    return json.loads(lines[-1])

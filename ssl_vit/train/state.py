@@ -16,7 +16,7 @@ from ssl_vit.train.checkpoint import Tensors
 from ssl_vit.train.distributed import from_main, together
 from ssl_vit.train.numbers import NOTHING, LeftOut
 from ssl_vit.train.run import Run
-from ssl_vit.train.tracker import has_row
+from ssl_vit.train.tracker import rewind, row_of
 from ssl_vit.train.window import Window
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ def resume(run: Run, accelerator: "Accelerator", keep: int, model: Model, data: 
     def choose() -> tuple[Path | None, bool]:
         folder = checkpoint.newest(run.checkpoints)
         checkpoint.tidy(run.checkpoints, keep)
-        return folder, folder is not None and has_row(run.folder, int(folder.name.removeprefix("step-")))
+        step = int(folder.name.removeprefix("step-")) if folder else 0
+        rewind(run.folder, step)
+        return folder, row_of(run.folder, step) is not None
 
     folder, told = from_main(accelerator, choose)
     inject.point("resume.chosen")

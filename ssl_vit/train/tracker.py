@@ -32,16 +32,9 @@ class Tracker:
         if accelerator.log_with:
             accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start + 1}})
         if self.active:
-            self._rewind(start)
             self._lines = not quiet and not sys.stderr.isatty()
             if not quiet and not self._lines:
                 self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
-
-    def _rewind(self, step: int) -> None:
-        """Drop the rows after the step that the run resumes from: they will be written again."""
-        if self._path.exists():
-            rows = [line for line in _lines(self._path) if _step(line) in range(1, step + 1)]
-            write_bytes(self._path, "".join(row + "\n" for row in rows).encode())
 
     def advance(self) -> None:
         """One step is done."""
@@ -89,10 +82,18 @@ def _group(name: str) -> str:
     return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
 
 
-def has_row(folder: Path, step: int) -> bool:
-    """Whether a run's metrics have the row of a step."""
+def rewind(folder: Path, step: int) -> None:
+    """Drop the rows after the step that a run goes on from, which will be written again, and torn ones."""
     path = folder / "metrics.jsonl"
-    return path.exists() and any(_step(line) == step for line in _lines(path))
+    if path.exists():
+        rows = [line for line in _lines(path) if _step(line) in range(1, step + 1)]
+        write_bytes(path, "".join(row + "\n" for row in rows).encode())
+
+
+def row_of(folder: Path, step: int) -> dict[str, Any] | None:
+    """The row of a step in a run's metrics; None where it was not written, or torn."""
+    path = folder / "metrics.jsonl"
+    return next((json.loads(line) for line in _lines(path) if _step(line) == step), None) if path.exists() else None
 
 
 def _lines(path: Path) -> list[str]:
