@@ -8,8 +8,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from tests.conftest import TINY
+from tests.runs import rows
 
-SPEEDS = {"images_per_second", "tflops", "data_wait"}
 STEPS = 20
 
 
@@ -18,12 +18,6 @@ def words(shards: Path, run: Path, *more: str) -> list[str]:
     given = [*TINY, f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", "tracker=none"]
     given += [f"steps={STEPS}", "save_every=2", "log_every=3", "eval_every=7", "encoder.dropout=0.1"]
     return [*given, "optim.warmup_steps=2", *more]
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    """The metrics, but for speeds."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in SPEEDS} for line in lines]
 
 
 def state(folder: Path) -> dict[str, str]:

@@ -25,9 +25,10 @@ from test_kill_points import finished, killed_in
 
 from ssl_vit.exits import CANNOT_CREATE, DISK, MISMATCH, PREEMPTED, USAGE
 from ssl_vit.train import checkpoint
+from tests.runs import rows
 from tests.starts import BASE, PRELOAD, Start, live
 from tests.train.children import ended, fork, may_mount, mount, own_mounts
-from tests.train.outcome import STEPS, outcome, rows, state, words
+from tests.train.outcome import STEPS, outcome, state, words
 
 SEED = 3
 STOPPED = 4.0  # seconds in which a start that cannot be has said so, on a busy machine; faults.md: 2

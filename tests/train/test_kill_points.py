@@ -25,9 +25,10 @@ import torch
 from ssl_vit.exits import DISK, INTERNAL
 from ssl_vit.train import checkpoint
 from ssl_vit.train.checkpoint import MANIFEST
+from tests.runs import rows
 from tests.starts import Start
 from tests.train.children import ended, fork
-from tests.train.outcome import STEPS, outcome, rows, words
+from tests.train.outcome import STEPS, outcome, words
 
 SEED = 5
 SHOWN, ALL = 24, 10**9  # system calls of a save that are killed in `make test`, and in `make test-long`

@@ -1,18 +1,21 @@
 """Numbers that are not finite, that jump or differ between ranks: what is skipped, undone, refused."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ssl_vit.cost import Engine
 from ssl_vit.counter import sample_seed
 from ssl_vit.data import manifest
 from ssl_vit.data.plan import Plan
 from ssl_vit.data.samples import Data
 from ssl_vit.exits import DATA, INTEGRITY, MISMATCH, PREEMPTED, USAGE
 from ssl_vit.train import checkpoint
+from ssl_vit.train.environment import choose
 from ssl_vit.train.optim import learning_rate
 from tests import runs
 from tests.odd import unsteady
@@ -104,6 +107,24 @@ def test_three_bad_steps_go_back(shards: Path, tmp_path: Path, world: int):
     assert [rows[step]["samples_seen"] for step in (12, 15, 30)] == [12 * 8, 18 * 8, 33 * 8]  # what is left out counts
     assert rows[15]["samples_digest"] == digest(shards, [12, 13, 17])
     assert rows[18]["samples_digest"] == digest(shards, [18, 19, 20])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "fsdp2"])
+def test_every_engine_goes_back(shards: Path, tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    """And takes the batches that DDP takes then, with its losses to rounding."""
+    fault = f"nan:point=loss:rank=1:step={BAD[0]}-{BAD[-1]}"
+    monkeypatch.setattr(os, "environ", {})
+    choose(engine)
+    asked: dict[str, Any] = os.environ | {"DS_ACCELERATOR": "cpu"}
+    monkeypatch.undo()
+    for name, environment in (("ddp", {}), (engine, asked)):
+        start = Start(runs.words(shards, tmp_path / name), tmp_path / "logs", 2, fault, **environment)
+        assert start.wait(120) == [0, 0], start.said()
+        assert f"back to the newest checkpoint, on without batches {LEFT_OUT}" in start.said()
+    for mine, theirs in zip(*(runs.rows(tmp_path / name) for name in ("ddp", engine)), strict=True):
+        assert mine["samples_digest"] == theirs["samples_digest"]
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
 
 
 def test_a_third_rollback_is_refused(shards: Path, tmp_path: Path):
