@@ -72,7 +72,7 @@ def test_a_bad_step_is_skipped_by_all_ranks(shards: Path, tmp_path: Path, world:
     assert runs.lost_samples(run, shards, 9) == 0
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_three_bad_steps_go_back(shards: Path, tmp_path: Path, world: int):
     """To the newest checkpoint, and on as a run that never saw their batches; also where it is killed after that."""
     fault = f"nan:point=loss:rank={world - 1}:step={BAD[0]}-{BAD[-1]}"
