@@ -83,7 +83,8 @@ def _answer_signals() -> None:
 
     def insist() -> None:
         while number := os.read(told, 1):
-            time.sleep(PATIENCE)
+            if signal.getsignal(number[0]) is _interrupt:  # else it is a child's, or the training loop's to answer
+                time.sleep(PATIENCE)
             if signal.getsignal(number[0]) is _interrupt:  # the main thread has not seen it
                 leave(verdict(KeyboardInterrupt()))
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 IN_A_ROW = 3  # skipped updates, then the run goes back
 ROLLBACKS = 2  # of a run, then it ends
 HISTORY, FEWEST, SIGMAS = 100, 30, 6.0  # losses that a spike is measured by, how many it takes, how far it is
+LEAST = 0.01  # of the median, a sigma at least: a loss that hardly moves yet does not jump when it begins to
 SPREAD = 1.4826  # of a normal distribution: its standard deviation by its median absolute deviation
 SHOWN = 100  # lines that a start adds to numerics.jsonl
 
@@ -128,7 +129,7 @@ class NumberWatch:
     def _jumps(self, loss: float) -> bool:
         middle = median(self.losses)
         sigma = SPREAD * median(abs(one - middle) for one in self.losses)
-        return loss > middle + SIGMAS * max(sigma, 1e-6 * abs(middle))
+        return loss > middle + SIGMAS * max(sigma, LEAST * abs(middle))
 
     def _go_back(self, why: str, batches: list[int]) -> None:
         if self.left_out.rollbacks >= ROLLBACKS:
