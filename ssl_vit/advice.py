@@ -11,6 +11,7 @@ from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.model import Model, count_parameters
 from ssl_vit.scaling import Job, plan, relief
 from ssl_vit.train.environment import engine, memory, world
+from ssl_vit.train.optim import moments
 
 if TYPE_CHECKING:
     from ssl_vit.recipe import Recipe
@@ -33,7 +34,7 @@ def _job(recipe: "Recipe", model: Model, world: int, **data: Any) -> Job:
         encoder=recipe.encoder,
         head_macs=model.head.macs,
         parameters=count_parameters(model),
-        moments=len(set(recipe.optim.state) - {"step"}),
+        moments=moments(recipe.optim),
         batch=recipe.batch,
         micro_batch=recipe.micro_batch,
         steps=recipe.steps,

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from ssl_vit.config import Config
+from ssl_vit.config import Config, Plain
 from ssl_vit.exits import INTEGRITY, USAGE, Refusal
 from ssl_vit.train import checkpoint
 from ssl_vit.train.run import holder
@@ -63,10 +63,11 @@ def checkpoints(folder: Path, verify: bool) -> Iterator[Saved]:
     """A run's checkpoints, newest first, then those put aside."""
     parent = folder / "checkpoints"
     for path in [*reversed(checkpoint.steps(parent)), *sorted(parent.glob("step-" + "[0-9]" * 8 + ".corrupt-*"))]:
-        name, _, aside = path.name.partition(".")
+        aside = path.name.partition(".")[2]
         files = [file.lstat() for file in path.iterdir()] if path.is_dir() else []
         age = time.time() - path.lstat().st_mtime
-        yield Saved(path.name, int(name[5:]), sum(file.st_size for file in files), age, _verdict(path, aside, verify))
+        size, state = sum(file.st_size for file in files), _verdict(path, aside, verify)
+        yield Saved(path.name, checkpoint.step_of(path), size, age, state)
 
 
 def _verdict(path: Path, aside: str, verify: bool) -> str:
@@ -112,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
     """A JSON or YAML file's keys; none where it is not there, or no such thing."""
     try:
         text = path.read_text()
-        found = json.loads(text) if path.suffix == ".json" else yaml.load(text, yaml.BaseLoader)
+        found = json.loads(text) if path.suffix == ".json" else yaml.load(text, Plain)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}

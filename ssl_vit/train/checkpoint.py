@@ -127,6 +127,11 @@ def steps(parent: Path) -> list[Path]:
     return sorted(parent.glob("step-" + "[0-9]" * 8))
 
 
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, or of what was put aside, by its name."""
+    return int(folder.name[5:13])
+
+
 def newest(parent: Path) -> Path | None:
     """The newest checkpoint that verifies; bad ones are renamed to `.corrupt-TIME`, and None means there never was one.
 

@@ -19,7 +19,7 @@ from ssl_vit.data.stream import Share, TrainingStream
 from ssl_vit.evaluate.accuracy import Evaluator
 from ssl_vit.exits import DISK, INTEGRITY, PREEMPTED, USAGE, Refusal
 from ssl_vit.model import Batch, Model
-from ssl_vit.train import checkpoint
+from ssl_vit.train import checkpoint, optim
 from ssl_vit.train.distributed import Beat, StopSignal, from_main, silent, together, total
 from ssl_vit.train.engine import Engine, prepare
 from ssl_vit.train.environment import Precision
@@ -129,8 +129,8 @@ class Live:
     numbers: NumberWatch
     window: Window
     owed: bool  # the row of this step, with its evaluation where one is due, is still to be written
+    saved: int  # the step of the newest checkpoint
     postponed: bool = False  # a checkpoint waits until it is clear whether the run goes back
-    saved: int = -1  # the step of this start's newest checkpoint
 
     @property
     def seen(self) -> int:
@@ -160,7 +160,7 @@ def fit(
     model = task.model.to(accelerator.device)
     outfit(model, accelerator, loop.precision, loop.compile, loop.activation_checkpointing)
     if loop.on_save_error == "stop":
-        size = 4 * sum(p.numel() for p in task.model.parameters()) * (1 + len(set(task.optim.state) - {"step"}))
+        size = 4 * sum(p.numel() for p in task.model.parameters()) * (1 + optim.moments(task.optim))
         from_main(accelerator, lambda: checkpoint.check_space(run.checkpoints, size))
     batches = remaining(task, loop, left_out, run.step, share, accelerator.device)
     if loop.verify_step:
@@ -226,7 +226,7 @@ def advance(live: Live, batches: Iterator[Batch]) -> None:
     live.tracker.advance()
     inject.point("update", run.step)
     final = run.step == loop.steps
-    live.owed = final or judged(loop, run.step) or run.step % loop.log_every == 0
+    live.owed = judged(loop, run.step) or run.step % loop.log_every == 0
     stopping = live.stop.agreed()
     due = stopping or final or run.step % loop.save_every == 0 or live.postponed
     live.watch.check(live.seen, wait=live.owed or due)

@@ -76,6 +76,11 @@ class Sgd(_Optim):
 Optim = Annotated[AdamW | Sgd, Field(discriminator="kind")]
 
 
+def moments(optim: Optim) -> int:
+    """Numbers that an optimizer keeps a parameter: AdamW 2, SGD with momentum 1."""
+    return len(set(optim.state) - {"step"})
+
+
 def groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two parameter groups: kernels, which decay; biases, norms, class token, positions and mask, which do not."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -50,7 +50,7 @@ def resume(run: Run, accelerator: "Accelerator", keep: int, model: Model, data: 
     def choose() -> tuple[Path | None, bool]:
         folder = checkpoint.newest(run.checkpoints)
         checkpoint.tidy(run.checkpoints, keep)
-        step = int(folder.name.removeprefix("step-")) if folder else 0
+        step = checkpoint.step_of(folder) if folder else 0
         rewind(run.folder, step)
         return folder, row_of(run.folder, step) is not None
 

@@ -332,15 +332,20 @@ TENSORS: dict[str, bytes] = {
 }
 
 
+def refused_at_once(folder: Path, name: str, content: bytes, scratch: Path) -> None:
+    """A file of a checkpoint whose manifest vouches for it is refused by name, with 76."""
+    (folder / name).write_bytes(content)
+    reseal(folder)
+    code, seconds, said = cost(lambda: checkpoint.load(folder), scratch)
+    assert code == INTEGRITY, said[-2000:]
+    assert name in said
+    assert seconds < SECONDS
+
+
 @pytest.mark.parametrize("kind", TENSORS)
 def test_hostile_tensor_files(parent: Path, tmp_path: Path, kind: str):
     """Even where the manifest vouches for them: 76, at once, in little memory."""
-    (parent / NEW / "model.safetensors").write_bytes(TENSORS[kind])
-    reseal(parent / NEW)
-    code, seconds, said = cost(lambda: checkpoint.load(parent / NEW), tmp_path)
-    assert code == INTEGRITY, said[-2000:]
-    assert "model.safetensors" in said
-    assert seconds < SECONDS
+    refused_at_once(parent / NEW, "model.safetensors", TENSORS[kind], tmp_path)
 
     def refused() -> None:
         with pytest.raises(Refusal):
@@ -355,12 +360,7 @@ VALUES = {"an empty one", "only a version", "a newer version, not sealed", "UTF-
 @pytest.mark.parametrize("text", [name for name in TEXTS if name not in VALUES])
 def test_hostile_values(parent: Path, tmp_path: Path, text: str):
     """The same of state.json, even where the manifest vouches for it."""
-    (parent / NEW / "state.json").write_bytes(TEXTS[text])
-    reseal(parent / NEW)
-    code, seconds, said = cost(lambda: checkpoint.load(parent / NEW), tmp_path)
-    assert code == INTEGRITY, said[-2000:]
-    assert "state.json" in said
-    assert seconds < SECONDS
+    refused_at_once(parent / NEW, "state.json", TEXTS[text], tmp_path)
 
 
 def test_where_all_are_bad_the_run_does_not_begin_anew(parent: Path):
