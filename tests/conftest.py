@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ssl_vit import exits
 from ssl_vit.data.shards import MakeShards, convert
 
 COLORS = {"blue": (20, 40, 220), "green": (30, 200, 60), "red": (220, 30, 40)}
@@ -41,6 +42,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """What takes minutes runs where it is asked for: `make test-long`."""
     if "long" not in config.option.markexpr:
         items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+@pytest.fixture(autouse=True)
+def own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tool that runs in this process leaves its signals alone: they are answered for a whole process."""
+    monkeypatch.setattr(exits, "_answer_signals", lambda: None)
 
 
 @pytest.fixture(scope="session")

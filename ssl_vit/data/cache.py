@@ -99,9 +99,9 @@ class Cache:
             raise Refusal(DISK, f"{self.folder}: {need}; allow a few times a shard")
         while True:
             with _held(self.folder / ".room"):
-                kept = self._kept()
-                total = size + sum(stat.st_size for _, stat in kept)
-                total += sum(map(_under_way, self.folder.glob(".lock-*")))
+                total = size + sum(map(_under_way, self.folder.glob(".lock-*")))
+                kept = self._kept()  # after: a download that ends in between counts twice, not never
+                total += sum(stat.st_size for _, stat in kept)
                 for path, stat in sorted(kept, key=lambda one: one[1].st_mtime):
                     if total <= self.room:
                         break

@@ -336,7 +336,7 @@ def test_the_fetcher_leaves_signals_to_its_parent(web: Site, tmp_path: Path, cap
         until(lambda: len(held(tmp_path / "cache")) == 2, limit=3)
     finally:
         ahead.close()
-        assert children() == before  # no zombie
+        assert children() <= before  # no zombie
     assert capfd.readouterr().err == ""
 
 
@@ -348,7 +348,7 @@ def test_a_fetcher_that_died_is_no_harm(web: Site, tmp_path: Path):
     for file in files(web, 3):
         ahead.fetch(wanted(web.url, tmp_path / "cache", file))
     ahead.close()
-    assert children() == before
+    assert children() <= before
 
 
 # streams
@@ -582,7 +582,7 @@ def test_a_stream_that_is_closed_leaves_no_process(disk: Path, site: Site, tmp_p
     batches.close()  # type: ignore[attr-defined]
     del batches
     gc.collect()
-    until(lambda: children() == before, limit=5)
+    until(lambda: children() <= before)
 
 
 # nodes

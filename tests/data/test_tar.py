@@ -311,4 +311,4 @@ def test_a_walk_that_is_broken_off_closes_its_file(tmp_path: Path):
     walking = walk(tmp_path / "a.tar")
     next(walking)
     del walking
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
