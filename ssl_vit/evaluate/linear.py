@@ -1,0 +1,128 @@
+"""A linear probe: logistic regression on frozen features, whole-batch by L-BFGS or in batches by SGD."""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from ssl_vit.config import Config
+from ssl_vit.counter import key, permutation
+
+CHUNK = 1 << 26  # numbers of features that are worked on at once
+
+
+class LinearProbe(Config):
+    """Linear probe; its l2 or rate is chosen on a part of the training features, then it is fitted to all of them."""
+
+    solver: Literal["lbfgs", "sgd"] = Field(
+        default="lbfgs", description="whole batch with l2, or BatchNorm and SGD 0.9 (as in MAE)"
+    )
+    l2: tuple[float, ...] = Field(default=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1), description="lbfgs: values to try")
+    lr: tuple[float, ...] = Field(default=(0.01, 0.03, 0.1, 0.3, 1.0), description="sgd: rates to try")
+    fraction: float = Field(default=0.1, gt=0, lt=1, description="of the training images, to choose by")
+    steps: int = Field(default=300, ge=1, description="lbfgs: most iterations")
+    epochs: int = Field(default=90, ge=1, description="sgd: epochs")
+    batch: int = Field(default=1024, ge=2, description="sgd: images a step")
+
+    @field_validator("l2", "lr")
+    @classmethod
+    def _has_values(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if not values or min(values) <= 0:
+            raise ValueError("one or more numbers above 0, with commas between them")
+        return values
+
+
+class Linear(NamedTuple):
+    """A linear classifier of features."""
+
+    weight: Tensor  # [classes, D]
+    bias: Tensor  # [classes]
+
+    def scores(self, features: Tensor) -> Tensor:
+        """features [M, D] -> logits [M, classes]."""
+        return features.to(self.weight) @ self.weight.T + self.bias
+
+
+def fit(features: Tensor, labels: Tensor, classes: int, l2: float, steps: int = 300) -> Linear:
+    """The minimum of mean cross-entropy + l2 / 2 * |weight|^2, the bias left free, for features [N, D].
+
+    scikit-learn's LogisticRegression(C=1 / (l2 * N)) is the same problem. Features are taken in chunks.
+    """
+    x = torch.zeros(classes, features.shape[1] + 1, dtype=features.dtype, device=features.device, requires_grad=True)
+    size = max(1, CHUNK // features.shape[1])
+    solver = torch.optim.LBFGS(
+        [x], max_iter=steps, history_size=20, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        whole = torch.zeros((), dtype=torch.float64, device=x.device)
+        for part, label in zip(features.split(size), labels.split(size), strict=True):
+            logits = part @ x[:, :-1].T + x[:, -1]
+            loss = F.cross_entropy(logits, label, reduction="sum") / len(features)
+            loss.backward()
+            whole += loss.detach()
+        penalty = l2 / 2 * x[:, :-1].square().sum()
+        penalty.backward()
+        return whole + penalty.detach()
+
+    solver.step(closure)  # type: ignore[arg-type]
+    made = x.detach()
+    return Linear(made[:, :-1], made[:, -1])
+
+
+def sgd(features: Tensor, labels: Tensor, classes: int, lr: float, config: LinearProbe, seed: int = 0) -> Linear:
+    """BatchNorm without affine parameters, then a linear layer from zero; SGD 0.9, cosine, no decay, as MAE probes.
+
+    Unlike MAE's, the features are of central crops, computed once. The norm is folded into the layer that is returned.
+    """
+    norm = nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6).to(features)
+    layer = nn.Linear(features.shape[1], classes).to(features)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    solver = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9)
+    batch = min(config.batch, len(features))
+    steps = config.epochs * (len(features) // batch)
+    for step in range(steps):
+        epoch, place = divmod(step * batch, len(features) // batch * batch)
+        if place == 0:
+            order = torch.from_numpy(permutation(key("probe", seed, epoch), len(features)))
+        ids = order[place : place + batch]  # type: ignore[possibly-undefined]
+        for group in solver.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        solver.zero_grad()
+        F.cross_entropy(layer(norm(features[ids])), labels[ids]).backward()
+        solver.step()
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    weight = layer.weight.detach() / (norm.running_var + norm.eps).sqrt()
+    return Linear(weight, layer.bias.detach() - weight @ norm.running_mean)
+
+
+def probe(features: Tensor, labels: Tensor, classes: int, config: LinearProbe, seed: int = 0) -> tuple[Linear, float]:
+    """The probe of features [N, D], standardised for the solver's sake, and the l2 or rate that was chosen for it.
+
+    Chosen is what is best on the held-out part; of equals, the first. Where that part would leave a class without an
+    image to learn from, the middle value is taken.
+    """
+    mean, std = features.mean(0), features.std(0, correction=0) + 1e-5
+    x = (features - mean) / std
+    values = config.l2 if config.solver == "lbfgs" else config.lr
+
+    def fitted(x: Tensor, labels: Tensor, value: float) -> Linear:
+        if config.solver == "lbfgs":
+            return fit(x, labels, classes, value, config.steps)
+        return sgd(x, labels, classes, value, config, seed)
+
+    chosen = values[len(values) // 2]
+    order = torch.from_numpy(permutation(key("probe", seed), len(x)))
+    held, rest = order.tensor_split([round(len(x) * config.fraction)])
+    if len(values) > 1 and len(held) and bool(torch.bincount(labels[rest], minlength=classes).all()):
+        right = [(fitted(x[rest], labels[rest], v).scores(x[held]).argmax(1) == labels[held]).sum() for v in values]
+        chosen = values[int(torch.stack(right).argmax())]
+    made = fitted(x, labels, chosen)
+    weight = made.weight / std
+    return Linear(weight, made.bias - weight @ mean), chosen
