@@ -18,11 +18,15 @@ Edit = Callable[[Tensor], Tensor]
 
 
 class Output(NamedTuple):
-    """What a head returns: the loss to step on, sums over the batch to report, and how much was summed."""
+    """What a head returns: the loss to step on, sums over the batch to report, and how much was summed.
+
+    A classifier in eval mode adds its logits [B, classes].
+    """
 
     loss: Tensor
     sums: dict[str, Tensor]
     weight: Tensor
+    logits: Tensor | None = None
 
 
 class Encoder(Protocol):
@@ -69,9 +73,13 @@ def mean_over(valid: Tensor, values: Tensor) -> Tensor:
 
 
 def pooled(encoder: Encoder, image: Tensor) -> Tensor:
-    """One vector an image, [B, D]: the class token, or the mean of the patch tokens, as `encoder.pool` says."""
-    tokens = encoder(image)
-    return tokens[:, 0] if encoder.pool == "class" else tokens[:, encoder.prefix :].mean(1)
+    """One vector an image, [B, D], as `encoder.pool` says."""
+    return read_out(encoder(image), encoder.pool, encoder.prefix)
+
+
+def read_out(tokens: Tensor, pool: str, prefix: int) -> Tensor:
+    """tokens [B, T, D] -> [B, D]: the class token, or the mean of the patch tokens."""
+    return tokens[:, 0] if pool == "class" else tokens[:, prefix:].mean(1)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -4,6 +4,7 @@ Tensor names follow ssl_vit/model.py. Parameter names are timm's, so that weight
 """
 
 import math
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -50,6 +51,9 @@ class Vit(Config):
     )
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="dropout rate, at the paper's four places (appendix B.1)"
+    )
+    drop_path: float = Field(
+        default=0.0, ge=0, lt=1, description="share of images for which the last block is skipped in training"
     )
     mean: tuple[float, ...] = Field(
         default=(0.5,), description="subtracted from pixels in [0,1], one value or one a channel"
@@ -128,20 +132,35 @@ class Mlp(nn.Module):
         return self.drop2(self.fc2(self.drop1(F.gelu(self.fc1(x)))))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training a residual branch is dropped for a share of the images."""
+
+    def __init__(self, share: float):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.share:
+            return x
+        kept = 1 - self.share
+        return x * (x.new_empty(len(x), 1, 1).bernoulli_(kept) / kept)
+
+
 class Block(nn.Module):
     """A pre-LN transformer block: attention, then MLP, each with its residual."""
 
-    def __init__(self, width: int, heads: int, mlp: int, dropout: float):
+    def __init__(self, width: int, heads: int, mlp: int, dropout: float, drop_path: float = 0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.drop = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, mlp, dropout)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop(self.attn(self.norm1(x)))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.drop(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -172,7 +191,8 @@ class VitEncoder(nn.Module):
         patches = self.grid[0] * self.grid[1]
         self.pos_embed = positions.learned(self.prefix + patches, width) if config.positions == "1d" else None
         self.pos_drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp, config.dropout) for _ in range(depth))
+        rates = [config.drop_path * i / max(1, depth - 1) for i in range(depth)]  # growing with depth, from 0
+        self.blocks = nn.ModuleList(Block(width, heads, mlp, config.dropout, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.mean: Tensor
         self.std: Tensor
@@ -198,6 +218,25 @@ class VitEncoder(nn.Module):
 
     def forward(self, image: Tensor, edit: Edit | None = None, select: Tensor | None = None) -> Tensor:
         """See `ssl_vit.model.Encoder`; raises ValueError where the image is not the size the encoder was built for."""
+        x = self.embed(image, edit)
+        again = self.activation_checkpointing and self.training
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        if select is not None:
+            x = x.gather(1, select[:, :, None].expand(-1, -1, x.shape[2]))
+        return self.norm(x)
+
+    def layers(self, image: Tensor, numbers: Collection[int]) -> dict[int, Tensor]:
+        """The tokens [B, T, D] after the blocks of these numbers, from 1, each through the final norm."""
+        x, found = self.embed(image), {}
+        for number, block in enumerate(self.blocks[: max(numbers)], start=1):  # type: ignore[arg-type]
+            x = block(x)
+            if number in numbers:
+                found[number] = self.norm(x)
+        return found
+
+    def embed(self, image: Tensor, edit: Edit | None = None) -> Tensor:
+        """What enters the first block."""
         if tuple(image.shape[2:]) != self.config.image_hw:
             raise ValueError(f"image is {tuple(image.shape[2:])}, the encoder takes {self.config.image_hw}")
         patches = self.patch_embed(self.normalise(image))
@@ -206,10 +245,4 @@ class VitEncoder(nn.Module):
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        x = self.pos_drop(x)
-        again = self.activation_checkpointing and self.training
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
-        if select is not None:
-            x = x.gather(1, select[:, :, None].expand(-1, -1, x.shape[2]))
-        return self.norm(x)
+        return self.pos_drop(x)

@@ -1,5 +1,6 @@
 """Supervised pretraining: an MLP with one hidden tanh layer on the pooled tokens (paper D.3)."""
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -31,10 +32,16 @@ class Classifier(Config):
 class ClassificationHead(nn.Module):
     """Pooled tokens [B, D] -> logits [B, classes], with the last layer starting at zero (paper B.1.1)."""
 
-    def __init__(self, layers: nn.Sequential, loss: Literal["softmax", "sigmoid"]):
+    def __init__(
+        self,
+        layers: nn.Sequential,
+        loss: Literal["softmax", "sigmoid"],
+        smoothing: float = 0.0,
+        mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ):
         super().__init__()
         self.layers = layers
-        self.loss = loss
+        self.loss, self.smoothing, self.mix = loss, smoothing, mix
         self.macs = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))  # an image
         last = layers[-1]
         assert isinstance(last, nn.Linear)
@@ -42,11 +49,18 @@ class ClassificationHead(nn.Module):
         nn.init.zeros_(last.bias)
 
     def forward(self, encoder: Encoder, batch: Batch) -> Output:
-        """The loss of each labelled image; an image without label (-1) carries none."""
-        logits = self.layers(pooled(encoder, batch["image"])).float()
+        """The loss of each labelled image; an image without label (-1) carries none.
+
+        `mix`, in training only, makes other images and soft targets [B, classes] of images and labels.
+        """
         label, valid = batch["label"].clamp(min=0), batch["valid"] & (batch["label"] >= 0)
+        image, target = (
+            self.mix(batch["image"], label) if self.training and self.mix is not None else (batch["image"], label)
+        )
+        logits = self.layers(pooled(encoder, image)).float()
         if self.loss == "softmax":
-            loss = F.cross_entropy(logits, label, reduction="none")
+            smoothing = self.smoothing if self.training and self.mix is None else 0.0  # a mixed target has its own
+            loss = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
         else:
             target = F.one_hot(label, logits.shape[1]).float()
             loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
@@ -56,7 +70,7 @@ class ClassificationHead(nn.Module):
             rank = (logits >= own).sum(1) - 1
             sums = {"loss": loss, "top1": (rank < 1) & ~own[:, 0].isnan(), "top5": (rank < 5) & ~own[:, 0].isnan()}
             sums = {name: (value * valid).sum() for name, value in sums.items()}
-        return Output(mean_over(valid, loss), sums, valid.sum())
+        return Output(mean_over(valid, loss), sums, valid.sum(), None if self.training else logits)
 
     def report(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
         """Means over the images that were counted."""

@@ -39,10 +39,17 @@ class _Optim(Config):
     clip: float | None = Field(
         default=1.0, gt=0, description="global norm that gradients are clipped to (none: no clipping)"
     )
+    layer_decay: float | None = Field(
+        default=None, gt=0, le=1, description="the rate of each block is that of the next one times this (none: equal)"
+    )
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step."""
         return learning_rate(step, self.lr, steps, self.warmup_steps, self.schedule)
+
+    def groups(self, model: nn.Module) -> list[dict]:
+        """The parameter groups of a model."""
+        return groups(model, self.weight_decay, self.layer_decay)
 
 
 class AdamW(_Optim):
@@ -54,7 +61,9 @@ class AdamW(_Optim):
 
     def build(self, model: nn.Module) -> Optimizer:
         """The optimizer over a model's parameters."""
-        return torch.optim.AdamW(groups(model, self.weight_decay), lr=self.lr, betas=self.betas, fused=True)
+        return torch.optim.AdamW(
+            groups(model, self.weight_decay, self.layer_decay), lr=self.lr, betas=self.betas, fused=True
+        )
 
 
 class Sgd(_Optim):
@@ -70,7 +79,9 @@ class Sgd(_Optim):
 
     def build(self, model: nn.Module) -> Optimizer:
         """The optimizer over a model's parameters; torch's decay enters before the momentum here."""
-        return torch.optim.SGD(groups(model, self.weight_decay), lr=self.lr, momentum=self.momentum, fused=True)
+        return torch.optim.SGD(
+            groups(model, self.weight_decay, self.layer_decay), lr=self.lr, momentum=self.momentum, fused=True
+        )
 
 
 Optim = Annotated[AdamW | Sgd, Field(discriminator="kind")]
@@ -81,12 +92,30 @@ def moments(optim: Optim) -> int:
     return len(set(optim.state) - {"step"})
 
 
-def groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups: kernels, which decay; biases, norms, class token, positions and mask, which do not."""
+def groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict]:
+    """Parameter groups: kernels, which decay; biases, norms, class token, positions and mask, which do not.
+
+    With `layer_decay` (BEiT, MAE) such a pair for every block, for what is below and what is above them, each with its
+    `scale` of the rate.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    kernels = [p for name, p in named if is_kernel(name, p)]
-    rest = [p for name, p in named if not is_kernel(name, p)]
-    return [{"params": kernels, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    blocks = len({name.split(".")[2] for name, _ in named if name.startswith("encoder.blocks.")})
+    made = []
+    for layer in range(blocks + 1, -1, -1) if layer_decay else [None]:
+        mine = [(name, p) for name, p in named if layer in (None, layer_of(name, blocks))]
+        scale = {} if layer is None or layer_decay is None else {"scale": layer_decay ** (blocks + 1 - layer)}
+        kernels = [p for name, p in mine if is_kernel(name, p)]
+        rest = [p for name, p in mine if not is_kernel(name, p)]
+        made += [{"params": kernels, "weight_decay": weight_decay, **scale}]
+        made += [{"params": rest, "weight_decay": 0.0, **scale}]
+    return [group for group in made if group["params"]] if layer_decay else made
+
+
+def layer_of(name: str, blocks: int) -> int:
+    """A parameter's layer: 0 below the blocks, 1 to `blocks` in them, above them one more."""
+    if name.startswith("encoder.blocks."):
+        return int(name.split(".")[2]) + 1
+    return 0 if name.startswith(("encoder.patch_embed.", "encoder.cls_token", "encoder.pos_embed")) else blocks + 1
 
 
 def is_kernel(name: str, parameter: nn.Parameter) -> bool:
@@ -97,4 +126,4 @@ def is_kernel(name: str, parameter: nn.Parameter) -> bool:
 def set_rate(groups: Iterable[dict], lr: float) -> None:
     """Write the learning rate into an optimizer's groups; done before backward, which steps under DeepSpeed."""
     for group in groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1.0)
