@@ -4,11 +4,15 @@ Crops are drawn from the sample's own seed, so they are the same on any world si
 """
 
 import math
+import random
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from ssl_vit.counter import key, uniforms
@@ -65,3 +69,31 @@ def resized(pixels: np.ndarray, box: Box, size: tuple[int, int], flip: bool) -> 
     if image.shape[2:] != size:
         image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
     return (image.flip(3) if flip else image)[0]
+
+
+def by_timm(image: Tensor, name: str, seed: int) -> Tensor:
+    """timm's RandAugment or AutoAugment of an image uint8 [C, h, w], drawn from the sample's own seed."""
+    transform = _timms(name, min(image.shape[1:]))
+    before = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(key(seed, "augment") % (1 << 32))
+    try:
+        made = transform(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+    return torch.from_numpy(np.array(made)).permute(2, 0, 1)
+
+
+@cache
+def _timms(name: str, side: int) -> Any:
+    from timm.data.auto_augment import (
+        augment_and_mix_transform,
+        auto_augment_transform,
+        rand_augment_transform,
+    )
+
+    kinds = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    make = next((kind for begin, kind in kinds.items() if name.startswith(begin)), auto_augment_transform)
+    grey = (128, 128, 128)  # the mean of what is normalised to [-1, 1]
+    return make(name, {"translate_const": int(side * 0.45), "img_mean": grey})

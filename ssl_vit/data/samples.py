@@ -5,6 +5,7 @@ Nothing here keeps a state: everything about a sample follows from its epoch, it
 
 import errno
 import os
+import re
 import resource
 import time
 import zlib
@@ -71,6 +72,15 @@ class Data(Config):
     subset: float = Field(
         default=1.0, gt=0, le=1, description="share of the training samples to use; smaller are nested in larger"
     )
+    hold_out: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of these that is not trained on, and is evaluated on in the place of data.val",
+    )
+    auto_augment: str | None = Field(
+        default=None, description="timm's RandAugment or AutoAugment of the crops, such as rand-m9-mstd0.5-inc1"
+    )
     workers: int | None = Field(
         default=None, ge=0, description="loader processes a training process (none: by the cores)"
     )
@@ -84,6 +94,13 @@ class Data(Config):
         if min(size if isinstance(size, tuple) else (size,)) < 1:
             raise ValueError("a side has at least one pixel")
         return size
+
+    @field_validator("auto_augment")
+    @classmethod
+    def _is_timms(cls, name: str | None) -> str | None:
+        if name and not re.match(r"(rand|augmix|original|v0|3a)", name):
+            raise ValueError("timm's names begin with rand, augmix, original, v0 or 3a; such as rand-m9-mstd0.5-inc1")
+        return name
 
     @field_validator("crop_area")
     @classmethod
@@ -225,10 +242,14 @@ class Samples(Dataset[Any]):
         return f"{self.manifest.where(shard)}: sample {sample - int(self.manifest.starts[shard])}"
 
     def crop(self, data: bytes, seed: int) -> torch.Tensor:
-        """The augmented image, uint8 [3, h, w]; decoded at half its size where the crop is large enough for it.
+        """The augmented image, uint8 [3, h, w]; raises BadImage."""
+        image = self._cropped(data, seed)
+        if self.training and self.config.auto_augment:
+            image = augment.by_timm(image, self.config.auto_augment, seed)
+        return image
 
-        Raises BadImage.
-        """
+    def _cropped(self, data: bytes, seed: int) -> torch.Tensor:
+        """Decoded at half its size where the crop is large enough for it."""
         size = self.config.image_hw
         flip = self.training and self.config.flip and augment.flips(seed)
         full = jpeg_size(data)

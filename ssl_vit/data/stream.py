@@ -20,7 +20,7 @@ from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.plan import Plan, in_order
 from ssl_vit.data.samples import Data, Keys, Made, Samples
 from ssl_vit.data.workers import loaded
-from ssl_vit.exits import Refusal
+from ssl_vit.exits import DATA, Refusal
 from ssl_vit.model import Batch
 
 SUBSTITUTES = 3  # tried in the shuffle window of a bad sample, and as many in the whole set
@@ -40,7 +40,8 @@ class TrainingStream:
 
     def __init__(self, manifest: Manifest, config: Data, seed: int, batch: int):
         self.config, self.batch, self.seed = config, batch, seed
-        self.ids = subset(manifest.samples, config.subset) if config.subset < 1 else None  # all: no list of them
+        some = config.subset < 1 or config.hold_out > 0
+        self.ids = parts(manifest.samples, config)[0] if some else None  # all: no list of them
         sizes = [shard.samples for shard in manifest.shards]
         self._sizes = sizes if self.ids is None else np.diff(np.searchsorted(self.ids, manifest.starts))
         self.plan = self._plan()
@@ -120,21 +121,41 @@ class TrainingStream:
 class EvaluationStream:
     """Every sample of a split once, in order, the same for every run: central crops, seeds that do not change."""
 
-    def __init__(self, manifest: Manifest, config: Data, batch: int):
+    def __init__(self, manifest: Manifest, config: Data, batch: int, ids: np.ndarray | None = None):
         self.samples = Samples(manifest, config, seed=0, training=False)
-        self.batch, self.count = batch, manifest.samples
+        self.batch, self.ids = batch, ids
+        self.count = manifest.samples if ids is None else len(ids)
         self.faults = Faults()
+
+    def keys(self, share: Share) -> list[Keys]:
+        """This process's batches of (0, sample id), padded with id -1."""
+        places = in_order(self.count, self.batch, share.rank, share.world)
+        if self.ids is None:
+            return places
+        return [[(0, int(self.ids[place]) if place >= 0 else -1) for _, place in batch] for batch in places]
 
     def batches(self, share: Share, device: torch.device) -> Iterator[Batch]:
         """This process's batches, padded with valid=False; a sample that cannot be had is padding too."""
-        keys = in_order(self.count, self.batch, share.rank, share.world)
+        keys = self.keys(share)
         made = _made(self.samples, keys, self.batch, device)
         yield from on_device(accepted(made, self.samples, self.batch, self.faults, len(keys)), device)
 
+    def placed(self, share: Share, device: torch.device) -> Iterator[tuple[int, Batch]]:
+        """The batches, and where in the order of all processes' samples each begins; padding comes last of all."""
+        for step, batch in enumerate(self.batches(share, device)):
+            yield (step * share.world + share.rank) * self.batch, batch
 
-def subset(samples: int, share: float) -> np.ndarray:
-    """The ids of a fixed random share of the samples, ascending; a smaller share is part of a larger one."""
-    return np.sort(permutation(key("subset", samples), samples)[: max(1, round(samples * share))])
+
+def parts(samples: int, config: Data) -> tuple[np.ndarray, np.ndarray]:
+    """The ids to train on and those held out, ascending: the whole, or its fixed random share `subset`, cut in two.
+
+    A smaller subset is part of a larger one. Raises Refusal(DATA) where one of the two would be empty.
+    """
+    chosen = permutation(key("subset", samples), samples)[: max(1, round(samples * config.subset))]
+    held = round(len(chosen) * config.hold_out)
+    if config.hold_out and not 0 < held < len(chosen):
+        raise Refusal(DATA, f"data.hold_out={config.hold_out:g} of {len(chosen)} images leaves a part empty")
+    return np.sort(chosen[: len(chosen) - held]), np.sort(chosen[len(chosen) - held :])
 
 
 def _following(keys: Iterator[Keys], ahead: Iterator[None]) -> Iterator[Keys]:

@@ -18,7 +18,7 @@ from ssl_vit.counter import sample_seed
 from ssl_vit.data.augment import flips
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data, Samples
-from ssl_vit.data.stream import EvaluationStream, Share, TrainingStream, subset
+from ssl_vit.data.stream import EvaluationStream, Share, TrainingStream, parts
 from ssl_vit.model import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than a small machine has
@@ -162,18 +162,18 @@ def test_a_crop_is_what_pillow_makes_of_the_same_box(size: tuple[int, int], boun
 @pytest.mark.parametrize("samples", [1, 2, 10, 1000])
 def test_subsets_are_nested_and_of_the_right_size(samples: int):
     shares = [0.001, 0.01, 0.1, 0.3, 0.5, 0.9, 1.0]
-    parts = [subset(samples, share).tolist() for share in shares]
-    assert [len(part) for part in parts] == [max(1, round(samples * share)) for share in shares]
-    assert all(part == sorted(set(part)) for part in parts)
-    assert all(set(small) <= set(large) for small, large in itertools.pairwise(parts))
-    assert parts[-1] == list(range(samples))
+    nested = [parts(samples, Data(subset=share))[0].tolist() for share in shares]
+    assert [len(part) for part in nested] == [max(1, round(samples * share)) for share in shares]
+    assert all(part == sorted(set(part)) for part in nested)
+    assert all(set(small) <= set(large) for small, large in itertools.pairwise(nested))
+    assert nested[-1] == list(range(samples))
 
 
 def test_an_epoch_of_a_subset_is_the_subset(shards: Manifest):
     """Also where some shards have no sample in it."""
     for share in (0.1, 0.5):
         stream = TrainingStream(shards, config(subset=share), seed=5, batch=4)
-        chosen = subset(COUNT, share).tolist()
+        chosen = parts(COUNT, Data(subset=share))[0].tolist()
         assert stream.epoch_samples == len(chosen) == round(COUNT * share)
         taken = [pair for keys in itertools.islice(stream.keys(0, Share(0, 1, 4)), 3 * len(chosen)) for pair in keys]
         assert Counter(taken) == Counter((epoch, sample) for epoch in range(12) for sample in chosen)
