@@ -3,45 +3,39 @@
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field, field_validator
 
-from ssl_vit import config, cost, inject
-from ssl_vit.advice import planned, relieved
-from ssl_vit.data import find, workers
+from ssl_vit import config, cost
+from ssl_vit.advice import planned
+from ssl_vit.data import find
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data, Samples
 from ssl_vit.data.sequential import SequentialStream, Tars, tars
-from ssl_vit.data.stream import EvaluationStream, Share, TrainingStream
+from ssl_vit.data.stream import Share, TrainingStream
 from ssl_vit.encoders import Encoder, weights
 from ssl_vit.encoders.vit import Vit
-from ssl_vit.evaluate.accuracy import HeldOut
-from ssl_vit.exits import DATA, INTERNAL, USAGE, Refusal, leave, out_of_memory, verdict
-from ssl_vit.family import follow_launcher
+from ssl_vit.evaluate.metrics import Metrics, check_labels
+from ssl_vit.evaluate.online import Online
+from ssl_vit.evaluate.sweep import Benchmark, SuiteTask, Sweep
+from ssl_vit.exits import DATA, USAGE, Refusal
 from ssl_vit.heads import Head
 from ssl_vit.heads.mean_color import MeanColor
 from ssl_vit.heads.panel import grid
 from ssl_vit.heads.transfer import Transfer
 from ssl_vit.model import Batch, Model, count_parameters
 from ssl_vit.scaling import Device
-from ssl_vit.train import checkpoint
-from ssl_vit.train.distributed import from_main, total
 from ssl_vit.train.environment import world
-from ssl_vit.train.launch import start
-from ssl_vit.train.loop import Loop, Task, fit, shared
-from ssl_vit.train.numbers import NOTHING, RollBack
+from ssl_vit.train.loop import Loop
 from ssl_vit.train.optim import AdamW, Optim, Sgd
-from ssl_vit.train.run import SAFE, Run
-from ssl_vit.train.startup import check_alike, check_shared, meet, on_each_machine
+from ssl_vit.train.run import SAFE
 from ssl_vit.train.tracker import write_png
-from ssl_vit.train.watchdog import Watchdog
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 PANEL = 8  # images in a picture
 MEETING = 120.0  # seconds that a process waits for the master to be there
-FREE_OF_SOURCE = {"kind", "image", "pool", "dropout"}  # what a source of weights leaves open
+FREE_OF_SOURCE = {"kind", "image", "pool", "dropout", "drop_path"}  # what a source of weights leaves open
 
 
 class Train(Loop):
@@ -77,6 +71,7 @@ class Pretrain(Train):
 
     head: Head = MeanColor()
     optim: Optim = AdamW()
+    online: Online = Online()
 
 
 class Finetune(Train):
@@ -84,6 +79,14 @@ class Finetune(Train):
 
     head: Head = Transfer()
     optim: Optim = Sgd()
+    sweep: Sweep = Sweep()
+    seeds: int = Field(default=1, ge=1, description="final trainings, with seeds from `seed` on; mean and deviation")
+    metrics: Metrics = Metrics()
+    benchmark: Benchmark = Benchmark()
+    tasks: tuple[SuiteTask, ...] = Field(
+        default=(), description="data sets under tasks_root to do this with, one by one"
+    )
+    tasks_root: str | None = Field(default=None, description="folder of the tasks' shards, NAME/train800 and so on")
 
 
 Recipe = Pretrain | Finetune
@@ -99,10 +102,13 @@ def resolve(recipe: Recipe) -> tuple[Recipe, weights.Weights | None, Vit | None]
     if "image" in given.model_fields_set and given.image_hw != encoder.image_hw:
         raise Refusal(USAGE, f"encoder.image: leave it out, it follows data.image_size={recipe.data.image_size}")
     if recipe.init != "none":
-        source, tensors = weights.read(recipe.init)
+        source, tensors = weights.read(recipe.init, classifier=kept_head(recipe))
         _agree(given, source, recipe.init)
-        free = {name: getattr(given, name) for name in ("pool", "dropout") if name in given.model_fields_set}
+        chosen = given.model_fields_set & {"pool", "dropout", "drop_path"}
+        free = {name: getattr(given, name) for name in chosen}
         encoder = source.model_copy(update={"image": recipe.data.image_size, **free})
+    elif kept_head(recipe):
+        raise Refusal(USAGE, "head.keep: there is no classifier to keep with init=none")
     if encoder.channels != 3:
         raise Refusal(USAGE, f"encoder.channels={encoder.channels}: images are read as RGB, which has 3")
     try:
@@ -111,6 +117,11 @@ def resolve(recipe: Recipe) -> tuple[Recipe, weights.Weights | None, Vit | None]
     except ValueError as error:
         raise Refusal(USAGE, f"data.image_size={recipe.data.image_size}: {error}") from error
     return recipe.model_copy(update={"encoder": encoder}), tensors, source
+
+
+def kept_head(recipe: Recipe) -> bool:
+    """Whether training goes on from the source's classifier."""
+    return getattr(recipe.head, "keep", False)
 
 
 def _agree(given: Vit, source: Vit, name: str) -> None:
@@ -141,21 +152,60 @@ def sources(recipe: Recipe) -> tuple[Manifest | Tars, Manifest | None]:
     data = recipe.data
     if data.train is None:
         raise Refusal(USAGE, "data.train: it must be given: a folder of shards, or of images")
-    if isinstance(recipe, Finetune) and data.val is None:
+    if isinstance(recipe, Finetune) and data.val is None and not data.hold_out:
         raise Refusal(USAGE, "data.val: it must be given: fine-tuning is judged on it")
-    converted = Path(recipe.run).parent / "shards"
-    search = partial(find.sets, converted=converted, store=data.store, may_convert=world() == 1)
+    if data.hold_out and data.reader == "webdataset":
+        raise Refusal(USAGE, "data.hold_out: needs shards with a manifest, which data.reader=webdataset does without")
+    search = partial(_found, recipe)
     train = tars(data.train, data.store) if data.reader == "webdataset" else search(data.train, "train")
     val = search(data.val, "val") if data.val is not None else None
     sound(recipe, train, val)
     if isinstance(train, Tars):
         print(f"{train.name}: read by webdataset: neither exactly once an epoch nor exactly resumable", flush=True)
-    if recipe.head.needs_labels and not train.classes:
+    if recipe.head.needs_labels:
+        _labelled(recipe, train, val)
+    return train, val
+
+
+def _found(recipe: Recipe, paths: tuple[str, ...], split: str) -> Manifest:
+    """A set, converted first where it is images; where it is missing, how to get a benchmark's data is said too."""
+    converted = Path(recipe.run).parent / "shards"
+    try:
+        return find.sets(paths, split, converted=converted, store=recipe.data.store, may_convert=world() == 1)
+    except Refusal as refusal:
+        wanted = recipe.benchmark if isinstance(recipe, Finetune) else None
+        if wanted is None or wanted.get is None or refusal.code != DATA:
+            raise
+        text = f"{refusal}; {wanted.name or 'its data'}: {wanted.get}"
+        raise Refusal(DATA, text, refusal.shared) from refusal
+
+
+def _labelled(recipe: Recipe, train: Manifest | Tars, val: Manifest | None) -> None:
+    """Refuse data that a classifier cannot be trained on, or judged."""
+    if not train.classes:
         index = " (tools/index_shards.py finds them)" if isinstance(train, Tars) else ""
         raise Refusal(DATA, f"{train.name}: has no classes{index}, and head.kind={recipe.head.kind} needs labels")
-    if recipe.head.needs_labels and val is not None and val.classes != train.classes:
+    if val is not None and val.classes != train.classes:
         cure = "convert both in one go, or give both the same class_map"
         raise Refusal(DATA, f"{val.name}: its classes are not those of {train.name}; {cure}")
+    if isinstance(train, Manifest):
+        check_labels(train.labels, train.classes, train.name, every=True)
+    if val is not None:
+        check_labels(val.labels, val.classes, val.name, every=False)
+
+
+def probes(recipe: Recipe) -> tuple[Manifest, Manifest] | None:
+    """The labelled sets that a pretraining is probed with."""
+    if not isinstance(recipe, Pretrain) or (recipe.online.train is None and recipe.online.val is None):
+        return None
+    if recipe.online.train is None or recipe.online.val is None:
+        raise Refusal(USAGE, "online.train and online.val: give both, labelled shards to learn from and to be right on")
+    train, val = _found(recipe, recipe.online.train, "train"), _found(recipe, recipe.online.val, "val")
+    sound(recipe, train, val)
+    if not train.classes or train.classes != val.classes:
+        raise Refusal(DATA, f"{val.name}: online.train and online.val need classes, and the same ones")
+    check_labels(train.labels, train.classes, train.name, every=True)
+    check_labels(val.labels, val.classes, val.name, every=False)
     return train, val
 
 
@@ -170,90 +220,6 @@ def streamed(train: Manifest | Tars, recipe: Recipe) -> TrainingStream | Sequent
     """The training data as a stream."""
     kind = SequentialStream if isinstance(train, Tars) else TrainingStream
     return kind(train, recipe.data, recipe.seed, recipe.batch)  # type: ignore[arg-type]
-
-
-def run(recipe: Recipe) -> int:
-    """Do what the recipe says, from the checkpoint where there is one; returns the exit code."""
-    follow_launcher()
-    arm_faults()
-    inject.point("start")
-    recipe, tensors, source = resolve(recipe)
-    asked = recipe.asked(recipe.optim.clip, world())
-    if recipe.dry_run:
-        return preview(recipe, tensors, source)
-    folder = Run(Path(recipe.run))
-    meet(min(recipe.timeout, MEETING))
-    accelerator = start(asked, recipe.tracker, folder.folder)
-    watchdog = Watchdog(accelerator, recipe.timeout, lambda end: folder.write_exit(end.code, end.message))
-    try:
-        check_alike(accelerator, recipe)
-        from_main(accelerator, lambda: folder.claim(recipe, recipe.fresh, recipe.allow_change))
-        inject.point("claimed")
-        check_shared(accelerator, folder.folder)
-        folder.held = True  # by one process for all
-        train, val = from_main(accelerator, lambda: sources(recipe), watchdog.beat)
-        on_each_machine(accelerator, lambda: sound(recipe, train, val))
-        share = shared(recipe, accelerator.process_index, accelerator.num_processes)
-        row, left_out = None, NOTHING
-        while row is None:
-            model = build(recipe, len(train.classes), tensors, source)
-            task = _task(recipe, model, train, val, share, accelerator.device, partial(total, accelerator))
-            try:
-                row = fit(folder, accelerator, recipe, task, watchdog.beat, left_out=left_out)
-            except RollBack as back:
-                left_out = back.left_out
-                del model, task
-                accelerator.free_memory()
-        inject.point("finish")
-        from_main(accelerator, lambda: _finish(recipe, folder, row))
-        if accelerator.is_main_process:
-            folder.write_exit(0, "done")
-    except BaseException as error:
-        if lost := watchdog.explain(error):
-            folder.write_exit(lost.code, lost.message)
-            leave(lost)
-        told = workers.explain(error) or (Refusal(INTERNAL, relieved(recipe)) if out_of_memory(error) else None)
-        end = told or verdict(error)
-        if accelerator.is_main_process or not end.shared:
-            folder.write_exit(end.code, end.message)
-        if not end.shared:
-            watchdog.fail(end)
-        if told:
-            raise told from error
-        raise
-    finally:
-        watchdog.close()
-        folder.release()
-        accelerator.end_training()
-    return 0
-
-
-def arm_faults() -> None:
-    """Where a drill asks for faults, say so first."""
-    if asked := os.environ.get(inject.VARIABLE, ""):
-        print(f"{inject.VARIABLE}={asked}: faults will be injected", flush=True)
-    inject.arm(asked)
-
-
-def _task(
-    recipe: Recipe,
-    model: Model,
-    train: Manifest | Tars,
-    val: Manifest | None,
-    share: Share,
-    device: torch.device,
-    total: Any,
-) -> Task:
-    stream = streamed(train, recipe)
-    evaluators = []
-    if val is not None:
-        held_out = EvaluationStream(val, recipe.data, share.micro_batch)
-        evaluators.append(HeldOut(held_out, share, device, total, model.head.report))  # type: ignore[arg-type]
-    panel = None
-    if hasattr(model.head, "panel"):
-        drawn = first_images(val or stream, recipe.data)
-        panel = {name: value.to(device) for name, value in drawn.items()}
-    return Task(model, stream, recipe.optim, evaluators, panel, flops(model))
 
 
 def first_images(source: Manifest | TrainingStream | SequentialStream, data: Data) -> Batch:
@@ -271,44 +237,12 @@ def flops(model: Model) -> int:
     return cost.training_flops(cost.encoder_macs(model.encoder.config) + model.head.macs)
 
 
-def _finish(recipe: Recipe, folder: Run, row: dict[str, Any]) -> None:
-    """Export the encoder from the last checkpoint, whichever engine wrote it, and write results.json."""
-    encoder = recipe.encoder.build()
-    saved = checkpoint.weights(checkpoint.steps(folder.checkpoints)[-1])
-    encoder.load_state_dict(
-        {name.removeprefix("encoder."): value for name, value in saved.items() if name.startswith("encoder.")}
-    )
-    checkpoint.publish(folder.folder / "encoder", lambda draft: weights.export(encoder, draft))
-    judged = {name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}
-    protocol = {
-        "init": recipe.init,
-        "head": recipe.head.kind,
-        "data.train": recipe.data.train,
-        "data.val": recipe.data.val,
-        "data.subset": recipe.data.subset,
-        "image_size": recipe.data.image_size,
-        "pool": recipe.encoder.pool,
-        "optim": recipe.optim.model_dump(),
-        "steps": recipe.steps,
-        "batch": recipe.batch,
-        "seed": recipe.seed,
-    }
-    trained = {f"train_{name}": row[name] for name in ("loss", "unigram_entropy") if name in row}
-    folder.write_results({**judged, **trained, "step": row["step"], "protocol": protocol})
-    if not recipe.quiet:
-        shown = {
-            name: value for name, value in judged.items() if name in ("loss", "accuracy", "top1", "top5", "samples")
-        }
-        text = "".join(
-            f", {name} {value:.4f}" if name != "samples" else f" on {value}" for name, value in shown.items()
-        )
-        print(f"{folder.folder}: done, {row['step']} steps{text}; encoder in {folder.folder / 'encoder'}")
-
-
 def preview(recipe: Recipe, tensors: weights.Weights | None, source: Vit | None) -> int:
     """Say what a run would do and draw its first batch, corrupted where the head does that; trains nothing."""
     if int(os.environ.get("RANK", "0")):
         return 0
+    if getattr(recipe, "tasks", ()):
+        raise Refusal(USAGE, "dry_run: of one data set at a time; give tasks=none and data.train, data.val of a task")
     train, val = sources(recipe)
     model = build(recipe, len(train.classes), tensors, source)
     stream = streamed(train, recipe)

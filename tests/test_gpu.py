@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_vit import config, recipe
+from ssl_vit import config, recipe, session
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.exits import PREEMPTED, Refusal
 from ssl_vit.model import Model
@@ -34,7 +34,7 @@ pytestmark = [
 def vit_b16(shards: Path, run: Path) -> int:
     data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", "data.workers=4"]
     sizes = ["steps=200", "batch=64", "micro_batch=32", "log_every=50", "save_every=100", "optim.warmup_steps=20"]
-    return recipe.run(config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes, "quiet=true"], recipe.FOLDER))
+    return session.run(config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes, "quiet=true"], recipe.FOLDER))
 
 
 def test_vit_b16_trains_in_bf16_with_compile_stops_and_resumes(shards: Path, tmp_path: Path, monkeypatch):

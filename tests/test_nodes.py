@@ -78,11 +78,11 @@ def test_the_other_machine_ends_in_time_and_names_the_lost(story: dict[str, Any]
 def test_the_same_commands_again_go_on_to_the_same_end(story: dict[str, Any], shards: Path, tmp_path: Path):
     from accelerate.state import AcceleratorState, GradientState
 
-    from ssl_vit import config, recipe
+    from ssl_vit import config, recipe, session
 
     assert story["codes again"] == [0, 0], story["again"]
     alone = [*story["given"], f"run={tmp_path}"]
-    recipe.run(config.parse(recipe.Pretrain, alone, recipe.FOLDER))
+    session.run(config.parse(recipe.Pretrain, alone, recipe.FOLDER))
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     assert [row["step"] for row in rows(story["run"])] == list(range(1, STEPS + 1))

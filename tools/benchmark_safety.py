@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from ssl_vit import recipe
+from ssl_vit import recipe, session
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.train import loop
 from ssl_vit.train.distributed import StopSignal
@@ -69,7 +69,7 @@ def benchmark_safety(made: SafetyBenchmark) -> list[dict[str, Any]]:
     for name, (home, call) in PARTS.items():
         setattr(home, call, clock.timed(name, getattr(home, call)))
     loop.advance = clock.timed("all", loop.advance)
-    recipe.run(made)
+    session.run(made)
     intervals = range(1, made.steps // made.save_every)
     parts = {name: [clock.seconds[name][k] / clock.seconds["all"][k] for k in intervals] for name in PARTS}
     parts["all of it"] = [sum(shares) for shares in zip(*parts.values(), strict=True)]

@@ -2,14 +2,14 @@
 
 import sys
 
-from ssl_vit import config, exits, recipe
+from ssl_vit import config, exits, recipe, session
 
 
 def main(arguments: list[str]) -> int:
     if config.usage(arguments):
         print(f"{__doc__}\n\n{config.describe(recipe.Finetune)}")
         return 0
-    return recipe.run(config.parse(recipe.Finetune, arguments, recipe.FOLDER))
+    return session.run(config.parse(recipe.Finetune, arguments, recipe.FOLDER))
 
 
 if __name__ == "__main__":

@@ -65,6 +65,10 @@ class Data(Config):
     crop_area: tuple[float, float] = Field(
         default=(0.05, 1.0), description="share of the area that a random crop takes"
     )
+    whole: bool = Field(
+        default=False,
+        description="the whole image, squeezed to the input size, in the place of any crop",
+    )
     flip: bool = Field(default=True, description="mirror half of the training images")
     eval_crop: float = Field(
         default=0.875, gt=0, le=1, description="side of the central crop in evaluation, of the short side"
@@ -264,6 +268,8 @@ class Samples(Dataset[Any]):
 
     def box(self, height: int, width: int, seed: int) -> augment.Box:
         """The part of an image that is used: a random one in training, else the central one."""
+        if self.config.whole:
+            return augment.Box(0, 0, height, width)
         if self.training:
             return augment.random_box(height, width, self.config.crop_area, seed)
         wanted = self.config.image_hw

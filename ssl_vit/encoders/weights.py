@@ -5,6 +5,7 @@ The exported folder is `model.safetensors` under timm's names and a `config.json
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,19 @@ def load_encoder(path: str | Path) -> VitEncoder:
     return encoder.eval()
 
 
-def read(source: str) -> tuple[Vit, Weights]:
-    """The architecture and the weights of a source: a path as in `load_encoder`, or `timm:NAME`."""
+def read(source: str, classifier: bool = False) -> tuple[Vit, Weights]:
+    """The architecture and the weights of a source: a path as in `load_encoder`, or `timm:NAME`.
+
+    Of a run, those of its encoder/ folder, or with `classifier` of its classifier/ folder.
+    """
     if source.startswith("timm:"):
         return _read_timm(source.removeprefix("timm:"))
     path = Path(source)
     if path.is_dir():
-        folder = next((f for f in (path / "encoder", path) if (f / "model.safetensors").is_file()), None)
+        places = (path / "classifier", path) if classifier else (path / "encoder", path)
+        folder = next((f for f in places if (f / "model.safetensors").is_file()), None)
+        if folder is None and classifier:
+            raise Refusal(DATA, f"{path}: no classifier/model.safetensors in it (tools/finetune.py makes one)")
         if folder is None:
             raise Refusal(DATA, f"{path}: no encoder/model.safetensors in it (a run exports its encoder when it ends)")
         path = folder / "model.safetensors"
@@ -60,8 +67,10 @@ def read(source: str) -> tuple[Vit, Weights]:
 
 
 def _as_timm_says(config: Vit, content: dict[str, Any]) -> Vit:
-    """A config with what timm says in its `config.json` and shapes do not: heads, mean and std."""
+    """A config with what timm says in its `config.json` and shapes do not: heads, read-out, mean and std."""
     said: dict[str, Any] = {}
+    if "global_pool" in content:
+        said["pool"] = "class" if content["global_pool"] == "token" else "mean"
     if "num_heads" in content.get("model_args", {}):
         said["heads"] = content["model_args"]["num_heads"]
     said |= {
@@ -93,7 +102,7 @@ def _read_timm(name: str) -> tuple[Vit, Weights]:
     import timm
 
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
+        model = timm.create_model(name, pretrained=True)
     except Exception as error:  # timm and its hub client raise many kinds
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise Refusal(DATA, f"timm:{name} cannot be had ({text}); without a network give a local file") from error
@@ -101,6 +110,7 @@ def _read_timm(name: str) -> tuple[Vit, Weights]:
     config = infer(tensors, f"timm:{name}")
     heads = getattr(getattr(model.blocks[0], "attn", None), "num_heads", config.numbers[2])  # type: ignore[index]
     said = {"model_args": {"num_heads": heads}, "pretrained_cfg": getattr(model, "pretrained_cfg", {})}
+    said |= {"global_pool": model.global_pool} if hasattr(model, "global_pool") else {}
     return _as_timm_says(config, said), tensors
 
 
@@ -147,8 +157,54 @@ def fill(encoder: VitEncoder, config: Vit, weights: Weights, source: str) -> Non
     encoder.load_state_dict({name: weights[name] for name in wanted})
 
 
-def export(encoder: VitEncoder, folder: Path) -> None:
-    """Write `model.safetensors` and `config.json` for timm and for `load_encoder`."""
+@dataclass(frozen=True)
+class Classifier:
+    """A linear layer on the encoder's read-out, the names of its classes, and the crop it was judged on."""
+
+    weight: Tensor  # [classes, D]
+    bias: Tensor
+    names: list[str]
+    crop: float = 0.875  # side of the central crop, of the image's short side
+
+    def fill(self, layer: torch.nn.Linear, names: list[str], source: str) -> None:
+        """Put the weights into a layer for classes of these names; raises Refusal(DATA) where they are others."""
+        if len(names) != len(self.names) or (not _numbered(self.names) and names != self.names):
+            first = next((pair for pair in zip(names, self.names, strict=False) if pair[0] != pair[1]), ("", ""))
+            text = f"{len(self.names)} classes there, {len(names)} here; the first that differ: {first[1]}, {first[0]}"
+            raise Refusal(DATA, f"{source}: its classifier is for other classes ({text}); leave head.keep out")
+        layer.load_state_dict({"weight": self.weight, "bias": self.bias})
+
+
+def _numbered(names: list[str]) -> bool:
+    """Whether nobody named the classes."""
+    return names == [str(number) for number in range(len(names))]
+
+
+def read_classifier(source: str) -> tuple[VitEncoder, Classifier]:
+    """A source's encoder, in eval mode, and the linear classifier on it; raises Refusal(DATA) where it has none."""
+    config, weights = read(source, classifier=True)
+    if "head.weight" not in weights or "head.bias" not in weights:
+        raise Refusal(DATA, f"{source}: has no classifier (head.weight, head.bias); tools/finetune.py makes one")
+    encoder = config.build()
+    fill(encoder, config, weights, source)
+    folder = Path(source) / "classifier" if (Path(source) / "classifier").is_dir() else Path(source)
+    names, crop = [str(number) for number in range(len(weights["head.weight"]))], 0.875
+    try:
+        said = json.loads(((folder if folder.is_dir() else folder.parent) / "config.json").read_text())
+        given = said.get("pretrained_cfg", {})
+        names = [str(name) for name in said.get("label_names") or given.get("label_names") or names]
+        crop = float(given.get("crop_pct", crop))
+    except FileNotFoundError:
+        pass
+    except (ValueError, AttributeError, TypeError) as error:
+        raise Refusal(DATA, f"{source}: its config.json cannot be read ({error})") from error
+    if len(names) != len(weights["head.weight"]):
+        raise Refusal(DATA, f"{source}: {len(names)} label_names for {len(weights['head.weight'])} classes")
+    return encoder.eval(), Classifier(weights["head.weight"], weights["head.bias"], names, crop)
+
+
+def export(encoder: VitEncoder, folder: Path, classifier: Classifier | None = None) -> None:
+    """Write `model.safetensors` and `config.json` for timm and for `load_encoder`, and a classifier with it."""
     config = encoder.config
     width, depth, heads, mlp = config.numbers
     height, side = config.image_hw
@@ -163,7 +219,6 @@ def export(encoder: VitEncoder, folder: Path) -> None:
         "mlp_ratio": mlp / width,
         "global_pool": "token" if config.pool == "class" else "avg",
         "fc_norm": False,  # the final norm stays before pooling, as it was trained
-        "num_classes": 0,
     } | ({} if config.positions == "1d" else {"pos_embed": "none"})
     preparation = {
         "input_size": [config.channels, height, side],
@@ -172,13 +227,17 @@ def export(encoder: VitEncoder, folder: Path) -> None:
         "interpolation": "bilinear",
         "crop_pct": 0.875,
         "fixed_input_size": True,
-        "num_classes": 0,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
+    classes = len(classifier.names) if classifier else 0
+    arguments["num_classes"] = preparation["num_classes"] = classes
+    if classifier:
+        preparation |= {"crop_pct": classifier.crop, "label_names": classifier.names}
     content = {
         "architecture": f"vit_{ARCHITECTURES[config.size]}_patch{14 if config.size == 'H' else 16}_224",
-        "num_classes": 0,
+        "num_classes": classes,
+        **({"label_names": classifier.names} if classifier else {}),
         "num_features": width,
         "global_pool": arguments["global_pool"],
         "model_args": arguments,
@@ -186,5 +245,7 @@ def export(encoder: VitEncoder, folder: Path) -> None:
         "ssl_vit": config.model_dump(mode="json"),
     }
     weights = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+    if classifier:
+        weights |= {"head.weight": classifier.weight.contiguous(), "head.bias": classifier.bias.contiguous()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -31,6 +31,7 @@ MOST = 1 << 20  # bytes of a manifest, and of state.json
 LIBRARIES = ("torch", "accelerate", "safetensors")
 SLOW, SLOW_RATE = 2.0, 50e6  # seconds, and bytes a second: a slower save than both is worth a word
 BUDGET = 25.0  # seconds that a save may take after a signal: launchers kill after 30
+AVERAGE = "average."  # begins the names of Polyak averages in a checkpoint's state
 Tensors = dict[str, Tensor]
 """By name: `encoder.norm.weight` of a model, `encoder.norm.weight/exp_avg` of an optimizer."""
 
@@ -152,12 +153,12 @@ def newest(parent: Path) -> Path | None:
     return None
 
 
-def tidy(parent: Path, keep: int) -> None:
+def tidy(parent: Path, keep: int, spare: int | None = None) -> None:
     """Remove what a killed process left: drafts, what it was deleting, one checkpoint too many; mend the hint."""
     sweep(parent)
     for draft in parent.glob(".step-*.tmp"):
         draft.unlink() if draft.is_symlink() else shutil.rmtree(draft, ignore_errors=True)
-    prune(parent, keep)
+    prune(parent, keep, spare)
     for last in steps(parent)[-1:]:
         _hint(last)
 
@@ -170,9 +171,13 @@ def _hint(folder: Path) -> None:
         print(f"{folder.parent / 'latest'} could not be written: {error.strerror}", flush=True)
 
 
-def prune(parent: Path, keep: int) -> None:
-    """Delete the oldest checkpoints but `keep`, after a newer one is published; what resists stays for next time."""
-    for folder in [*parent.glob(".step-*.trash"), *steps(parent)[:-keep]]:
+def prune(parent: Path, keep: int, spare: int | None = None) -> None:
+    """Delete the oldest checkpoints but `keep`, after a newer one is published; what resists stays for next time.
+
+    That of the step `spare`, the best one, is not among those that count.
+    """
+    old = [folder for folder in steps(parent)[:-keep] if step_of(folder) != spare]
+    for folder in [*parent.glob(".step-*.trash"), *old]:
         trash = folder if folder.suffix == ".trash" else folder.with_name(f".{folder.name}.trash")
         try:
             folder.rename(trash)
@@ -195,9 +200,18 @@ def _kept(parent: Path) -> str:
 
 
 def save(
-    parent: Path, step: int, keep: int, model: Tensors, optimizer: Tensors, state: dict[str, Any], world: int = 1
+    parent: Path,
+    step: int,
+    keep: int,
+    model: Tensors,
+    optimizer: Tensors,
+    state: dict[str, Any],
+    world: int = 1,
+    spare: int | None = None,
 ) -> Path:
     """Publish `step-NNNNNNNN` with the weights, the optimizer's state, tensors and values of `state`; then prune.
+
+    The checkpoint of the step `spare` is left.
 
     Raises Refusal(DISK) where the disk does not take it; what was there before stays.
     """
@@ -223,7 +237,7 @@ def save(
         there = _kept(parent)
         raise Refusal(DISK, why if why.endswith(there) else f"{why}; {there}") from error
     _hint(target)
-    prune(parent, keep)
+    prune(parent, keep, spare)
     inject.point("save.pruned", step)
     _judge_speed(target, size, time.monotonic() - began)
     return target
@@ -244,6 +258,13 @@ def load(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
 def weights(folder: Path) -> Tensors:
     """A checkpoint's weights alone, on the CPU."""
     return _tensors(folder / "model.safetensors")
+
+
+def trained(folder: Path) -> Tensors:
+    """What a checkpoint's training gave: the average of the weights where it kept one, else the weights."""
+    state = _tensors(folder / "state.safetensors")
+    means = {name.removeprefix(AVERAGE): value for name, value in state.items() if name.startswith(AVERAGE)}
+    return means or weights(folder)
 
 
 def _values(path: Path) -> dict[str, Any]:

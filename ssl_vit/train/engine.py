@@ -45,7 +45,7 @@ class Engine:
         the same updates; the fused optimizers do so by a flag that stays on the device.
         """
         parameters = [p for p in self.parameters.values() if p.grad is not None]
-        norm = _whole(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
+        norm = whole(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
         if self._fused:
             self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         if self._fused or norm.isfinite():
@@ -79,17 +79,17 @@ class Engine:
         return False
 
     def _parameter(self, parameter: nn.Parameter) -> Tensor:
-        return _whole(parameter.detach())
+        return whole(parameter.detach())
 
     def _entry(self, parameter: nn.Parameter, key: str) -> Tensor:
-        return _whole(self.optimizer.state[parameter][key])
+        return whole(self.optimizer.state[parameter][key])
 
     def _restore(self, state: Tensors) -> None:
         """Fill the optimizer's state, with zeros where `state` has none; rates and decays are the recipe's."""
         for name, parameter in self.parameters.items():
             entry = self.optimizer.state[parameter] = zeros(parameter, self.keys)
             for key in self.keys if state else ():
-                entry[key].copy_(_share(state[f"{name}/{key}"], entry[key]))
+                entry[key].copy_(share_of(state[f"{name}/{key}"], entry[key]))
 
 
 class Zero(Engine):
@@ -154,11 +154,12 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # its module takes a second to import
 
 
-def _whole(tensor: Any) -> Tensor:
+def whole(tensor: Any) -> Tensor:
+    """A tensor that may be cut over the processes, whole; called by all of them."""
     return tensor.full_tensor() if _is_dtensor(tensor) else tensor
 
 
-def _share(whole: Tensor, like: Any) -> Tensor:
+def share_of(whole: Tensor, like: Any) -> Tensor:
     """What a process holds of a whole tensor."""
     whole = whole.to(like.device)
     if not _is_dtensor(like):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -20,16 +21,17 @@ from ssl_vit.evaluate.accuracy import Evaluator
 from ssl_vit.exits import DISK, INTEGRITY, PREEMPTED, USAGE, Refusal
 from ssl_vit.model import Batch, Model
 from ssl_vit.train import checkpoint, optim
+from ssl_vit.train.average import Average
 from ssl_vit.train.distributed import Beat, StopSignal, from_main, silent, together, total
 from ssl_vit.train.engine import Engine, prepare
 from ssl_vit.train.environment import Precision
 from ssl_vit.train.numbers import NOTHING, LeftOut, NumberWatch, RollBack, Spike, check_replicas, unrepeatable
 from ssl_vit.train.optim import Optim, set_rate
-from ssl_vit.train.outfit import outfit
+from ssl_vit.train.outfit import cuts_layers, outfit
 from ssl_vit.train.plugins import Asked
 from ssl_vit.train.run import Run
 from ssl_vit.train.state import on_main, resume
-from ssl_vit.train.tracker import Tracker, TrackerName, row_of
+from ssl_vit.train.tracker import Tracker, TrackerName, best_row, row_of
 from ssl_vit.train.watch import DataWatch
 from ssl_vit.train.window import Window
 
@@ -71,6 +73,12 @@ class Loop(Config):
     )
     spike: Spike = Field(
         default="warn", description="of a loss that jumps by more than 6 sigma: say so, or go back and leave it out"
+    )
+    average: float | None = Field(
+        default=None, gt=0, lt=1, description="Polyak averaging of the weights, such as 0.9999 (none: the last weights)"
+    )
+    best: str | None = Field(
+        default=None, description="of which evaluated value the best checkpoint is kept, and is the result (none: last)"
     )
     timeout: float = Field(
         default=600, gt=0, description="seconds that processes wait for one another before all end, naming the missing"
@@ -130,7 +138,15 @@ class Live:
     window: Window
     owed: bool  # the row of this step, with its evaluation where one is due, is still to be written
     saved: int  # the step of the newest checkpoint
+    average: Average | None
     postponed: bool = False  # a checkpoint waits until it is clear whether the run goes back
+
+    def best(self) -> int | None:
+        """The step of the best evaluation so far, of those that are kept."""
+        if self.loop.best is None:
+            return None
+        row = from_main(self.accelerator, lambda: best_row(self.run.folder, self.loop.best), self.beat)
+        return row["step"] if row else None
 
     @property
     def seen(self) -> int:
@@ -153,19 +169,23 @@ def fit(
     after a signal, with a checkpoint on disk; DATA where the numbers cannot be cured; INTEGRITY where processes differ.
     """
     share = shared(loop, accelerator.process_index, accelerator.num_processes)
-    moments, state = resume(run, accelerator, loop.keep, task.model, task.stream.identity)
+    moments, state = resume(run, accelerator, loop.keep, task.model, task.stream.identity, loop.best)
     if run.step >= loop.steps and not state.owed:
         return row_of(run.folder, run.step) or {}
     left_out = state.left_out.and_also(left_out)
+    if loop.average is not None and cuts_layers(accelerator):
+        raise Refusal(USAGE, "average: not under ZeRO-3, which cuts each weight; take zero2 or fsdp2", shared=True)
     model = task.model.to(accelerator.device)
     outfit(model, accelerator, loop.precision, loop.compile, loop.activation_checkpointing)
     if loop.on_save_error == "stop":
-        size = 4 * sum(p.numel() for p in task.model.parameters()) * (1 + optim.moments(task.optim))
+        copies = 1 + optim.moments(task.optim) + (loop.average is not None)
+        size = 4 * sum(p.numel() for p in task.model.parameters()) * copies
         from_main(accelerator, lambda: checkpoint.check_space(run.checkpoints, size))
     batches = remaining(task, loop, left_out, run.step, share, accelerator.device)
     if loop.verify_step:
         batches = verified(accelerator, task.model, batches, loop.seed)
     engine = prepare(accelerator, task.model, task.optim, moments)
+    average = Average(engine, loop.average, state.average) if loop.average is not None else None
     del moments
     engine.model.register_forward_pre_hook(lambda *_: beat(f"step {run.step + 1}"))  # of an evaluation too
     tracker = Tracker(accelerator, run.folder, run.step, loop.steps, loop.quiet)
@@ -174,7 +194,7 @@ def fit(
     numbers = NumberWatch(accelerator, run.folder, data.names, loop.spike, left_out, state.losses, state.skipped)
     stop = stop or StopSignal(accelerator)
     parts = run, accelerator, loop, task, beat, stop, engine, tracker, watch, numbers, state.window
-    live = Live(*parts, owed=state.owed, saved=run.step)
+    live = Live(*parts, owed=state.owed, saved=run.step, average=average)
     watch.resume(live.seen, *state.bad_samples)
     row: dict[str, Any] = {}
     began, first = time.monotonic(), run.step
@@ -185,6 +205,7 @@ def fit(
             if live.owed:
                 done = max(1, run.step - first)
                 row = tell(live, (time.monotonic() - began) / done * (loop.steps - run.step))
+                keep_best(live, row)
     finally:
         stop.close()
         tracker.close()
@@ -223,6 +244,8 @@ def advance(live: Live, batches: Iterator[Batch]) -> None:
     number = live.numbers.left_out.batch(run.step)
     loss, norm = update(live.accelerator, loop, task, engine, batches, live.window, run.step, live.beat, number)
     run.step += 1
+    if live.average is not None:
+        live.average.update(run.step)
     live.tracker.advance()
     inject.point("update", run.step)
     final = run.step == loop.steps
@@ -244,6 +267,18 @@ def advance(live: Live, batches: Iterator[Batch]) -> None:
         stopping = live.stop.agreed(now=True)  # a signal that came while it saved asks for no second one
     if stopping:
         raise preempted(live)
+
+
+def keep_best(live: Live, row: dict[str, Any]) -> None:
+    """After an evaluation: have a checkpoint of this step where it is the best so far."""
+    name = live.loop.best
+    if name is None or not judged(live.loop, live.run.step):
+        return
+    if name not in row:
+        known = ", ".join(key for key in row if key.startswith("val_"))
+        raise Refusal(USAGE, f"best={name}: it was not measured; there are {known or 'no data.val, so none'}")
+    if live.best() == live.run.step != live.saved:
+        save(live, must=False)
 
 
 def judged(loop: Loop, step: int) -> bool:
@@ -342,7 +377,8 @@ def evaluate(live: Live) -> dict[str, float]:
     values: dict[str, float] = {}
     model, panel = live.engine.model, live.task.panel
     model.eval()
-    with torch.no_grad():
+    averaged = live.average.in_place() if live.average is not None else nullcontext()
+    with torch.no_grad(), averaged:
         for evaluator in live.task.evaluators:
             values |= {f"val_{name}": value for name, value in evaluator.run(model, between)}
         picture = model(panel, panel=True) if panel is not None else None
@@ -373,7 +409,9 @@ def save(live: Live, must: bool) -> None:
         **live.numbers.state,
     }
     model, optimizer = (on_main(accelerator, each()) for each in (live.engine.weights, live.engine.optimizer_state))
-    content = live.loop.keep, model, optimizer, state, accelerator.num_processes
+    if live.average is not None:
+        state |= on_main(accelerator, live.average.tensors())
+    content = live.loop.keep, model, optimizer, state, accelerator.num_processes, live.best()
     try:
         from_main(accelerator, lambda: checkpoint.save(run.checkpoints, step, *content), live.beat)
         live.saved = step

@@ -25,6 +25,7 @@ FREE = {"log_every", "save_every", "eval_every", "keep", "tracker", "quiet", "dr
 FREE |= {"micro_batch", "activation_checkpointing", "timeout", "data.workers", "data.train", "data.val"}
 FREE |= {"data.cache", "data.cache_gb", "data.verify", "data.max_bad", "data.timeout"}
 FREE |= {"fresh", "allow_change", "on_save_error", "check_every", "verify_step"}
+FREE_GROUPS = ("device.", "metrics.", "benchmark.", "online.")
 # keys that change the training, not what was trained so far: they may change where allow_change names them
 SAFE = {"steps", "precision", "spike", "encoder.dropout", "data.crop_area", "data.flip"}
 SAFE |= {f"optim.{name}" for name in ("lr", "warmup_steps", "schedule", "weight_decay", "clip", "betas")}
@@ -147,7 +148,7 @@ class Run:
                 raise Refusal(MISMATCH, f"{text}; bring it back, or name another run") from error
             names = {line: line.split(":")[0] for line in config.differences(old, new)}
             changed = {
-                line: name for line, name in names.items() if name not in FREE and not name.startswith("device.")
+                line: name for line, name in names.items() if name not in FREE and not name.startswith(FREE_GROUPS)
             }
             wrong = {line: name for line, name in changed.items() if name not in allowed}
             if wrong:

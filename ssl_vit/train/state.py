@@ -1,7 +1,7 @@
 """What of a run travels through a checkpoint: gathered from the processes, and put back into them."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,11 @@ from ssl_vit import inject
 from ssl_vit.exits import MISMATCH, Refusal
 from ssl_vit.model import Model
 from ssl_vit.train import checkpoint
-from ssl_vit.train.checkpoint import Tensors
+from ssl_vit.train.checkpoint import AVERAGE, Tensors
 from ssl_vit.train.distributed import from_main, together
 from ssl_vit.train.numbers import NOTHING, LeftOut
 from ssl_vit.train.run import Run
-from ssl_vit.train.tracker import rewind, row_of
+from ssl_vit.train.tracker import best_row, rewind, row_of
 from ssl_vit.train.window import Window
 
 if TYPE_CHECKING:
@@ -39,9 +39,12 @@ class State:
     left_out: LeftOut = NOTHING
     losses: Sequence[float] = ()
     skipped: Sequence[int] = ()
+    average: Tensors = field(default_factory=dict)
 
 
-def resume(run: Run, accelerator: "Accelerator", keep: int, model: Model, data: str) -> tuple[Tensors, State]:
+def resume(
+    run: Run, accelerator: "Accelerator", keep: int, model: Model, data: str, best: str | None = None
+) -> tuple[Tensors, State]:
     """Put the newest checkpoint's weights in place, and its step into the run; returns moments, and all else it says.
 
     Where there is none they are empty, and the step is 0. Where one process cannot read it, all raise the same Refusal.
@@ -49,9 +52,10 @@ def resume(run: Run, accelerator: "Accelerator", keep: int, model: Model, data: 
 
     def choose() -> tuple[Path | None, bool]:
         folder = checkpoint.newest(run.checkpoints)
-        checkpoint.tidy(run.checkpoints, keep)
         step = checkpoint.step_of(folder) if folder else 0
         rewind(run.folder, step)
+        row = best_row(run.folder, best)
+        checkpoint.tidy(run.checkpoints, keep, row["step"] if row else None)
         return folder, row_of(run.folder, step) is not None
 
     folder, told = from_main(accelerator, choose)
@@ -73,4 +77,5 @@ def resume(run: Run, accelerator: "Accelerator", keep: int, model: Model, data: 
     mine = {} if paid else {name: value if main else torch.zeros_like(value) for name, value in sums.items()}
     window = Window({name: value.to(accelerator.device) for name, value in mine.items()})
     left_out = LeftOut(tuple(state["left_out"]), state["rollbacks"])
-    return moments, State(window, owed, state["bad_samples"], left_out, state["losses"], state["skipped"])
+    average = {name: value for name, value in state.items() if name.startswith(AVERAGE)}
+    return moments, State(window, owed, state["bad_samples"], left_out, state["losses"], state["skipped"], average)

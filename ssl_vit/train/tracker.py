@@ -96,6 +96,16 @@ def row_of(folder: Path, step: int) -> dict[str, Any] | None:
     return next((json.loads(line) for line in _lines(path) if _step(line) == step), None) if path.exists() else None
 
 
+def best_row(folder: Path, name: str | None) -> dict[str, Any] | None:
+    """The row of a run's metrics in which a value is best, the first of equals; a loss is best where it is least."""
+    path = folder / "metrics.jsonl"
+    if name is None or not path.exists():
+        return None
+    rows = [json.loads(line) for line in _lines(path) if _step(line)]
+    rows = [row for row in rows if isinstance(row.get(name), int | float)]
+    return max(rows, key=lambda row: -row[name] if "loss" in name else row[name], default=None)
+
+
 def _lines(path: Path) -> list[str]:
     return path.read_text(errors="replace").splitlines()
 

@@ -22,7 +22,7 @@ import torch
 from pictures import contents, make, one, write_pictures
 from servers import Site, refused
 
-from ssl_vit import config, recipe
+from ssl_vit import config, recipe, session
 from ssl_vit.data import cache, find, manifest, remote
 from ssl_vit.data import stream as streams
 from ssl_vit.data.cache import Ahead, Cache, Store, Wanted
@@ -690,6 +690,6 @@ def test_a_training_stops_when_its_source_goes_away_and_goes_on_when_it_is_back(
     done = pretrain()
     assert done.returncode == 0, done.stderr
     near = [*keys, f"data.train={disk}", f"run={tmp_path / 'near'}"]
-    assert recipe.run(config.parse(recipe.Pretrain, near, recipe.FOLDER)) == 0
+    assert session.run(config.parse(recipe.Pretrain, near, recipe.FOLDER)) == 0
     assert rows(tmp_path / "far") == rows(tmp_path / "near")
     assert len(rows(tmp_path / "near")) == 4

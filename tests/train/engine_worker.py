@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from ssl_vit import config, recipe
+from ssl_vit import config, recipe, session
 from ssl_vit.heads.mean_color import MeanColorHead
 from ssl_vit.model import Output
 from ssl_vit.train.environment import choose
@@ -52,7 +52,7 @@ def main() -> None:
         choose(job["engine"], job["zero"])
         MeanColorHead.forward = poisoned if job.get("poisoned") else FORWARD
         calls.clear()
-        recipe.run(config.parse(recipe.Pretrain, job["words"], recipe.FOLDER))
+        session.run(config.parse(recipe.Pretrain, job["words"], recipe.FOLDER))
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
 

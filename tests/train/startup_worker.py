@@ -20,7 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from ssl_vit import config, recipe
+from ssl_vit import config, recipe, session
 from ssl_vit.exits import Refusal
 from ssl_vit.train import startup
 from ssl_vit.train.run import Run
@@ -34,7 +34,7 @@ def train(name: str, *more: str, **changed: Any) -> dict[str, Any]:
     parsed = config.parse(recipe.Pretrain, [*WORDS, f"run={FOLDER}/run-{name}", *more], recipe.FOLDER)
     try:
         with patch.dict(vars(startup), changed if RANK else {}):
-            return {"code": recipe.run(parsed), "message": "", "shared": True}
+            return {"code": session.run(parsed), "message": "", "shared": True}
     except Refusal as error:
         return {"code": error.code, "message": error.message, "shared": error.shared}
     except BaseException as error:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssl_vit import config, load_encoder, recipe
+from ssl_vit import config, load_encoder, recipe, session
 from ssl_vit.recipe import Pretrain
 from tests.conftest import TINY
 
@@ -83,7 +83,7 @@ def alone(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
             from accelerate.state import AcceleratorState, GradientState
 
             made[more] = tmp_path_factory.mktemp("alone")
-            recipe.run(config.parse(Pretrain, words(shards, made[more], *more), recipe.FOLDER))
+            session.run(config.parse(Pretrain, words(shards, made[more], *more), recipe.FOLDER))
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
         return made[more]
@@ -190,7 +190,7 @@ def test_one_process_goes_on_from_two(shards: Path, alone, by_launch_file, tmp_p
 
     shutil.copytree(by_launch_file[engine], tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000020")
-    recipe.run(config.parse(Pretrain, words(shards, tmp_path), recipe.FOLDER))
+    session.run(config.parse(Pretrain, words(shards, tmp_path), recipe.FOLDER))
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     assert_same_training(alone(), tmp_path, first=11)

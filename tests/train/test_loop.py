@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from ssl_vit import config, inject, load_encoder, recipe
+from ssl_vit import config, inject, load_encoder, recipe, session
 from ssl_vit.counter import sample_seed
 from ssl_vit.data import manifest
 from ssl_vit.data.plan import Plan
@@ -49,13 +49,13 @@ class StopAfter:
 def pretrain(shards: Path, run: Path, *arguments: str) -> int:
     data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", "tracker=none"]
     given = [*TINY, *data, "steps=10", "log_every=3", "save_every=4", "optim.warmup_steps=2", *arguments]
-    return recipe.run(config.parse(Pretrain, given, recipe.FOLDER))
+    return session.run(config.parse(Pretrain, given, recipe.FOLDER))
 
 
 def finetune(shards: Path, run: Path, *arguments: str) -> int:
     data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", "tracker=none"]
     given = [*TINY, *data, "steps=40", "optim.lr=0.1", "data.flip=false", "data.crop_area=0.5,1", *arguments]
-    return recipe.run(config.parse(Finetune, given, recipe.FOLDER))
+    return session.run(config.parse(Finetune, given, recipe.FOLDER))
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import ssl_vit
-from ssl_vit import config, exits, recipe
+from ssl_vit import config, exits, recipe, session
 from ssl_vit.exits import CANNOT_CREATE, DATA, MISMATCH, USAGE, Refusal
 from ssl_vit.train import startup
 from ssl_vit.train.startup import Facts, compare, meet, refuse_first
@@ -218,7 +218,7 @@ def test_a_busy_port_ends_a_start_before_anything_is_made(started_as, taken: int
     started_as(0, taken)
     words = [*TINY, f"data.train={shards}/train", f"run={tmp_path}/run"]
     with pytest.raises(Refusal, match=f"port {taken}"):
-        recipe.run(config.parse(recipe.Pretrain, words, recipe.FOLDER))
+        session.run(config.parse(recipe.Pretrain, words, recipe.FOLDER))
     assert not (tmp_path / "run").exists()
 
 

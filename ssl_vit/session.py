@@ -1,0 +1,284 @@
+"""A start of a training tool: processes meet, hold the run, train what its recipe says, and tell how it ended.
+
+A fine-tuning may be many trainings, one after the other in this process: of a sweep, of seeds, of tasks. Each has a
+folder of its own, is skipped where its results are there, and goes on from its checkpoint where it was stopped.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssl_vit import inject
+from ssl_vit.advice import relieved
+from ssl_vit.data import workers
+from ssl_vit.data.manifest import Manifest
+from ssl_vit.data.sequential import Tars
+from ssl_vit.data.stream import EvaluationStream, Share, parts
+from ssl_vit.encoders import weights
+from ssl_vit.encoders.vit import Vit
+from ssl_vit.evaluate import sweep
+from ssl_vit.evaluate.accuracy import Evaluator, HeldOut
+from ssl_vit.evaluate.online import Probe
+from ssl_vit.exits import DATA, INTERNAL, USAGE, Refusal, leave, out_of_memory, verdict
+from ssl_vit.family import follow_launcher
+from ssl_vit.model import Model, read_out
+from ssl_vit.outcome import finish, keep_predictions, write_suite, write_tuned
+from ssl_vit.recipe import (
+    Finetune,
+    Recipe,
+    build,
+    first_images,
+    flops,
+    kept_head,
+    preview,
+    probes,
+    resolve,
+    sound,
+    sources,
+    streamed,
+)
+from ssl_vit.train.distributed import from_main, total
+from ssl_vit.train.environment import world
+from ssl_vit.train.launch import start
+from ssl_vit.train.loop import Task, fit, shared
+from ssl_vit.train.numbers import NOTHING, RollBack
+from ssl_vit.train.run import Run
+from ssl_vit.train.startup import check_alike, check_shared, meet, on_each_machine
+from ssl_vit.train.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MEETING = 120.0  # seconds that a process waits for the master to be there
+
+
+@dataclass
+class Session:
+    """What all trainings of a start share."""
+
+    accelerator: "Accelerator"
+    watchdog: Watchdog
+    tensors: weights.Weights | None
+    source: Vit | None
+
+
+def run(recipe: Recipe) -> int:
+    """Do what the recipe says, from the checkpoint where there is one; returns the exit code."""
+    follow_launcher()
+    arm_faults()
+    inject.point("start")
+    recipe, tensors, source = resolve(recipe)
+    asked = recipe.asked(recipe.optim.clip, world())
+    if recipe.dry_run:
+        return preview(recipe, tensors, source)
+    folder = Run(Path(recipe.run))
+    meet(min(recipe.timeout, MEETING))
+    accelerator = start(asked, recipe.tracker, folder.folder)
+    watchdog = Watchdog(accelerator, recipe.timeout, lambda end: folder.write_exit(end.code, end.message))
+    try:
+        check_alike(accelerator, recipe)
+        from_main(accelerator, lambda: folder.claim(recipe, recipe.fresh, recipe.allow_change))
+        inject.point("claimed")
+        check_shared(accelerator, folder.folder)
+        folder.held = True  # by one process for all
+        session = Session(accelerator, watchdog, tensors, source)
+        everything(session, recipe, folder)
+        if accelerator.is_main_process:
+            folder.write_exit(0, "done")
+    except BaseException as error:
+        if lost := watchdog.explain(error):
+            folder.write_exit(lost.code, lost.message)
+            leave(lost)
+        told = workers.explain(error) or (Refusal(INTERNAL, relieved(recipe)) if out_of_memory(error) else None)
+        end = told or verdict(error)
+        if accelerator.is_main_process or not end.shared:
+            folder.write_exit(end.code, end.message)
+        if not end.shared:
+            watchdog.fail(end)
+        if told:
+            raise told from error
+        raise
+    finally:
+        watchdog.close()
+        folder.release()
+        accelerator.end_training()
+    return 0
+
+
+def arm_faults() -> None:
+    """Where a drill asks for faults, say so first."""
+    if asked := os.environ.get(inject.VARIABLE, ""):
+        print(f"{inject.VARIABLE}={asked}: faults will be injected", flush=True)
+    inject.arm(asked)
+
+
+def everything(session: Session, recipe: Recipe, folder: Run) -> None:
+    """The one training of a recipe, or all that a fine-tuning is made of."""
+    if not isinstance(recipe, Finetune):
+        train(session, recipe, folder)
+    elif recipe.tasks:
+        of_tasks = from_main(session.accelerator, lambda: tasks(recipe))
+        results = {name: member(session, made, tuned) for name, made in of_tasks.items()}
+        from_main(session.accelerator, lambda: write_suite(recipe, folder, results))
+    else:
+        tuned(session, recipe, folder)
+
+
+def tasks(recipe: Finetune) -> dict[str, Finetune]:
+    """The fine-tuning of each task; raises Refusal(DATA) where data are missing, before anything is trained."""
+    if recipe.tasks_root is None:
+        raise Refusal(USAGE, "tasks_root: it must be given: the folder that holds the tasks' shards")
+    root, made, missing = Path(recipe.tasks_root), {}, []
+    for task in recipe.tasks:
+        train, val = tuple(str(root / task.name / part) for part in task.train), str(root / task.name / task.val)
+        missing += [path for path in (*train, val) if not Path(path).is_dir()]
+        whole = {} if task.augment else {"whole": True, "flip": False}
+        data = recipe.data.model_copy(update={"train": train, "val": (val,), **whole})
+        name = f"{recipe.benchmark.name or 'suite'}: {task.name}"
+        known = {"name": name, "classes": task.classes, "train": None, "test": task.test, "paper": task.paper}
+        changed = {"tasks": (), "tasks_root": None, "run": str(Path(recipe.run) / task.name), "data": data}
+        changed["benchmark"] = recipe.benchmark.model_copy(update=known)
+        made[task.name] = recipe.model_copy(update=changed)
+    if missing:
+        get = f"; {recipe.benchmark.get}" if recipe.benchmark.get else ""
+        raise Refusal(DATA, f"{len(missing)} folders are not there ({', '.join(missing[:3])} ...){get}")
+    return made
+
+
+def tuned(session: Session, recipe: Finetune, folder: Run) -> dict[str, Any]:
+    """Choose the rate where there is one to choose, then train with it, once or with several seeds; the results."""
+    rate, tried = recipe.optim.lr, []
+    final = recipe
+    if recipe.sweep.lr:
+        for rate in recipe.sweep.lr:
+            judged = member(session, trial(recipe, rate), train, scrap=True)
+            tried.append({"lr": rate, "top1": judged["top1"], "samples": judged["samples"]})
+        rate = sweep.chosen([(one["lr"], one["top1"]) for one in tried])
+        final = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": rate})})
+        if session.accelerator.is_main_process and not recipe.quiet:
+            text = ", ".join(f"{one['lr']:g}: {one['top1']:.4f}" for one in tried)
+            print(f"sweep: {text}; optim.lr={rate:g} is taken", flush=True)
+    if recipe.seeds == 1:
+        finals = [train(session, final, folder)]
+    else:
+        finals = [member(session, seeded(final, seed), train) for seed in range(recipe.seeds)]
+    return from_main(session.accelerator, lambda: write_tuned(final, folder, finals, tried))
+
+
+def trial(recipe: Finetune, rate: float) -> Finetune:
+    """The training that judges a rate: without the test set, on a part of the training set or beside a given split."""
+    held = {"val": recipe.sweep.val} if recipe.sweep.val else {"val": None, "hold_out": recipe.sweep.fraction}
+    changed = {
+        "run": str(Path(recipe.run) / "sweep" / f"lr-{rate:g}"),
+        "optim": recipe.optim.model_copy(update={"lr": rate}),
+        "data": recipe.data.model_copy(update=held),
+        "sweep": sweep.Sweep(),
+        "seeds": 1,
+        "benchmark": sweep.Benchmark(get=recipe.benchmark.get, name=recipe.benchmark.name),
+        "metrics": recipe.metrics.model_copy(update={"label_sets": None, "class_map": None}),
+    }
+    return recipe.model_copy(update=changed)
+
+
+def seeded(recipe: Finetune, number: int) -> Finetune:
+    """The final training with another seed."""
+    seed = recipe.seed + number
+    changed = {"run": str(Path(recipe.run) / f"seed-{seed}"), "seed": seed, "seeds": 1, "sweep": sweep.Sweep()}
+    return recipe.model_copy(update=changed)
+
+
+def member(session: Session, recipe: Finetune, do: Any, scrap: bool = False) -> dict[str, Any]:
+    """One of several trainings, in a folder of its own: its results, at once where they are there already.
+
+    With `scrap` nothing of it but numbers is kept.
+    """
+    accelerator, folder = session.accelerator, Run(Path(recipe.run))
+
+    def claim() -> dict[str, Any] | None:
+        folder.claim(recipe, allowed=recipe.allow_change)
+        path = folder.folder / "results.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    results = from_main(accelerator, claim)
+    try:
+        if results is None:
+            if accelerator.is_main_process and not recipe.quiet:
+                print(f"{folder.folder}:", flush=True)
+            results = do(session, recipe, folder)
+            accelerator.free_memory()
+        if scrap and accelerator.is_main_process:
+            for name in ("checkpoints", "encoder", "classifier"):
+                shutil.rmtree(folder.folder / name, ignore_errors=True)
+    finally:
+        folder.release()
+    return results
+
+
+def train(session: Session, recipe: Recipe, folder: Run) -> dict[str, Any]:
+    """One training from its data to its results."""
+    accelerator, beat = session.accelerator, session.watchdog.beat
+    accelerator.project_configuration.set_directories(str(folder.folder))  # where its tracker writes
+    data, val = from_main(accelerator, lambda: sources(recipe), beat)
+    probed = from_main(accelerator, lambda: probes(recipe), beat)
+    on_each_machine(accelerator, lambda: sound(recipe, data, val, *(probed or ())))
+    share = shared(recipe, accelerator.process_index, accelerator.num_processes)
+    row, left_out = None, NOTHING
+    while row is None:
+        model = build(recipe, len(data.classes), session.tensors, session.source)
+        if kept_head(recipe):
+            weights.read_classifier(recipe.init)[1].fill(model.head.layers[0], data.classes, recipe.init)
+        task = _task(session, recipe, model, data, val, probed, share, folder)
+        try:
+            row = fit(folder, accelerator, recipe, task, beat, left_out=left_out)
+        except RollBack as back:
+            left_out = back.left_out
+        del model, task
+        accelerator.free_memory()
+    inject.point("finish")
+    judged_on = val or (data if recipe.data.hold_out and isinstance(data, Manifest) else None)
+    return from_main(accelerator, lambda: finish(recipe, folder, row, data, judged_on, session.tensors), beat)
+
+
+def _task(
+    session: Session,
+    recipe: Recipe,
+    model: Model,
+    data: Manifest | Tars,
+    val: Manifest | None,
+    probed: tuple[Manifest, Manifest] | None,
+    share: Share,
+    folder: Run,
+) -> Task:
+    accelerator = session.accelerator
+    stream, summed = streamed(data, recipe), partial(total, accelerator)
+    evaluators: list[Evaluator] = []
+    held_out = None
+    if val is not None:
+        held_out = EvaluationStream(val, recipe.data, share.micro_batch)
+    elif recipe.data.hold_out and isinstance(data, Manifest):
+        held_out = EvaluationStream(data, recipe.data, share.micro_batch, parts(data.samples, recipe.data)[1])
+    if held_out is not None:
+        keep = None
+        if isinstance(recipe, Finetune):
+            keep = lambda found: from_main(accelerator, lambda: keep_predictions(folder, found))  # noqa: E731
+        report = model.head.report
+        evaluators.append(HeldOut(held_out, share, accelerator.device, summed, report, keep))  # type: ignore[arg-type]
+    if probed is not None:
+        some = [recipe.data.model_copy(update={"subset": min(1.0, recipe.online.samples / p.samples)}) for p in probed]  # type: ignore[union-attr]
+        streams = [
+            EvaluationStream(p, data, share.micro_batch, parts(p.samples, data)[0])
+            for p, data in zip(probed, some, strict=True)
+        ]
+        encoder = model.encoder
+        way = partial(read_out, pool=encoder.pool, prefix=encoder.prefix)
+        splits = streams[0], streams[1]
+        evaluators.append(Probe(splits, share, accelerator.device, summed, recipe.online, way))  # type: ignore[union-attr]
+    panel = None
+    if hasattr(model.head, "panel"):
+        drawn = first_images(val or stream, recipe.data)
+        panel = {name: value.to(accelerator.device) for name, value in drawn.items()}
+    return Task(model, stream, recipe.optim, evaluators, panel, flops(model))
