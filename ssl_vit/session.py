@@ -221,7 +221,7 @@ def member(session: Session, recipe: Finetune, do: Any, scrap: bool = False) -> 
 def train(session: Session, recipe: Recipe, folder: Run) -> dict[str, Any]:
     """One training from its data to its results."""
     accelerator, beat = session.accelerator, session.watchdog.beat
-    accelerator.project_configuration.set_directories(str(folder.folder))  # where its tracker writes
+    accelerator.project_configuration.logging_dir = str(folder.folder)  # where its tracker writes
     data, val = from_main(accelerator, lambda: sources(recipe), beat)
     probed = from_main(accelerator, lambda: probes(recipe), beat)
     on_each_machine(accelerator, lambda: sound(recipe, data, val, *(probed or ())))

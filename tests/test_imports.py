@@ -20,10 +20,10 @@ LEVELS = [
     {"data"},
     {"evaluate"},
     {"train"},
-    {"recipe", "advice", "runs"},
+    {"recipe", "advice", "runs", "outcome", "session", "evaluation", "prediction"},
 ]
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}
-HOMES = {"accelerate": {"train"}, "deepspeed": {"train"}, "webdataset": {"data"}, "timm": {"encoders"}}
+HOMES = {"accelerate": {"train"}, "deepspeed": {"train"}, "webdataset": {"data"}, "timm": {"encoders", "heads", "data"}}
 
 
 def imported(file: Path) -> list[tuple[str, bool]]:

@@ -166,18 +166,27 @@ class Classifier:
     names: list[str]
     crop: float = 0.875  # side of the central crop, of the image's short side
 
+    @property
+    def count(self) -> int:
+        """How many classes there are."""
+        return len(self.names)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether nobody named the classes."""
+        return self.names == [str(number) for number in range(self.count)]
+
+    def is_for(self, names: list[str]) -> bool:
+        """Whether these are its classes, as far as is known."""
+        return names == self.names or (self.numbered and len(names) == self.count)
+
     def fill(self, layer: torch.nn.Linear, names: list[str], source: str) -> None:
         """Put the weights into a layer for classes of these names; raises Refusal(DATA) where they are others."""
-        if len(names) != len(self.names) or (not _numbered(self.names) and names != self.names):
+        if not self.is_for(names):
             first = next((pair for pair in zip(names, self.names, strict=False) if pair[0] != pair[1]), ("", ""))
             text = f"{len(self.names)} classes there, {len(names)} here; the first that differ: {first[1]}, {first[0]}"
             raise Refusal(DATA, f"{source}: its classifier is for other classes ({text}); leave head.keep out")
         layer.load_state_dict({"weight": self.weight, "bias": self.bias})
-
-
-def _numbered(names: list[str]) -> bool:
-    """Whether nobody named the classes."""
-    return names == [str(number) for number in range(len(names))]
 
 
 def read_classifier(source: str) -> tuple[VitEncoder, Classifier]:

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ pre{background:#f4f4f4;padding:.6rem;overflow-x:auto}"""
 def plain(text: object) -> str:
     """Text that stands for itself in Markdown and in HTML, whatever is in it."""
     words = " ".join(str(text).split())
-    return re.sub(r"[\\`*_{}\[\]()#+!|~<>-]", lambda sign: f"&#{ord(sign[0])};", words.replace("&", "&amp;"))
+    signs = r"[\\`*\[\]|<>]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
+    return re.sub(signs, lambda sign: f"&#{ord(sign[0])};", words.replace("&", "&amp;"))
 
 
 def shown(value: Any) -> str:
@@ -31,6 +32,8 @@ def shown(value: Any) -> str:
         return "&ndash;"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return plain(", ".join(map(str, value)))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else plain(value)
 
 
@@ -110,7 +113,7 @@ def figure(width: float = 6.0, height: float = 3.2, **options: Any) -> tuple[Any
     return made, made.subplots(**options)
 
 
-def curves(lines: dict[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, log: bool = False) -> Any:
+def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, log: bool = False) -> Any:
     """Lines by name: (x, y) of each."""
     made, axes = figure()
     for name, (at, values) in lines.items():
