@@ -1,4 +1,4 @@
-"""Is an encoder worth it? Frozen features judged by linear probe, k-NN and few-shot, and classifiers judged on a split."""
+"""Is an encoder worth it? Frozen features judged by linear probe, k-NN and few-shot; classifiers judged on a split."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -261,9 +261,8 @@ def _methods(
     """What each method measures, with what names it."""
     bad = int((~train.isfinite().all(1)).sum() + (~test.isfinite().all(1)).sum())
     if bad:
-        raise Refusal(
-            DATA, f"{recipe.encoder}: the features of {bad} images are not finite numbers; its weights are bad"
-        )
+        text = f"the features of {bad} images are not finite numbers; its weights are bad"
+        raise Refusal(DATA, f"{recipe.encoder}: {text}")
     right = truth.cpu().numpy()
     if "knn" in recipe.methods:
         votes = knn.scores(train, labels, test, classes, recipe.knn.k, recipe.knn.temperature)
@@ -415,9 +414,8 @@ def compared(runs: tuple[str, ...]) -> Page:
             raise Refusal(DATA, f"compare: {path} is not the results of a run ({type(error).__name__})") from error
     page = Page("Runs side by side")
     lines = list(dict.fromkeys(line for column in columns.values() for line in column))
-    page.table(
-        ["%", *map(plain, columns)], [[line, *(one.get(line, "-") for one in columns.values())] for line in lines]
-    )
+    rows = [[line, *(one.get(line, "-") for one in columns.values())] for line in lines]
+    page.table(["%", *map(plain, columns)], rows)
     return page
 
 

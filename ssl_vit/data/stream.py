@@ -122,10 +122,19 @@ class EvaluationStream:
     """Every sample of a split once, in order, the same for every run: central crops, seeds that do not change."""
 
     def __init__(self, manifest: Manifest, config: Data, batch: int, ids: np.ndarray | None = None):
-        self.samples = Samples(manifest, config, seed=0, training=False)
-        self.batch, self.ids = batch, ids
-        self.count = manifest.samples if ids is None else len(ids)
+        samples = Samples(manifest, config, seed=0, training=False)
+        self._over(samples, manifest.samples if ids is None else len(ids), batch, ids)
+
+    def _over(self, samples: Samples, count: int, batch: int, ids: np.ndarray | None) -> None:
+        self.samples, self.count, self.batch, self.ids = samples, count, batch, ids
         self.faults = Faults()
+
+    @classmethod
+    def over(cls, samples: Samples, count: int, batch: int) -> "EvaluationStream":
+        """A stream of samples that are in no shards."""
+        stream = cls.__new__(cls)
+        stream._over(samples, count, batch, None)
+        return stream
 
     def keys(self, share: Share) -> list[Keys]:
         """This process's batches of (0, sample id), padded with id -1."""
