@@ -61,9 +61,8 @@ def run(recipe: Predict) -> int:
     encoder, head = weights.read_classifier(recipe.encoder)
     size = recipe.image_size or encoder.config.image
     if encoder.channels != 3:
-        raise Refusal(
-            USAGE, f"{recipe.encoder}: takes {encoder.channels} channels; images are read as RGB, which has 3"
-        )
+        text = f"takes {encoder.channels} channels; images are read as RGB, which has 3"
+        raise Refusal(USAGE, f"{recipe.encoder}: {text}")
     if size != encoder.config.image:
         source = encoder.config
         try:

@@ -133,8 +133,8 @@ data.window encoder.kind encoder.size encoder.patch encoder.image encoder.channe
 encoder.heads encoder.mlp encoder.positions encoder.pool encoder.dropout encoder.mean encoder.std head.kind
 head.ratio head.mix head.bits head.hidden head.loss optim.kind optim.lr optim.warmup_steps optim.schedule
 optim.weight_decay optim.clip optim.betas optim.momentum
-average best data.hold_out data.auto_augment data.whole encoder.drop_path head.keep head.smoothing head.mixup head.cutmix
-optim.layer_decay
+average best data.hold_out data.auto_augment data.whole encoder.drop_path head.keep head.smoothing head.mixup
+head.cutmix optim.layer_decay
 """
 ONLY = {
     Pretrain: "online.train online.val online.samples online.k online.shots",

@@ -96,7 +96,7 @@ def digest(encoder: nn.Module, names: list[Name], stream: EvaluationStream) -> s
     data = stream.samples.config
     ids = "all" if stream.ids is None else hashlib.sha256(stream.ids.tobytes()).hexdigest()
     said = [str(encoder.config), sorted(names), stream.samples.manifest.identity, ids]  # type: ignore[union-attr]
-    said += [data.image_hw, data.eval_crop]
+    said += [data.image_hw, data.eval_crop, data.whole]
     labels = hashlib.sha256(stream.samples.manifest.labels.tobytes()).hexdigest()
     found.update(json.dumps([*said, labels]).encode())
     return found.hexdigest()[:32]
