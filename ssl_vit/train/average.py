@@ -18,7 +18,7 @@ class Average:
     """The average of an engine's parameters, cut over the processes as they are."""
 
     def __init__(self, engine: Engine, factor: float, state: Tensors):
-        self.factor = factor
+        self.factor, self._forget = factor, engine.forget_gathered
         self._current = {name: p.detach() for name, p in engine.parameters.items()}
         self._mean = {name: p.clone() for name, p in self._current.items()}
         for name, mean in self._mean.items() if state else ():
@@ -51,3 +51,4 @@ class Average:
             trained = self._current[name].clone()
             self._current[name].copy_(mean)
             mean.copy_(trained)
+        self._forget()

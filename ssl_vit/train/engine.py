@@ -58,6 +58,12 @@ class Engine:
         """Whether every process holds a copy of all weights, and updates it by itself."""
         return not any(map(_is_dtensor, self.parameters.values()))
 
+    def forget_gathered(self) -> None:
+        """After parameters were written to: FSDP2 would go on with what it gathered for a pass without backward."""
+        for module in self.model.modules() if not self.replicated else ():
+            if hasattr(module, "reshard"):
+                module.reshard()
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter, whole, one after the other; called by all processes together."""
         for name, parameter in self.parameters.items():

@@ -158,3 +158,43 @@ def test_sizes_that_do_not_fit_are_refused():
 def test_other_channel_counts_work():
     config = TINY.model_copy(update={"channels": 1})
     assert config.build()(images(config)).shape == (3, 25, 32)
+
+
+def test_dropped_paths_are_whole_images_and_the_rest_is_scaled():
+    """As timm's: a share of the images skips the branch, the others' is divided by what is kept."""
+    from ssl_vit.encoders.vit import DropPath
+
+    drop, x = DropPath(0.25), torch.ones(4000, 3, 2)
+    torch.manual_seed(0)
+    made = drop.train()(x)
+    kept = made[:, 0, 0] > 0
+    assert torch.equal(made, kept[:, None, None] * x / 0.75)
+    assert float(kept.float().mean()) == pytest.approx(0.75, abs=0.03)
+    assert drop.eval()(x) is x
+
+
+def test_dropping_grows_with_depth_and_leaves_evaluation_alone():
+    sizes = {"size": "Ti", "width": 16, "depth": 5, "heads": 2, "patch": 4, "image": 8}
+    torch.manual_seed(0)
+    plain = Vit(**sizes).build().eval()
+    torch.manual_seed(0)
+    dropping = Vit(**sizes, drop_path=0.2).build()
+    shares = [block.drop_path.share for block in dropping.blocks]  # type: ignore[union-attr]
+    assert shares == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    image = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(dropping.eval()(image), plain(image))
+    assert not torch.equal(dropping.train()(image), plain(image))
+
+
+def test_tokens_of_any_layer_are_what_the_blocks_give():
+    torch.manual_seed(0)
+    encoder = Vit(size="Ti", width=16, depth=3, heads=2, patch=4, image=8).build().eval()
+    image = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    seen = {}
+    for number, block in enumerate(encoder.blocks, start=1):
+        block.register_forward_hook(lambda _m, _i, out, number=number: seen.update({number: out}))
+    whole = encoder(image)
+    found = encoder.layers(image, {1, 3})
+    assert found.keys() == {1, 3}
+    assert torch.equal(found[3], whole)
+    assert torch.equal(found[1], encoder.norm(seen[1]))

@@ -112,6 +112,7 @@ ACCUMULATED = ["micro_batch=1", "activation_checkpointing=true"]
 HALVES = ["micro_batch=2"]
 DROPOUT = ["encoder.dropout=0.2"]
 SGD = ["optim.kind=sgd", "optim.lr=0.01", "optim.clip=none"]
+AVERAGED = ["average=0.9", "optim.layer_decay=0.7", "encoder.pool=mean"]
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,9 @@ def worked(shards: Path, by_launch_file, tmp_path_factory: pytest.TempPathFactor
         job(f"halves-{engine}", engine, *HALVES)
         job(f"sgd-{engine}", engine, *SGD)
         job(f"dropout-{engine}", engine, *DROPOUT)
+        if engine != "zero3":
+            probed = [f"online.{split}={shards}/{split}" for split in ("train", "val")]
+            job(f"averaged-{engine}", engine, *AVERAGED, *probed, "online.shots=1,2")
         continued = folder / f"from-{engine}"
         start = by_launch_file[engine]
         shutil.copytree(start / "checkpoints" / "step-00000010", continued / "checkpoints" / "step-00000010")
@@ -153,6 +157,24 @@ def worked(shards: Path, by_launch_file, tmp_path_factory: pytest.TempPathFactor
 def test_accumulation_recomputation_and_sgd(alone, worked: Path, engine: str, name: str, more: list[str]):
     """Micro batches of 1 (4 a step) with activation checkpointing, of 2 (2 a step), and SGD without clipping."""
     assert_same_training(alone(*more), worked / f"{name}-{engine}")
+
+
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "zero3"])
+def test_averages_layer_decay_and_online_probes(alone, shards: Path, worked: Path, engine: str):
+    """Polyak averages are judged and exported; probes see every sample once, on however many processes."""
+    probed = [f"online.{split}={shards}/{split}" for split in ("train", "val")]
+    one, other = alone(*AVERAGED, *probed, "online.shots=1,2"), worked / f"averaged-{engine}"
+    assert_same_training(one, other)
+    for a, b in zip(rows(one), rows(other), strict=True):
+        assert {k: v for k, v in a.items() if "knn" in k or "few" in k} == {
+            k: v for k, v in b.items() if "knn" in k or "few" in k
+        }
+    assert "val_few_shot_2" in rows(one)[-1]
+    left, right = (load_file(run / "checkpoints" / "step-00000020" / "state.safetensors") for run in (one, other))
+    names = [name for name in left if name.startswith("average.")]
+    assert len(names) == len(load_file(one / "checkpoints" / "step-00000020" / "model.safetensors"))
+    for name in names:
+        torch.testing.assert_close(right[name], left[name], rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])

@@ -1,5 +1,7 @@
 """Schedules, parameter groups and skipped updates."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -79,3 +81,30 @@ def test_the_rate_is_written_into_every_group():
     optimizer = AdamW().build(small())
     set_rate(optimizer.param_groups, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+def test_layer_decay_is_that_of_timm():
+    """Scales of the rate, and which parameters decay, against timm's groups for the same model."""
+    import timm
+    from timm.optim import param_groups_layer_decay
+
+    options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+    theirs = timm.create_model("vit_tiny_patch16_224", **options)
+    names = {id(p): name for name, p in theirs.named_parameters()}
+    want = {}
+    for group in param_groups_layer_decay(
+        theirs, weight_decay=0.05, layer_decay=0.7, no_weight_decay_list=theirs.no_weight_decay()
+    ):
+        for parameter in group["params"]:
+            want[names[id(parameter)]] = group["lr_scale"], group["weight_decay"]
+    model: Any = nn.Module()
+    model.encoder = Vit(size="Ti", width=32, depth=3, heads=2, mlp=128, patch=4, image=8).build()
+    names = {id(p): name.removeprefix("encoder.") for name, p in model.named_parameters()}
+    made = groups(model, 0.05, 0.7)
+    got = {names[id(p)]: (group["scale"], group["weight_decay"]) for group in made for p in group["params"]}
+    assert got.keys() == {name for name in want if not name.startswith("head.")}
+    assert got["norm.weight"] == (1.0, 0.0)  # with the head, as in BEiT and MAE; timm has it with the last block
+    for name, (scale, decay) in ((n, want[n]) for n in got if not n.startswith("norm.")):
+        assert got[name] == (pytest.approx(scale), decay), name
+    set_rate(made, 0.5)
+    assert {round(group["lr"], 9) for group in made} == {round(0.5 * 0.7**i, 9) for i in range(5)}
