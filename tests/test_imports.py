@@ -20,7 +20,19 @@ LEVELS = [
     {"data"},
     {"evaluate"},
     {"train"},
-    {"recipe", "advice", "runs", "outcome", "session", "evaluation", "prediction"},
+    {
+        "recipe",
+        "advice",
+        "runs",
+        "outcome",
+        "session",
+        "evaluation",
+        "prediction",
+        "bench",
+        "frozen",
+        "judging",
+        "comparison",
+    },
 ]
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}
 HOMES = {"accelerate": {"train"}, "deepspeed": {"train"}, "webdataset": {"data"}, "timm": {"encoders", "heads", "data"}}

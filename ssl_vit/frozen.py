@@ -1,0 +1,168 @@
+"""Frozen features, judged: linear probe, k-NN and few-shot, beside those of an untrained encoder."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_vit.bench import Bench, Evaluate, built, sized, splits
+from ssl_vit.data.manifest import Manifest
+from ssl_vit.data.samples import Data
+from ssl_vit.data.stream import EvaluationStream
+from ssl_vit.encoders import weights
+from ssl_vit.encoders.vit import VitEncoder
+from ssl_vit.evaluate import features, few_shot, knn, linear, metrics
+from ssl_vit.evaluate.features import Name, Split
+from ssl_vit.evaluate.metrics import TOP, Predictions, spread
+from ssl_vit.evaluate.report import Page, per_cent, plain
+from ssl_vit.exits import DATA, Refusal
+from ssl_vit.outcome import digest
+from ssl_vit.train.distributed import from_main
+
+
+def frozen(bench: Bench) -> tuple[dict[str, Any], Page]:
+    """Linear probe, k-NN and few-shot of the encoder's features and of an untrained one's."""
+    recipe, accelerator = bench.recipe, bench.accelerator
+    source, tensors = weights.read(str(recipe.encoder))
+    config, data = sized(recipe, source)
+    sets = from_main(accelerator, lambda: splits(recipe, ("train", "val")))
+    encoder = built(recipe, config)
+    weights.fill(encoder, source, tensors, str(recipe.encoder))
+    who = {"pretrained": encoder} | ({"random": built(recipe, config)} if recipe.random else {})
+    rows = []
+    for name, one in who.items():
+        one = one.to(accelerator.device).eval()
+        names = recipe.features.names(one)
+        found = {split: computed(bench, one, names, manifest, data) for split, manifest in sets.items()}
+        classes = len(sets["train"].classes)
+        judge = partial(judged, bench, name, found["train"], found["val"], names, classes)
+        rows += from_main(accelerator, judge)
+    results: dict[str, Any] = {"encoder": recipe.encoder, "rows": rows, "samples": sets["val"].samples}
+    results["classes"] = sets["val"].classes
+    results["digests"] = {
+        "encoder": digest(tensors),
+        **{f"data.{split}": manifest.identity for split, manifest in sets.items()},
+    }
+    if notes := recipe.benchmark.differs(sets["train"], sets["val"]):
+        results["not_the_benchmark"] = notes
+    results["protocol"] = {
+        "image_size": list(config.image_hw),
+        "eval_crop": data.eval_crop,
+        **{name: getattr(recipe, name).model_dump() for name in ("knn", "linear", "few_shot")},
+        "seed": recipe.seed,
+    }
+    return results, page_of(results)
+
+
+def computed(bench: Bench, encoder: VitEncoder, names: list[Name], manifest: Manifest, data: Data) -> Split:
+    """The features of a split, from the cache where they are in it; all processes compute, the first keeps them."""
+    recipe, accelerator = bench.recipe, bench.accelerator
+    stream = EvaluationStream(manifest, data, bench.share.micro_batch)
+    cache = Path(recipe.features.cache or bench.folder / "features")
+    folder = cache / features.digest(encoder, names, stream)
+    there = from_main(accelerator, lambda: features.load(folder, names) is not None)
+    if not there:
+        rows = features.extract(encoder, names, stream, bench.share, accelerator.device, bench.total)
+        if accelerator.is_main_process:
+            features.write(folder, rows, stream.count)
+        else:
+            for _ in rows:
+                pass
+        for fault in stream.faults.take():
+            print(f"evaluation leaves out sample {fault.sample}: {fault.reason}", flush=True)
+        if stream.faults.fatal:
+            raise stream.faults.fatal
+    split = from_main(accelerator, lambda: None if not accelerator.is_main_process else features.load(folder, names))
+    if split is None:
+        raise Refusal(DATA, f"{folder}: features that were just written cannot be read")
+    return split
+
+
+def judged(bench: Bench, who: str, train: Split, val: Split, names: list[Name], classes: int) -> list[dict[str, Any]]:
+    """A row for every method, layer and read-out."""
+    recipe, device, rows = bench.recipe, bench.accelerator.device, []
+    for name in names:
+        learn, labels = _tensors(train, name, device)
+        test, truth = _tensors(val, name, device)
+        if not len(learn) or not len(test):
+            raise Refusal(DATA, f"{recipe.data.train} and {recipe.data.val}: no labelled image that can be read")
+        for case, values in _methods(recipe, learn, labels, test, truth, classes):
+            rows.append({"who": who, "layer": name[0], "readout": name[1], **case, **values})
+            if not recipe.quiet:
+                text = f"{who}, layer {name[0]}, {name[1]}, {' '.join(map(str, case.values()))}"
+                print(f"{text}: top-1 {per_cent(values['top1'], values.get('top1_sd'))} %", flush=True)
+    return rows
+
+
+def _tensors(split: Split, name: Name, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Features and class numbers of the labelled images, whole in memory."""
+    known = np.flatnonzero(split.labels >= 0)
+    array = split.features[name]
+    chosen = np.array(array) if len(known) == len(array) else array[known]
+    return torch.from_numpy(chosen).to(device), torch.from_numpy(split.labels[known]).to(device)
+
+
+def _methods(
+    recipe: Evaluate, train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, classes: int
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """What each method measures, with what names it."""
+    bad = int((~train.isfinite().all(1)).sum() + (~test.isfinite().all(1)).sum())
+    if bad:
+        text = f"the features of {bad} images are not finite numbers; its weights are bad"
+        raise Refusal(DATA, f"{recipe.encoder}: {text}")
+    right = truth.cpu().numpy()
+    if "knn" in recipe.methods:
+        votes = knn.scores(train, labels, test, classes, recipe.knn.k, recipe.knn.temperature)
+        yield {"method": "knn", "case": f"k={recipe.knn.k}"}, _values(recipe, votes, right, classes)
+    if "linear" in recipe.methods:
+        made, chosen = linear.probe(train, labels, classes, recipe.linear)
+        what = "l2" if recipe.linear.solver == "lbfgs" else "lr"
+        yield {"method": "linear", "case": f"{what}={chosen:g}"}, _values(recipe, made.scores(test), right, classes)
+    if "few_shot" in recipe.methods:
+        found = few_shot.accuracies(train, labels, test, truth, classes, recipe.few_shot)
+        left_out = [shots for shots in recipe.few_shot.shots if shots not in found]
+        if left_out:
+            least = int(torch.bincount(labels, minlength=classes).min())
+            text = f"few_shot.shots: the smallest class has {least} images"
+            if not found:
+                raise Refusal(DATA, f"{text}; give few_shot.shots={max(1, least)} or fewer")
+            print(f"{text}: left out {', '.join(map(str, left_out))}", flush=True)
+        for shots, values in found.items():
+            mean, deviation = spread(values)
+            more = {} if deviation is None else {"top1_sd": deviation}
+            yield {"method": "few_shot", "case": f"shots={shots}"}, {"top1": mean, **more, "draws": values}
+
+
+def _values(recipe: Evaluate, scores: Tensor, truth: np.ndarray, classes: int) -> dict[str, Any]:
+    best, top = scores.float().topk(min(TOP, classes))
+    found = Predictions(np.arange(len(truth)), truth, top.cpu().numpy(), best.cpu().numpy())
+    values: dict[str, Any] = metrics.accuracy(found, classes)
+    right = metrics.hits(found.top[:, :1], truth)
+    return {**values, "top1_interval": metrics.interval(right, resamples=recipe.metrics.bootstrap)}
+
+
+COLUMNS = ["encoder", "layer", "read-out", "method", "setting", "top-1, %", "95 % interval", "top-5, %"]
+
+
+def page_of(results: dict[str, Any]) -> Page:
+    """A page of the frozen features' scores."""
+    page = Page(f"Frozen features of {results['encoder']}")
+    rows = []
+    for row in results["rows"]:
+        low, high = row.get("top1_interval") or (None, None)
+        interval = "" if low is None else f"{per_cent(low)} to {per_cent(high)}"
+        where = [row["who"], row["layer"], row["readout"], row["method"], row["case"]]
+        rows.append([*where, per_cent(row["top1"], row.get("top1_sd")), interval, per_cent(row.get("top5"))])
+    page.table(COLUMNS, rows)
+    page.text("± is the deviation over draws of the images to learn from; the interval a bootstrap over test images.")
+    for note in results.get("not_the_benchmark", ()):
+        page.text(f"**Not the benchmark's data**: {plain(note)}.")
+    page.section("Protocol")
+    flat = {f"{n}.{k}": v for n, one in results["protocol"].items() if isinstance(one, dict) for k, v in one.items()}
+    said = {n: v for n, v in results["protocol"].items() if not isinstance(v, dict)}
+    page.values({**said, **flat, **{f"digest of {n}": v for n, v in results["digests"].items()}})
+    return page
