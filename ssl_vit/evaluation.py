@@ -27,12 +27,19 @@ def run(recipe: Evaluate) -> int:
     if recipe.compare:
         page = compared(recipe.compare)
         print("\n\n".join(page.parts))
-        page.write(made(folder))
+        if "run" in recipe.model_fields_set:
+            if (folder / "results.json").exists():
+                raise Refusal(USAGE, f"run={folder}: holds a run's own report; name another folder for the comparison")
+            page.write(made(folder))
         return 0
     if recipe.encoder is None:
         raise Refusal(USAGE, "encoder: it must be given: a run, an encoder folder, a weights file or timm:NAME")
     if "classifier" in recipe.methods and len(recipe.methods) > 1:
         raise Refusal(USAGE, "methods: classifier judges another thing than frozen features; give it alone")
+    if recipe.data.hold_out:
+        raise Refusal(USAGE, "data.hold_out: an evaluation is on data.val; leave it out")
+    if recipe.methods != ("classifier",) and (recipe.metrics.label_sets or recipe.metrics.class_map):
+        raise Refusal(USAGE, "metrics.label_sets and metrics.class_map: of a classifier; give methods=classifier")
     follow_launcher()
     asked = Asked(recipe.batch * world(), recipe.batch, 1, None, "fp32", False, LONG)
     accelerator = start(asked, "none", folder)

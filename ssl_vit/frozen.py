@@ -1,18 +1,20 @@
 """Frozen features, judged: linear probe, k-NN and few-shot, beside those of an untrained encoder."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssl_vit.bench import Bench, Evaluate, built, sized, splits
+from ssl_vit.data.faults import printable
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data
-from ssl_vit.data.stream import EvaluationStream
+from ssl_vit.data.stream import EvaluationStream, parts
 from ssl_vit.encoders import weights
 from ssl_vit.encoders.vit import VitEncoder
 from ssl_vit.evaluate import features, few_shot, knn, linear, metrics
@@ -21,7 +23,12 @@ from ssl_vit.evaluate.metrics import TOP, Predictions, spread
 from ssl_vit.evaluate.report import Page, per_cent, plain
 from ssl_vit.exits import DATA, Refusal
 from ssl_vit.outcome import digest
-from ssl_vit.train.distributed import from_main
+from ssl_vit.train.distributed import everyone, from_main, refuse_first
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+NOWHERE = Split({}, np.empty(0, np.int64))  # what processes have that judge nothing
 
 
 def frozen(bench: Bench) -> tuple[dict[str, Any], Page]:
@@ -33,15 +40,17 @@ def frozen(bench: Bench) -> tuple[dict[str, Any], Page]:
     encoder = built(recipe, config)
     weights.fill(encoder, source, tensors, str(recipe.encoder))
     who = {"pretrained": encoder} | ({"random": built(recipe, config)} if recipe.random else {})
-    rows = []
+    rows, found = [], {}
     for name, one in who.items():
         one = one.to(accelerator.device).eval()
         names = recipe.features.names(one)
-        found = {split: computed(bench, one, names, manifest, data) for split, manifest in sets.items()}
+        found = {split: computed(bench, one, names, split, manifest, data) for split, manifest in sets.items()}
         classes = len(sets["train"].classes)
         judge = partial(judged, bench, name, found["train"], found["val"], names, classes)
         rows += from_main(accelerator, judge)
-    results: dict[str, Any] = {"encoder": recipe.encoder, "rows": rows, "samples": sets["val"].samples}
+    results: dict[str, Any] = {"encoder": recipe.encoder, "rows": rows}
+    results["samples"] = int((found["val"].labels >= 0).sum())
+    results["bad_samples"] = {split: one.bad_samples for split, one in found.items()}
     results["classes"] = sets["val"].classes
     results["digests"] = {
         "encoder": digest(tensors),
@@ -58,28 +67,40 @@ def frozen(bench: Bench) -> tuple[dict[str, Any], Page]:
     return results, page_of(results)
 
 
-def computed(bench: Bench, encoder: VitEncoder, names: list[Name], manifest: Manifest, data: Data) -> Split:
+def computed(bench: Bench, encoder: VitEncoder, names: list[Name], split: str, manifest: Manifest, data: Data) -> Split:
     """The features of a split, from the cache where they are in it; all processes compute, the first keeps them."""
     recipe, accelerator = bench.recipe, bench.accelerator
-    stream = EvaluationStream(manifest, data, bench.share.micro_batch)
+    some = parts(manifest.samples, data)[0] if split == "train" and data.subset < 1 else None
+    stream = EvaluationStream(manifest, data, bench.share.micro_batch, some)
     cache = Path(recipe.features.cache or bench.folder / "features")
     folder = cache / features.digest(encoder, names, stream)
-    there = from_main(accelerator, lambda: features.load(folder, names) is not None)
-    if not there:
-        rows = features.extract(encoder, names, stream, bench.share, accelerator.device, bench.total)
-        if accelerator.is_main_process:
-            features.write(folder, rows, stream.count)
-        else:
-            for _ in rows:
-                pass
-        for fault in stream.faults.take():
-            print(f"evaluation leaves out sample {fault.sample}: {fault.reason}", flush=True)
-        if stream.faults.fatal:
-            raise stream.faults.fatal
-    split = from_main(accelerator, lambda: None if not accelerator.is_main_process else features.load(folder, names))
-    if split is None:
+
+    def usable() -> bool:
+        kept = features.load(folder, names)
+        return kept is not None and not kept.bad_samples  # what could not be read may have been mended
+
+    with features.alone(folder) if accelerator.is_main_process else nullcontext():
+        if not from_main(accelerator, usable):
+            rows = features.extract(encoder, names, stream, bench.share, accelerator.device, bench.total)
+            sound = partial(_sound, accelerator, stream)
+            if accelerator.is_main_process:
+                features.write(folder, rows, stream.count, sound)
+            else:
+                for _ in rows:
+                    pass
+                sound()
+        made = features.load(folder, names) if accelerator.is_main_process else NOWHERE
+    if made is None:
         raise Refusal(DATA, f"{folder}: features that were just written cannot be read")
-    return split
+    return made
+
+
+def _sound(accelerator: "Accelerator", stream: EvaluationStream) -> None:
+    """Say what could not be read; where a source stayed away from any process, all end."""
+    for fault in stream.faults.take():
+        print(f"evaluation leaves out sample {fault.sample}: {printable(fault.reason)}", flush=True)
+    fatal = stream.faults.fatal
+    refuse_first(everyone(accelerator, (fatal.code, fatal.message) if fatal else None))
 
 
 def judged(bench: Bench, who: str, train: Split, val: Split, names: list[Name], classes: int) -> list[dict[str, Any]]:

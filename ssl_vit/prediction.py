@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ssl_vit.config import Config
 from ssl_vit.data import folder
-from ssl_vit.data.faults import BadSample
+from ssl_vit.data.faults import BadSample, printable
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data, Samples
 from ssl_vit.data.stream import EvaluationStream, Share
@@ -77,7 +77,7 @@ def run(recipe: Predict) -> int:
         found[place] = cells
     bad = stream.faults.take()
     for fault in bad[:10]:
-        print(f"left out: {fault.reason}", flush=True)
+        print(f"left out: {printable(fault.reason)}", flush=True)
     if stream.faults.fatal:
         raise stream.faults.fatal
     if len(bad) == len(names):

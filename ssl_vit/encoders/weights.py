@@ -20,6 +20,8 @@ from ssl_vit.encoders.vit import SIZES, Vit, VitEncoder
 from ssl_vit.exits import DATA, Refusal
 
 ARCHITECTURES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
+HIDDEN = ("act_layer", "norm_layer", "block_fn", "mlp_layer", "attn_layer", "embed_layer")
+"""timm's arguments by which a model is another one though its tensors' shapes are a plain ViT's."""
 NOT_ENCODER = ("head", "pre_logits", "fc_norm", "decoder", "mask_token")  # what others store beside their encoder
 Weights = dict[str, Tensor]
 
@@ -71,6 +73,9 @@ def _as_timm_says(config: Vit, content: dict[str, Any]) -> Vit:
     said: dict[str, Any] = {}
     if "global_pool" in content:
         said["pool"] = "class" if content["global_pool"] == "token" else "mean"
+    hidden = [name for name in HIDDEN if name in content.get("model_args", {})]
+    if hidden or content.get("global_pool", "token") not in ("token", "avg", ""):
+        raise Refusal(DATA, f"{hidden[0] if hidden else 'global_pool'} makes it another model than a plain ViT")
     if "num_heads" in content.get("model_args", {}):
         said["heads"] = content["model_args"]["num_heads"]
     said |= {
@@ -194,6 +199,9 @@ def read_classifier(source: str) -> tuple[VitEncoder, Classifier]:
     config, weights = read(source, classifier=True)
     if "head.weight" not in weights or "head.bias" not in weights:
         raise Refusal(DATA, f"{source}: has no classifier (head.weight, head.bias); tools/finetune.py makes one")
+    sick = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if sick:
+        raise Refusal(DATA, f"{source}: {sick[0]} has numbers that are not finite")
     encoder = config.build()
     fill(encoder, config, weights, source)
     folder = Path(source) / "classifier" if (Path(source) / "classifier").is_dir() else Path(source)

@@ -1,10 +1,12 @@
 """Frozen features: computed once for a split, in one pass for all layers and read-outs, and kept on disk by digest."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -102,11 +104,21 @@ def digest(encoder: nn.Module, names: list[Name], stream: EvaluationStream) -> s
     return found.hexdigest()[:32]
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One start at a time makes the features of a folder; another waits, and then finds them."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, be it by a kill
+        yield
+
+
 def load(folder: Path, names: list[Name]) -> Split | None:
     """The features in a folder; None where they are not there, or not as they were written."""
     try:
         said = json.loads((folder / "features.json").read_text())
-        if any(sha256(folder / name) != known for name, known in said["files"].items()):
+        wanted = {"label.npy", "valid.npy", *(f"{layer}-{way}.npy" for layer, way in names)}
+        if not wanted <= set(said["files"]) or any(sha256(folder / n) != d for n, d in said["files"].items()):
             print(f"{folder}: altered since it was written; computed anew", flush=True)
             return None
         arrays = {name: np.load(folder / f"{name[0]}-{name[1]}.npy", mmap_mode="r") for name in names}
@@ -123,8 +135,16 @@ def _usable(arrays: dict[Name, np.ndarray], labels: np.ndarray, valid: np.ndarra
     return Split(arrays, labels[valid > 0], bad)
 
 
-def write(folder: Path, parts: Iterator[tuple[int, dict[str, np.ndarray]]], count: int) -> None:
-    """Write the features of a split into a folder, which is there whole or not at all."""
+def write(
+    folder: Path,
+    parts: Iterator[tuple[int, dict[str, np.ndarray]]],
+    count: int,
+    sound: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the features of a split into a folder, which is there whole or not at all.
+
+    `sound` is called when all parts came, and raises where they are not the split's.
+    """
     draft = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -135,6 +155,7 @@ def write(folder: Path, parts: Iterator[tuple[int, dict[str, np.ndarray]]], coun
                 shape = (count, *row.shape[1:])
                 arrays[name] = np.lib.format.open_memmap(draft / f"{name}.npy", "w+", row.dtype, shape)
             arrays[name][start : start + len(row)] = row
+    sound()
     for array in arrays.values():
         array.flush()
     files = {path.name: sha256(path) for path in sorted(draft.iterdir())}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ssl_vit.config import Config
@@ -24,6 +24,13 @@ class FewShotConfig(Config):
     shots: tuple[int, ...] = Field(default=(1, 5, 10, 25), description="images a class to learn from")
     seeds: int = Field(default=3, ge=1, description="draws of these images")
     l2: float = Field(default=1024.0, gt=0, description="weight of the squared weights")
+
+    @field_validator("shots")
+    @classmethod
+    def _has_shots(cls, shots: tuple[int, ...]) -> tuple[int, ...]:
+        if not shots or min(shots) < 1:
+            raise ValueError("one or more numbers from 1, with commas between them")
+        return shots
 
 
 class FewShot(NamedTuple):
@@ -47,6 +54,8 @@ def solve(features: Tensor, labels: Tensor, classes: int, l2: float = 1024.0) ->
 
     Solved over features where there are at least as many images, else over images: the same weights by less work.
     """
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())} for {classes} classes")
     x = features.double()
     mean, std = x.mean(0), x.std(0, correction=0) + 1e-5
     x = _with_constant((x - mean) / std)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from ssl_vit.evaluate.metrics import Predictions, accuracy
 from ssl_vit.exits import DATA, Refusal
 
@@ -22,6 +20,9 @@ def read_label_sets(path: str, keys: Sequence[str], classes: int) -> list[list[i
     """
     content, files = _json(path), [PurePosixPath(key).name for key in keys]
     if isinstance(content, dict):
+        if len(set(files)) != len(files):
+            twice = next(name for name in files if files.count(name) > 1)
+            raise Refusal(DATA, f"{path}: names files, and {twice} is the name of more than one image")
         missing = [name for name in files if name not in content]
         if missing:
             raise Refusal(DATA, f"{path}: has no labels for {len(missing)} images (such as {missing[0]})")
@@ -40,8 +41,9 @@ def _places(path: str, files: list[str], count: int) -> list[int]:
     found = [NUMBERED.search(name) for name in files]
     if all(found):
         places = [int(one[1]) - 1 for one in found if one]
-        if max(places, default=0) >= count:
-            raise Refusal(DATA, f"{path}: has {count} label sets, none for {files[int(np.argmax(places))]}")
+        strange = [name for name, place in zip(files, places, strict=True) if not 0 <= place < count]
+        if strange:
+            raise Refusal(DATA, f"{path}: has {count} label sets, none for {strange[0]}")
         return places
     if len(set(files)) != len(files) or len(files) != count:
         text = f"has {count} label sets for {len(files)} images ({len(set(files))} file names)"
@@ -62,7 +64,10 @@ def read_class_map(path: str, folders: Sequence[str], classes: Sequence[str]) ->
     found = []
     for folder in folders:
         given = content.get(folder, [])
-        mapped = [number.get(one, one) for one in (given if isinstance(given, list) else [given])]
+        mapped = [
+            number.get(one, one) if isinstance(one, str) else one
+            for one in (given if isinstance(given, list) else [given])
+        ]
         wrong = [one for one in mapped if type(one) is not int or not 0 <= one < len(classes)]
         if wrong:
             raise Refusal(DATA, f"{path}: {folder}: {wrong[0]!r} is not a class of the classifier")

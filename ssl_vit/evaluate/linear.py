@@ -79,7 +79,7 @@ def sgd(features: Tensor, labels: Tensor, classes: int, lr: float, config: Linea
 
     Unlike MAE's, the features are of central crops, computed once. The norm is folded into the layer that is returned.
     """
-    norm = nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6).to(features)
+    norm = nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6, momentum=None).to(features)
     layer = nn.Linear(features.shape[1], classes).to(features)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)

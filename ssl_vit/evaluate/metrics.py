@@ -126,16 +126,21 @@ def write_table(columns: list[str], rows: list[list[Any]], path: Path) -> None:
             raise Refusal(
                 USAGE, "metrics.predictions=parquet: needs the package pyarrow, or csv in its place"
             ) from error
-        table = pa.table({name: [row[i] for row in rows] for i, name in enumerate(columns)})
+        table = pa.table({name: [_unicode(row[i]) for row in rows] for i, name in enumerate(columns)})
         with io.BytesIO() as buffer:
             parquet.write_table(table, buffer)
             write_bytes(path, buffer.getvalue())
         return
     with io.StringIO(newline="") as text:
-        writer = csv.writer(text, lineterminator="\n")
+        writer = csv.writer(text, lineterminator="\r\n")  # RFC 4180; else a \r in a name is not quoted
         writer.writerow(columns)
         writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
         write_bytes(path, text.getvalue().encode(errors="backslashreplace"))
+
+
+def _unicode(value: Any) -> Any:
+    """Bytes of a file name that are no UTF-8, which are lone surrogates in Python, written out as in CSV."""
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def groups(tasks: Sequence[tuple[str, float]]) -> dict[str, float]:

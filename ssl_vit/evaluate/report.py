@@ -156,5 +156,5 @@ def gallery(images: Sequence[tuple[np.ndarray, str, bool]], columns: int = 8) ->
 
 def ascii_of(text: str) -> str:
     """A name that every font can draw, at most 24 signs of each line."""
-    lines = (line.encode("ascii", "replace").decode() for line in text.split("\n"))
+    lines = ("".join(c if " " <= c <= "~" else "?" for c in line) for line in text.split("\n"))
     return "\n".join(line if len(line) <= 24 else f"{line[:22]}.." for line in lines)
