@@ -46,15 +46,21 @@ class Linear(NamedTuple):
         return features.to(self.weight) @ self.weight.T + self.bias
 
 
-def fit(features: Tensor, labels: Tensor, classes: int, l2: float, steps: int = 300) -> Linear:
+def fit(
+    features: Tensor, labels: Tensor, classes: int, l2: float, steps: int = 300, start: Linear | None = None
+) -> Linear:
     """The minimum of mean cross-entropy + l2 / 2 * |weight|^2, the bias left free, for features [N, D].
 
-    scikit-learn's LogisticRegression(C=1 / (l2 * N)) is the same problem. Features are taken in chunks.
+    scikit-learn's LogisticRegression(C=1 / (l2 * N)) is the same problem. Features are taken in chunks. `start` is
+    where the search begins, zero without it.
     """
-    x = torch.zeros(classes, features.shape[1] + 1, dtype=features.dtype, device=features.device, requires_grad=True)
+    x = torch.zeros(classes, features.shape[1] + 1, dtype=features.dtype, device=features.device)
+    if start is not None:
+        x = torch.cat([start.weight, start.bias[:, None]], 1)
+    x.requires_grad_()
     size = max(1, CHUNK // features.shape[1])
     solver = torch.optim.LBFGS(
-        [x], max_iter=steps, history_size=20, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        [x], max_iter=steps, history_size=20, tolerance_grad=1e-7, tolerance_change=1e-9, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
@@ -105,24 +111,28 @@ def sgd(features: Tensor, labels: Tensor, classes: int, lr: float, config: Linea
 def probe(features: Tensor, labels: Tensor, classes: int, config: LinearProbe, seed: int = 0) -> tuple[Linear, float]:
     """The probe of features [N, D], standardised for the solver's sake, and the l2 or rate that was chosen for it.
 
-    Chosen is what is best on the held-out part; of equals, the first. Where that part would leave a class without an
+    Chosen is what is best on the held-out part; of equals, the largest. Where that part would leave a class without an
     image to learn from, the middle value is taken.
     """
     mean, std = features.mean(0), features.std(0, correction=0) + 1e-5
     x = (features - mean) / std
-    values = config.l2 if config.solver == "lbfgs" else config.lr
+    values = sorted(config.l2 if config.solver == "lbfgs" else config.lr, reverse=True)
 
-    def fitted(x: Tensor, labels: Tensor, value: float) -> Linear:
+    def fitted(x: Tensor, labels: Tensor, value: float, start: Linear | None = None) -> Linear:
         if config.solver == "lbfgs":
-            return fit(x, labels, classes, value, config.steps)
+            return fit(x, labels, classes, value, config.steps, start)
         return sgd(x, labels, classes, value, config, seed)
 
-    chosen = values[len(values) // 2]
+    chosen, found = values[len(values) // 2], None
     order = torch.from_numpy(permutation(key("probe", seed), len(x)))
     held, rest = order.tensor_split([round(len(x) * config.fraction)])
     if len(values) > 1 and len(held) and bool(torch.bincount(labels[rest], minlength=classes).all()):
-        right = [(fitted(x[rest], labels[rest], v).scores(x[held]).argmax(1) == labels[held]).sum() for v in values]
-        chosen = values[int(torch.stack(right).argmax())]
-    made = fitted(x, labels, chosen)
+        right, tried = [], []
+        for value in values:  # from the smoothest problem on, each from the solution of the last
+            tried.append(fitted(x[rest], labels[rest], value, tried[-1] if tried else None))
+            right.append((tried[-1].scores(x[held]).argmax(1) == labels[held]).sum())
+        best = int(torch.stack(right).argmax())
+        chosen, found = values[best], tried[best]
+    made = fitted(x, labels, chosen, found)
     weight = made.weight / std
     return Linear(weight, made.bias - weight @ mean), chosen
