@@ -60,7 +60,7 @@ def fit(
     x.requires_grad_()
     size = max(1, CHUNK // features.shape[1])
     solver = torch.optim.LBFGS(
-        [x], max_iter=steps, history_size=20, tolerance_grad=1e-7, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        [x], max_iter=steps, history_size=20, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:

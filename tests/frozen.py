@@ -1,0 +1,131 @@
+"""A classifier that timm wrote, images that need no resizing, and starts of the tools that judge it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+
+from ssl_vit.data.shards import MakeShards, convert
+from ssl_vit.encoders import weights
+from ssl_vit.encoders.vit import Vit
+from tests.starts import Start
+
+SIDE = 16
+QUICK = ["few_shot.shots=1,2", "linear.l2=0.01", "metrics.bootstrap=20", "random=false", "batch=3", "data.workers=0"]
+LOUD = 0.3  # standard deviation of weights at which predictions differ between images
+
+
+def run_tool(tool: str, words: list[str], folder: Path, world: int = 1, codes: tuple[int, ...] = (0,)) -> str:
+    """What a tool said in its own process; its exit code has to be one of `codes`, and a refusal is one line."""
+    start = Start(words, folder / "logs", world, tool=tool)
+    ended = start.wait(120)
+    said = start.said()
+    assert set(ended) <= set(codes), f"{ended}: {said}"
+    assert not start.orphans
+    if codes != (0,):
+        assert "Traceback" not in said, said
+        closing = [line for line in said.splitlines() if line.startswith(f"{tool}.py: ")]
+        assert len(closing) == 1, said
+    return said
+
+
+def refused(tool: str, words: list[str], folder: Path) -> str:
+    """The one line with which a tool refuses what it was given, as usage (64) or data (65)."""
+    said = run_tool(tool, words, folder, codes=(64, 65))
+    return next(line for line in said.splitlines() if line.startswith(f"{tool}.py: "))
+
+
+def results(run: Path) -> dict[str, Any]:
+    """A run's results; strict JSON, so that no NaN is in it."""
+
+    def strange(word: str) -> None:
+        raise ValueError(f"{word} in results.json")
+
+    return json.loads((run / "results.json").read_text(), parse_constant=strange)
+
+
+def find(tree: Any, name: str) -> Any:
+    """The first value of this name anywhere in results."""
+    if isinstance(tree, dict):
+        if name in tree:
+            return tree[name]
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for branch in tree:
+            if (found := find(branch, name)) is not None:
+                return found
+    return None
+
+
+def draw(folder: Path, files: list[str], seed: int = 0) -> None:
+    """Images of random large blocks of colour, exactly SIDE pixels, so that no two programs resize them unlike."""
+    random = np.random.default_rng(seed)
+    for name in files:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blocks = random.integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(SIDE // 4, 0).repeat(SIDE // 4, 1)
+        Image.fromarray(blocks).save(path, format="PNG")
+
+
+def classifier(folder: Path, names: list[str], seed: int = 0, **more: Any) -> torch.nn.Module:
+    """A tiny ViT with a loud random head, written as timm writes one for others; returns timm's own of it."""
+    torch.manual_seed(seed)
+    arguments: dict[str, Any] = {"img_size": SIDE, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    model: Any = timm.create_model("vit_tiny_patch16_224", num_classes=len(names), **(arguments | more))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=LOUD)
+    with torch.no_grad():  # every class is the best of some images
+        model.head.weight *= 3
+        blocks = (torch.rand(200, 3, 4, 4) * 2 - 1).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        model.head.bias -= model.eval()(blocks).mean(0)
+    preparation = {"input_size": [3, SIDE, SIDE], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
+    written = {"label_names": names, "pretrained_cfg": preparation}
+    timm.models.save_for_hf(model, str(folder), written, arguments | more, safe_serialization=True)
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, files: list[Path]) -> np.ndarray:
+    """What timm's model says of the images, [N, classes]."""
+    pixels = [torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in files]
+    return model((torch.stack(pixels) / 255 - 0.5) / 0.5).numpy()
+
+
+def encoder(folder: Path, **numbers: Any) -> Path:
+    """A tiny encoder as a run exports it, RUN/encoder, with loud random weights; returns the run."""
+    torch.manual_seed(0)
+    given: dict[str, Any] = {"size": "Ti", "width": 16, "depth": 2, "heads": 2, "patch": 4, "image": SIDE}
+    made = Vit(**(given | numbers)).build()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=LOUD)
+    weights.export(made, folder / "encoder")
+    return folder
+
+
+def shards(folder: Path, names: list[str], **more: Any) -> Path:
+    """Images of these names, converted."""
+    draw(folder / "images", names)
+    convert(MakeShards(input=str(folder / "images"), output=str(folder / "shards"), workers=1, quiet=True, **more))
+    return folder / "shards"
+
+
+def files(train: dict[str, int], val: dict[str, int]) -> list[str]:
+    """File names, by how many images each class has in a split."""
+    both = (("train", train), ("val", val))
+    return [f"{split}/{name}/{i}.png" for split, counts in both for name, n in counts.items() for i in range(n)]
+
+
+def words(given: Path, run: Path, **changed: str) -> list[str]:
+    """An evaluation of given/run on given/shards, with keys changed (a dot as __) or, if empty, left out."""
+    keys = {"encoder": f"{given}/run", "data__train": f"{given}/shards/train", "data__val": f"{given}/shards/val"}
+    keys |= {"run": str(run)} | changed
+    return QUICK + [f"{name.replace('__', '.')}={value}" for name, value in keys.items() if value]
+
+
+def numbers(run: Path) -> dict[str, Any]:
+    """What an evaluation measured, without its command."""
+    return {name: value for name, value in results(run).items() if name != "command"}
