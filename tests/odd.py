@@ -1,8 +1,11 @@
 """Odd machines: functions that a start calls before anything else."""
 
 import ctypes
+import errno
 import os
 import resource
+import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -48,3 +51,28 @@ def unsteady() -> None:
         return output._replace(loss=output.loss * (1 + calls[0] * 1e-6)) if hasattr(output, "loss") else output
 
     Model.forward = other
+
+
+def offline() -> None:
+    """Have no network, and say so where one is asked for."""
+    connect = socket.socket.connect
+
+    def refuse(*asked: Any, **options: Any) -> Any:
+        del options
+        print(f"asked for the network: {asked}", flush=True)
+        raise OSError(errno.ENETUNREACH, "there is no network")
+
+    def only_here(self: socket.socket, address: Any) -> None:
+        local = self.family == socket.AF_UNIX or str(address[0]).startswith(("127.", "::1", "localhost"))
+        return connect(self, address) if local else refuse(address)
+
+    socket.socket.connect = only_here
+    socket.socket.connect_ex = refuse
+    socket.getaddrinfo = refuse
+
+
+def killed_before_it_tells() -> None:
+    """Have the process killed when a fine-tuning is trained and is to write what came of it."""
+    from ssl_vit import session
+
+    session.write_tuned = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

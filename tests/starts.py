@@ -22,7 +22,7 @@ from typing import Any
 GRACE = 2.0  # seconds for workers to end after their rank
 BASE = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 PRELOAD = ["tests.starts", "tests.odd", "ssl_vit.recipe", "accelerate", "torch._dynamo", "torch.distributed.fsdp"]
-PRELOAD += ["PIL.PngImagePlugin"]
+PRELOAD += ["PIL.PngImagePlugin", "matplotlib.figure", "matplotlib.backends.backend_agg", "markdown"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)

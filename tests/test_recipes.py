@@ -7,19 +7,21 @@ import torch
 import yaml
 
 from ssl_vit import config, recipe
+from ssl_vit.evaluation import Evaluate
 from ssl_vit.heads.mean_color import MeanColor
 from ssl_vit.model import Model, count_parameters
 from ssl_vit.recipe import Finetune, Pretrain
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in recipe.FOLDER.glob("*.yaml"))
+JUDGING = [name for name in NAMES if name.startswith("evaluate")]
 
 
 def schema(name: str) -> type[Pretrain] | type[Finetune]:
-    return Finetune if name.startswith("finetune") else Pretrain
+    return Finetune if name.startswith(("finetune", "vtab")) else Pretrain
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in JUDGING])
 def test_a_recipe_builds(name):
     made, _, _ = recipe.resolve(config.parse(schema(name), [f"recipe={name}"], recipe.FOLDER))
     with torch.device("meta"):
@@ -30,6 +32,15 @@ def test_a_recipe_builds(name):
     opening = (recipe.FOLDER / f"{name}.yaml").read_text().split("\nsteps")[0]
     assert f"recipe={name}" in opening
     assert "accelerate launch" in opening
+
+
+@pytest.mark.parametrize("name", JUDGING)
+def test_a_recipe_judges(name):
+    made = config.parse(Evaluate, [f"recipe={name}"], recipe.FOLDER)
+    assert made.methods == ("classifier",)
+    assert made.metrics.label_sets or made.metrics.class_map
+    assert (made.run, made.data.image_size, made.data.eval_crop) == (f"runs/{name}", 384, 0.8572)
+    assert f"tools/evaluate.py recipe={name}" in (recipe.FOLDER / f"{name}.yaml").read_text().split("\nmethods")[0]
 
 
 def test_the_papers_recipe_is_the_papers():
