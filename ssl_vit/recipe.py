@@ -3,6 +3,7 @@
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field, field_validator
@@ -88,6 +89,11 @@ class Finetune(Train):
     )
     tasks_root: str | None = Field(default=None, description="folder of the tasks' shards, NAME/train800 and so on")
 
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _may_be_none(cls, given: Any) -> Any:
+        return () if given == ["none"] else given  # on the command line, to take one data set with a suite's setting
+
 
 Recipe = Pretrain | Finetune
 
@@ -156,7 +162,7 @@ def sources(recipe: Recipe) -> tuple[Manifest | Tars, Manifest | None]:
         raise Refusal(USAGE, "data.val: it must be given: fine-tuning is judged on it")
     if data.hold_out and data.reader == "webdataset":
         raise Refusal(USAGE, "data.hold_out: needs shards with a manifest, which data.reader=webdataset does without")
-    search = partial(_found, recipe)
+    search = partial(found, recipe)
     train = tars(data.train, data.store) if data.reader == "webdataset" else search(data.train, "train")
     val = search(data.val, "val") if data.val is not None else None
     sound(recipe, train, val)
@@ -167,7 +173,7 @@ def sources(recipe: Recipe) -> tuple[Manifest | Tars, Manifest | None]:
     return train, val
 
 
-def _found(recipe: Recipe, paths: tuple[str, ...], split: str) -> Manifest:
+def found(recipe: Recipe, paths: tuple[str, ...], split: str) -> Manifest:
     """A set, converted first where it is images; where it is missing, how to get a benchmark's data is said too."""
     converted = Path(recipe.run).parent / "shards"
     try:
@@ -189,7 +195,7 @@ def _labelled(recipe: Recipe, train: Manifest | Tars, val: Manifest | None) -> N
         cure = "convert both in one go, or give both the same class_map"
         raise Refusal(DATA, f"{val.name}: its classes are not those of {train.name}; {cure}")
     if isinstance(train, Manifest):
-        check_labels(train.labels, train.classes, train.name, every=True)
+        check_labels(train.labels, train.classes, train.name, every=not recipe.data.empty_classes)
     if val is not None:
         check_labels(val.labels, val.classes, val.name, every=False)
 
@@ -200,7 +206,7 @@ def probes(recipe: Recipe) -> tuple[Manifest, Manifest] | None:
         return None
     if recipe.online.train is None or recipe.online.val is None:
         raise Refusal(USAGE, "online.train and online.val: give both, labelled shards to learn from and to be right on")
-    train, val = _found(recipe, recipe.online.train, "train"), _found(recipe, recipe.online.val, "val")
+    train, val = found(recipe, recipe.online.train, "train"), found(recipe, recipe.online.val, "val")
     sound(recipe, train, val)
     if not train.classes or train.classes != val.classes:
         raise Refusal(DATA, f"{val.name}: online.train and online.val need classes, and the same ones")

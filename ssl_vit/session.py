@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from ssl_vit import inject
 from ssl_vit.advice import relieved
-from ssl_vit.data import workers
+from ssl_vit.data import remote, workers
 from ssl_vit.data.manifest import Manifest
+from ssl_vit.data.names import names
 from ssl_vit.data.sequential import Tars
 from ssl_vit.data.stream import EvaluationStream, Share, parts
 from ssl_vit.encoders import weights
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.evaluate import sweep
 from ssl_vit.evaluate.accuracy import Evaluator, HeldOut
+from ssl_vit.evaluate.label_sets import read_class_map, read_label_sets
 from ssl_vit.evaluate.online import Probe
 from ssl_vit.exits import DATA, INTERNAL, USAGE, Refusal, leave, out_of_memory, verdict
 from ssl_vit.family import follow_launcher
@@ -33,6 +35,7 @@ from ssl_vit.recipe import (
     build,
     first_images,
     flops,
+    found,
     kept_head,
     preview,
     probes,
@@ -122,16 +125,49 @@ def everything(session: Session, recipe: Recipe, folder: Run) -> None:
         train(session, recipe, folder)
     elif recipe.tasks:
         of_tasks = from_main(session.accelerator, lambda: tasks(recipe))
+        made_ready = lambda: {name: ready(one) for name, one in of_tasks.items()}  # noqa: E731
+        of_tasks = from_main(session.accelerator, made_ready, session.watchdog.beat)
         results = {name: member(session, made, tuned) for name, made in of_tasks.items()}
         from_main(session.accelerator, lambda: write_suite(recipe, folder, results))
     else:
-        tuned(session, recipe, folder)
+        tuned(session, from_main(session.accelerator, lambda: ready(recipe), session.watchdog.beat), folder)
+
+
+def ready(recipe: Finetune) -> Finetune:
+    """The recipe on shards, into which images are made once for all its trainings.
+
+    Raises Refusal, before hours are spent, where the last of the trainings could not be judged.
+    """
+    train, val = sources(recipe)
+    swept, config = recipe.sweep.lr and not recipe.sweep.val, recipe.metrics
+    if swept and recipe.data.hold_out and val is None:
+        cure = "give data.val to be judged on, or sweep.val"
+        raise Refusal(USAGE, f"data.hold_out: what judges the rates would judge the final training too; {cure}")
+    images = round(train.samples * recipe.data.subset) if isinstance(train, Manifest) else 0
+    if swept and not 0 < round(images * recipe.sweep.fraction) < images:
+        raise Refusal(DATA, f"sweep.fraction={recipe.sweep.fraction:g} of {images} images leaves a part empty")
+    if val is not None and config.label_sets is not None:
+        read_label_sets(config.label_sets, names(val), len(val.classes))
+    if val is not None and config.class_map is not None:
+        read_class_map(config.class_map, val.classes, val.classes)
+    if recipe.data.reader == "webdataset":
+        return recipe
+    placed = {"train": shards_of(recipe, recipe.data.train, "train"), "val": shards_of(recipe, recipe.data.val, "val")}
+    judged_on = recipe.sweep.model_copy(update={"val": shards_of(recipe, recipe.sweep.val, "val")})
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=placed), "sweep": judged_on})
+
+
+def shards_of(recipe: Finetune, paths: tuple[str, ...] | None, split: str) -> tuple[str, ...] | None:
+    """The paths, with the shards of a folder of images in its place."""
+    return paths and tuple(str(found(recipe, (p,), split).folder) if Path(p).is_dir() else p for p in paths)
 
 
 def tasks(recipe: Finetune) -> dict[str, Finetune]:
     """The fine-tuning of each task; raises Refusal(DATA) where data are missing, before anything is trained."""
     if recipe.tasks_root is None:
         raise Refusal(USAGE, "tasks_root: it must be given: the folder that holds the tasks' shards")
+    if remote.is_url(recipe.tasks_root):
+        raise Refusal(USAGE, f"tasks_root={recipe.tasks_root}: a folder on this machine, not a URL")
     root, made, missing = Path(recipe.tasks_root), {}, []
     for task in recipe.tasks:
         train, val = tuple(str(root / task.name / part) for part in task.train), str(root / task.name / task.val)
@@ -139,7 +175,7 @@ def tasks(recipe: Finetune) -> dict[str, Finetune]:
         whole = {} if task.augment else {"whole": True, "flip": False}
         data = recipe.data.model_copy(update={"train": train, "val": (val,), **whole})
         name = f"{recipe.benchmark.name or 'suite'}: {task.name}"
-        known = {"name": name, "classes": task.classes, "train": None, "test": task.test, "paper": task.paper}
+        known = {"name": name, "classes": task.classes, "test": task.test, "paper": task.paper}
         changed = {"tasks": (), "tasks_root": None, "run": str(Path(recipe.run) / task.name), "data": data}
         changed["benchmark"] = recipe.benchmark.model_copy(update=known)
         made[task.name] = recipe.model_copy(update=changed)
@@ -201,7 +237,8 @@ def member(session: Session, recipe: Finetune, do: Any, scrap: bool = False) -> 
     def claim() -> dict[str, Any] | None:
         folder.claim(recipe, allowed=recipe.allow_change)
         path = folder.folder / "results.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        known = json.loads(path.read_text()) if path.exists() else None
+        return known if do is train or "command" in (known or ()) else None  # a task's come in two steps
 
     results = from_main(accelerator, claim)
     try:
@@ -209,7 +246,6 @@ def member(session: Session, recipe: Finetune, do: Any, scrap: bool = False) -> 
             if accelerator.is_main_process and not recipe.quiet:
                 print(f"{folder.folder}:", flush=True)
             results = do(session, recipe, folder)
-            accelerator.free_memory()
         if scrap and accelerator.is_main_process:
             for name in ("checkpoints", "encoder", "classifier"):
                 shutil.rmtree(folder.folder / name, ignore_errors=True)

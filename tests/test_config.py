@@ -134,7 +134,7 @@ encoder.heads encoder.mlp encoder.positions encoder.pool encoder.dropout encoder
 head.ratio head.mix head.bits head.hidden head.loss optim.kind optim.lr optim.warmup_steps optim.schedule
 optim.weight_decay optim.clip optim.betas optim.momentum
 average best data.hold_out data.auto_augment data.whole encoder.drop_path head.keep head.smoothing head.mixup
-head.cutmix optim.layer_decay
+head.cutmix optim.layer_decay data.empty_classes
 """
 ONLY = {
     Pretrain: "online.train online.val online.samples online.k online.shots",

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from ssl_vit import config, recipe
-from ssl_vit.evaluation import Evaluate
+from ssl_vit.bench import Evaluate
 from ssl_vit.heads.mean_color import MeanColor
 from ssl_vit.model import Model, count_parameters
 from ssl_vit.recipe import Finetune, Pretrain

@@ -212,27 +212,21 @@ def test_a_given_split_judges_the_sweep(shards: Path, tmp_path: Path):
 
 
 SHORT = ["sweep.lr=0.3", "seeds=1"]
-LATE = pytest.mark.xfail(strict=True, reason="found out after the sweep, or not said in its words, or not at all")
 
 
 @pytest.mark.parametrize(
     ("more", "code", "text"),
     [
-        pytest.param(["sweep.fraction=0.001"], 65, "sweep.fraction=0.001 of 48 images leaves a part empty", marks=LATE),
-        pytest.param(["sweep.lr=0.1,0.1"], 64, "sweep.lr: a rate is there twice", marks=LATE),
-        pytest.param(["sweep.lr=-0.1"], 64, "sweep.lr: learning rates are numbers from 0 on", marks=LATE),
-        pytest.param(["sweep.lr=nan"], 64, "sweep.lr: learning rates are numbers from 0 on", marks=LATE),
+        (["sweep.fraction=0.001"], 65, "sweep.fraction=0.001 of 48 images leaves a part empty"),
+        (["sweep.lr=0.1,0.1"], 64, "sweep.lr: a rate is there twice"),
+        (["sweep.lr=-0.1"], 64, "sweep.lr: learning rates are numbers from 0 on"),
+        (["sweep.lr=nan"], 64, "sweep.lr: learning rates are numbers from 0 on"),
         (["sweep.fraction=1"], 64, "sweep.fraction: '1'"),
         (["seeds=0"], 64, "seeds: '0'"),
-        pytest.param(["data.val=none"], 64, "data.val: it must be given", marks=LATE),
-        pytest.param(["data.val=/nowhere"], 65, "/nowhere: no such folder", marks=LATE),
-        pytest.param(["metrics.label_sets=/nowhere.json"], 65, "/nowhere.json: cannot be read", marks=LATE),
-        pytest.param(
-            ["data.val=none", "data.hold_out=0.2"],
-            64,
-            "data.hold_out: what judges the rates would judge the final",
-            marks=LATE,
-        ),
+        (["data.val=none"], 64, "data.val: it must be given"),
+        (["data.val=/nowhere"], 65, "/nowhere: no such folder"),
+        (["metrics.label_sets=/nowhere.json"], 65, "/nowhere.json: cannot be read"),
+        (["data.val=none", "data.hold_out=0.2"], 64, "data.hold_out: what judges the rates would judge the final"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_anything_is_trained(more, code, text, shards: Path, tmp_path: Path):
@@ -243,7 +237,6 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_trained(more, code, 
     assert not list(tmp_path.glob("run/**/metrics.jsonl"))
 
 
-@pytest.mark.xfail(strict=True, reason="fresh=true leaves sweep/, seed-*/ and more where they are, and takes them over")
 def test_a_fresh_start_takes_nothing_over(shards: Path, tmp_path: Path):
     first = start(tmp_path, shards, *SHORT)
     assert first.wait() == [0], first.said()
@@ -266,7 +259,6 @@ def test_seeds_can_be_added(swept: Path, shards: Path, tmp_path: Path):
     assert told(run)["top1_sd"] == pytest.approx(statistics.stdev(tops))
 
 
-@pytest.mark.xfail(strict=True, reason="label sets have no mean over seeds")
 def test_label_sets_are_averaged_over_the_runs(shards: Path, tmp_path: Path):
     sets = {f"{number:03d}.png": [[], [number % 3], [0, 1]][number % 7 % 3] for number in range(60)}
     (tmp_path / "sets.json").write_text(json.dumps(sets))
@@ -280,7 +272,6 @@ def test_label_sets_are_averaged_over_the_runs(shards: Path, tmp_path: Path):
     assert mean["top1_sd"] == pytest.approx(statistics.stdev(one["top1"] for one in found))
 
 
-@pytest.mark.xfail(strict=True, reason="a task's results.json without its sweep counts as done")
 def test_a_task_killed_before_its_page_is_written_gets_it(shards: Path, tmp_path: Path):
     """Its training has written results.json by then, which is not yet all of the task's."""
     (tmp_path / "root").mkdir()
@@ -298,3 +289,13 @@ def test_a_task_killed_before_its_page_is_written_gets_it(shards: Path, tmp_path
     assert told(tmp_path / "run" / "one")["lr"] == 0.3
     assert (tmp_path / "run" / "one" / "report.html").exists()
     assert told(tmp_path / "run")["mean"] == told(tmp_path / "run" / "one")["top1"]
+
+
+def test_a_folder_of_images_is_converted_once(shards: Path, tmp_path: Path):
+    images = shards.parent / "images"
+    more = ["sweep.lr=0.3", "seeds=2", f"data.train={images}", f"data.val={images}"]
+    begun = start(tmp_path, shards, *more)
+    assert begun.wait() == [0], begun.said()
+    made = {path.parent.parent for path in tmp_path.rglob("manifest.json")}
+    assert [path.parent for path in made] == [tmp_path / "shards"]
+    assert told(tmp_path / "run")["samples"] == 60

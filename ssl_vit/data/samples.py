@@ -82,6 +82,9 @@ class Data(Config):
         lt=1,
         description="share of these that is not trained on, and is evaluated on in the place of data.val",
     )
+    empty_classes: bool = Field(
+        default=False, description="let classes without a training image pass, as benchmarks of few labels have them"
+    )
     auto_augment: str | None = Field(
         default=None, description="timm's RandAugment or AutoAugment of the crops, such as rand-m9-mstd0.5-inc1"
     )

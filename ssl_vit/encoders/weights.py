@@ -49,7 +49,9 @@ def read(source: str, classifier: bool = False) -> tuple[Vit, Weights]:
         places = (path / "classifier", path) if classifier else (path / "encoder", path)
         folder = next((f for f in places if (f / "model.safetensors").is_file()), None)
         if folder is None and classifier:
-            raise Refusal(DATA, f"{path}: no classifier/model.safetensors in it (tools/finetune.py makes one)")
+            several = sorted(path.glob("seed-*/classifier"))
+            cure = f"give one of its runs, such as {several[0].parent}" if several else "tools/finetune.py makes one"
+            raise Refusal(DATA, f"{path}: no classifier/model.safetensors in it ({cure})")
         if folder is None:
             raise Refusal(DATA, f"{path}: no encoder/model.safetensors in it (a run exports its encoder when it ends)")
         path = folder / "model.safetensors"

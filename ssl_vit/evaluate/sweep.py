@@ -1,9 +1,10 @@
 """What a fine-tuning is made of: trainings that choose the rate, final ones, benchmarks and their tasks, as data."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ssl_vit.config import Config
 from ssl_vit.data.manifest import Manifest
@@ -20,6 +21,15 @@ class Sweep(Config):
     val: tuple[str, ...] | None = Field(
         default=None, description="a split to judge them by instead (the final training does not see it)"
     )
+
+    @field_validator("lr")
+    @classmethod
+    def _are_rates(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 <= rate < math.inf for rate in rates):
+            raise ValueError("learning rates are numbers from 0 on")
+        if len({f"{rate:g}" for rate in rates}) < len(rates):
+            raise ValueError("a rate is there twice")
+        return rates
 
 
 class Benchmark(Config):
@@ -66,6 +76,9 @@ def averaged(finals: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for name in (name for name in GIVEN if all(isinstance(one.get(name), int | float) for one in finals)):
         values[name], deviation = spread([one[name] for one in finals])
         values |= {} if deviation is None else {f"{name}_sd": deviation}
+    sets = [one["label_sets"] for one in finals if "label_sets" in one]
+    if sets:
+        values["label_sets"] = {**averaged(sets), "samples": sets[0]["samples"]}
     return values
 
 

@@ -32,7 +32,8 @@ SAFE |= {f"optim.{name}" for name in ("lr", "warmup_steps", "schedule", "weight_
 
 BEAT = 5.0  # seconds between two signs of life of a run's holder
 MADE = ("checkpoints", "metrics.jsonl", "numerics.jsonl", "tensorboard", "encoder", "results.json", "recipe.yaml")
-MADE += ("reconstruction.png", "exit.json", "bad_samples-*.jsonl")
+MADE += ("reconstruction.png", "exit.json", "bad_samples-*.jsonl", "sweep", "seed-*", "classifier", "report")
+MADE += ("report.*", "predictions.*", ".predictions-*.npz", "per_class.csv", "confusion.csv")
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -61,7 +62,7 @@ class Run:
             self._keep_alive(self._lock)
             (self.folder / "exit.json").unlink(missing_ok=True)
             if fresh and not restarted():
-                self._put_aside()
+                self._put_aside([task.name for task in getattr(recipe, "tasks", ())])
             self.checkpoints.mkdir(exist_ok=True)
             write_bytes(self.checkpoints / ".probe", b"can be written")
             (self.checkpoints / ".probe").unlink()
@@ -126,8 +127,9 @@ class Run:
 
         threading.Thread(target=beat, daemon=True).start()
 
-    def _put_aside(self) -> None:
+    def _put_aside(self, tasks: list[str]) -> None:
         made = [path for name in MADE for path in self.folder.glob(name)]
+        made += [self.folder / name for name in tasks if (self.folder / name).exists()]
         if made:
             aside = self.folder / f"before-{datetime.now():%Y%m%dT%H%M%S%f}"
             aside.mkdir()
