@@ -1,6 +1,7 @@
 """Is an encoder worth it? Frozen features judged by linear probe, k-NN and few-shot; classifiers judged on a split."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,10 @@ def made(folder: Path) -> Path:
     return folder
 
 
-def tell(bench: Bench, results: dict[str, Any], page: Page) -> None:
+def tell(bench: Bench, results: dict[str, Any], made_of: Callable[[], Page]) -> None:
     """Write results.json and the page."""
     results["command"] = command()
+    page = made_of()
     page.section("To repeat it")
     page.code(results["command"])
     write_bytes(bench.folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())

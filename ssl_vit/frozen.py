@@ -1,6 +1,6 @@
 """Frozen features, judged: linear probe, k-NN and few-shot, beside those of an untrained encoder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from ssl_vit.data.samples import Data
 from ssl_vit.data.stream import EvaluationStream, parts
 from ssl_vit.encoders import weights
 from ssl_vit.encoders.vit import VitEncoder
-from ssl_vit.evaluate import features, few_shot, knn, linear, metrics
+from ssl_vit.evaluate import features, few_shot, knn, linear, metrics, report
 from ssl_vit.evaluate.features import Name, Split
 from ssl_vit.evaluate.metrics import TOP, Predictions, spread
 from ssl_vit.evaluate.report import Page, per_cent, plain
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 NOWHERE = Split({}, np.empty(0, np.int64))  # what processes have that judge nothing
 
 
-def frozen(bench: Bench) -> tuple[dict[str, Any], Page]:
-    """Linear probe, k-NN and few-shot of the encoder's features and of an untrained one's."""
+def frozen(bench: Bench) -> tuple[dict[str, Any], Callable[[], Page]]:
+    """Linear probe, k-NN and few-shot of the encoder's features and of an untrained one's; and a page of it."""
     recipe, accelerator = bench.recipe, bench.accelerator
     source, tensors = weights.read(str(recipe.encoder))
     config, data = sized(recipe, source)
@@ -64,7 +64,7 @@ def frozen(bench: Bench) -> tuple[dict[str, Any], Page]:
         **{name: getattr(recipe, name).model_dump() for name in ("knn", "linear", "few_shot")},
         "seed": recipe.seed,
     }
-    return results, page_of(results)
+    return results, partial(page_of, results)
 
 
 def computed(bench: Bench, encoder: VitEncoder, names: list[Name], split: str, manifest: Manifest, data: Data) -> Split:
@@ -180,6 +180,13 @@ def page_of(results: dict[str, Any]) -> Page:
         rows.append([*where, per_cent(row["top1"], row.get("top1_sd")), interval, per_cent(row.get("top5"))])
     page.table(COLUMNS, rows)
     page.text("± is the deviation over draws of the images to learn from; the interval a bootstrap over test images.")
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for row in (row for row in results["rows"] if row["method"] == "few_shot"):
+        at, values = lines.setdefault(f"{row['who']}, {row['readout']}, {row['layer']}", ([], []))
+        at.append(int(row["case"].removeprefix("shots=")))
+        values.append(100 * row["top1"])
+    if lines:
+        page.picture("few_shot", "few-shot by images a class", report.curves(lines, "images a class", "top-1, %"))
     for note in results.get("not_the_benchmark", ()):
         page.text(f"**Not the benchmark's data**: {plain(note)}.")
     page.section("Protocol")

@@ -1,5 +1,7 @@
 """A classifier judged on a split: by its own classes, by label sets, by classes of other names."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -7,6 +9,7 @@ import torch
 from torch import nn
 
 from ssl_vit.bench import Bench, Evaluate, built, sized, splits
+from ssl_vit.data.names import names
 from ssl_vit.data.stream import EvaluationStream
 from ssl_vit.encoders import weights
 from ssl_vit.evaluate import metrics
@@ -18,6 +21,7 @@ from ssl_vit.exits import DATA, Refusal
 from ssl_vit.heads.classifier import ClassificationHead
 from ssl_vit.model import Batch, Model
 from ssl_vit.outcome import digest, measure
+from ssl_vit.pages import confusion, samples
 from ssl_vit.train.distributed import from_main
 
 
@@ -31,6 +35,7 @@ class Unlabelled(nn.Module):
     def forward(self, batch: Batch) -> Any:
         """As the model's, without loss."""
         output = self.model({**batch, "label": torch.full_like(batch["label"], -1)})
+        output = output._replace(weight=batch["valid"].sum())
         if self.only is None:
             return output
         others = torch.full_like(output.logits, -torch.inf)
@@ -38,8 +43,8 @@ class Unlabelled(nn.Module):
         return output._replace(logits=others)
 
 
-def classifier(bench: Bench) -> tuple[dict[str, Any], Page]:
-    """A fine-tuned classifier on data.val: its own classes, label sets, or classes of other names."""
+def classifier(bench: Bench) -> tuple[dict[str, Any], Callable[[], Page]]:
+    """A fine-tuned classifier on data.val: its own classes, label sets, or classes of other names; and a page of it."""
     recipe, accelerator, config = bench.recipe, bench.accelerator, bench.recipe.metrics
     source, head = weights.read_classifier(str(recipe.encoder))
     shape, data = sized(recipe, source.config)
@@ -78,12 +83,24 @@ def classifier(bench: Bench) -> tuple[dict[str, Any], Page]:
             labels = val.labels[found.samples]
             found = Predictions(found.samples, labels.astype(np.int64), found.top, found.scores)
             results[name] = metrics.accuracy(found, head.count, [right[n] if n >= 0 else [] for n in labels])
+            if columns is None:
+                path = bench.folder / f"predictions.{config.predictions}"
+                write = partial(metrics.write_predictions, found, names(val), head.names, path, val.classes)
+                from_main(accelerator, write)
         results |= {"classes": len(only)}
     if notes := recipe.benchmark.differs(None, val):
         results["not_the_benchmark"] = notes
     results["digests"] = {"encoder": digest(source.state_dict()), "data.val": val.identity}
     results["protocol"] = {"image_size": list(shape.image_hw), "eval_crop": data.eval_crop, **config.model_dump()}
-    return results, classifier_page(recipe, results)
+
+    def page() -> Page:
+        made = classifier_page(recipe, results)
+        if config.class_map is None:
+            confusion(made, bench.folder)
+            samples(made, val, data, found)
+        return made
+
+    return results, page
 
 
 def classifier_page(recipe: Evaluate, results: dict[str, Any]) -> Page:

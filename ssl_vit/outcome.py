@@ -1,9 +1,7 @@
 """What a training leaves behind when it is through: exports, results.json, predictions, and a page about them."""
 
-import csv
 import hashlib
 import io
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,22 +12,20 @@ import numpy as np
 
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.names import names
-from ssl_vit.data.samples import Samples
 from ssl_vit.data.sequential import Tars
 from ssl_vit.durable import sha256, write_bytes
 from ssl_vit.encoders import weights
 from ssl_vit.encoders.weights import Classifier, Weights
-from ssl_vit.evaluate import metrics, report, sweep
+from ssl_vit.evaluate import metrics, sweep
 from ssl_vit.evaluate.label_sets import mapped, read_label_sets
 from ssl_vit.evaluate.metrics import Metrics, Predictions
-from ssl_vit.evaluate.report import Page, per_cent
+from ssl_vit.pages import samples, suite_page, tuned_page
 from ssl_vit.recipe import Finetune, Recipe, sources
 from ssl_vit.train import checkpoint
 from ssl_vit.train.run import Run
 from ssl_vit.train.tracker import best_row
 
 KEPT = ".predictions-{:08d}.npz"  # of an evaluation, by its step
-MOST = 50  # classes that a page shows one by one
 
 
 def keep_predictions(folder: Run, found: Predictions) -> None:
@@ -174,101 +170,13 @@ def write_tuned(
         results["sweep"] = {"fraction": fraction, "val": recipe.sweep.val, "tried": tried}
     results["command"] = command()
     folder.write_results(results)
-    _page(recipe, folder.folder, results).write(folder.folder)
-    return results
-
-
-def _page(recipe: Finetune, folder: Path, results: dict[str, Any]) -> Page:
-    name = recipe.benchmark.name or ", ".join(recipe.data.val or recipe.data.train or ())
-    page = Page(f"Fine-tuning on {name}")
-    first = folder / f"seed-{recipe.seed}" if recipe.seeds > 1 else folder
-    low, high = results.get("top1_interval") or (None, None)
-    rows = [[n, per_cent(results.get(n), results.get(f"{n}_sd"))] for n in ("top1", "top5", "mean_per_class")]
-    page.table(["on the test split", "%"], [row for row in rows if row[1] != "-"])
-    for one in ("label_sets", "mapped", "mapped_only"):
-        if one in results:
-            page.table([one, "%"], [[n, per_cent(results[one].get(n))] for n in ("top1", "top5")])
-    if low is not None:
-        page.text(f"95 % interval of top-1 by bootstrap over the images: {per_cent(low)} to {per_cent(high)}.")
-    if recipe.benchmark.paper:
-        page.text(f"The paper reports: {report.plain(recipe.benchmark.paper)}.")
-    for note in results.get("not_the_benchmark", ()):
-        page.text(f"**Not the benchmark's data**: {report.plain(note)}.")
-    page.section("Protocol")
-    said = {n: v for n, v in results["protocol"].items() if n != "optim"} | results["protocol"]["optim"]
-    digests = results.get("digests") or results["seeds"][0]["digests"]
-    page.values({"seeds": recipe.seeds, **said, **{f"digest of {n}": v for n, v in digests.items()}})
-    page.text("To repeat it:")
-    page.code(results["command"])
-    if "sweep" in results:
-        page.section("Learning rate")
-        tried = results["sweep"]["tried"]
-        page.table(["rate", "top-1 on the held-out part, %"], [[f"{t['lr']:g}", per_cent(t["top1"])] for t in tried])
-        lines = {"held out": ([t["lr"] for t in tried], [100 * t["top1"] for t in tried])}
-        page.picture("sweep", "top-1 by learning rate", report.curves(lines, "learning rate", "top-1, %", log=True))
-        page.text(f"Taken for the final training: {recipe.optim.lr:g}.")
-    if "seeds" in results:
-        page.section("Seeds")
-        page.table(["seed", "top-1, %"], [[str(one["seed"]), per_cent(one["top1"])] for one in results["seeds"]])
-    _curves(page, first)
-    if (first / "confusion.csv").exists():
-        _confusion(page, first)
-    if (first / KEPT.format(results.get("step") or results["seeds"][0]["step"])).exists():
-        _samples(page, recipe, first, results.get("step") or results["seeds"][0]["step"])
-    return page
-
-
-def _curves(page: Page, folder: Path) -> None:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    page.section("Training")
-    for name, what in (("loss", "loss"), ("top1", "top-1")):
-        lines = {
-            label: ([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r])
-            for key, label in ((name, "training"), (f"val_{name}", "test split"))
-        }
-        page.picture(name, f"{what} by step", report.curves(lines, "step", what))
-
-
-def _confusion(page: Page, folder: Path) -> None:
-    with (folder / "confusion.csv").open(newline="", errors="backslashreplace") as file:
-        classes, *rows = csv.reader(file)
-    matrix, classes = np.array([[int(cell) for cell in row[1:]] for row in rows]), classes[1:]
-    page.section("Classes")
-    columns = ["class", "images", "right, %", "predicted", "precision, %"]
-    table = [
-        [name, one["samples"], per_cent(one["accuracy"]), one["predicted"], per_cent(one["precision"])]
-        for name, one in zip(classes, metrics.per_class(matrix), strict=True)
-    ]
-    worst = sorted(table, key=lambda row: float(row[2]) if row[2] != "-" else 101.0)
-    page.table(columns, worst[:MOST])
-    if len(classes) <= MOST:
-        page.picture("confusion", "confusion matrix", report.confused(matrix, classes))
-        return
-    page.text(f"The {MOST} classes with the lowest accuracy; all are in per_class.csv. The most frequent mistakes:")
-    wrong = matrix * (1 - np.eye(len(classes), dtype=int))
-    pairs = [divmod(int(place), len(classes)) for place in np.argsort(-wrong, axis=None)[:20]]
-    page.table(["true", "predicted", "images"], [[classes[a], classes[b], int(wrong[a, b])] for a, b in pairs])
-
-
-def _samples(page: Page, recipe: Finetune, folder: Path, step: int) -> None:
-    """A row of images that were right, and one of those that were wrong, the surest first."""
-    found = kept_predictions(folder, step)
+    page = tuned_page(recipe, folder.folder, results)
+    first = folder.folder / f"seed-{recipe.seed}" if recipe.seeds > 1 else folder.folder
     train, val = sources(recipe)
-    split = val or train
-    if not isinstance(split, Manifest):
-        return
-    samples, images = Samples(split, recipe.data, seed=0, training=False), []
-    right = metrics.hits(found.top[:, :1], found.labels)
-    for truth in (True, False):
-        chosen = np.flatnonzero(right == truth)
-        for place in chosen[np.argsort(-found.scores[chosen, 0], kind="stable")][:8].tolist():
-            image, label = samples.sample(int(found.samples[place]), 0)
-            guess, score = split.classes[found.top[place, 0]], found.scores[place, 0]
-            caption = f"{guess} {score:.2f}" if truth else f"{guess} {score:.2f}\nis {split.classes[label]}"
-            images.append((image.permute(1, 2, 0).numpy(), caption, truth))
-    page.section("Images")
-    page.text("Those that it was surest of: right, and (red) wrong.")
-    page.picture("samples", "images with predictions", report.gallery(images))
+    if isinstance(split := val or train, Manifest):
+        samples(page, split, recipe.data, kept_predictions(first, results.get("step") or results["seeds"][0]["step"]))
+    page.write(folder.folder)
+    return results
 
 
 def write_suite(recipe: Finetune, folder: Run, found: dict[str, dict[str, Any]]) -> None:
@@ -277,22 +185,6 @@ def write_suite(recipe: Finetune, folder: Run, found: dict[str, dict[str, Any]])
     some = {name: {k: v for k, v in one.items() if k in kept} for name, one in found.items()}
     results = {**sweep.suite(recipe.tasks, some), "protocol": protocol(recipe), "command": command()}
     folder.write_results(results)
-    page = Page(recipe.benchmark.name or "Suite of tasks")
-    page.table(["mean of", "top-1, %"], [["all tasks", per_cent(results["mean"])]])
-    page.table(["group", "top-1, %"], [[name, per_cent(value)] for name, value in results["groups"].items()])
-    table = [
-        [name, one["group"], per_cent(one["top1"], one.get("top1_sd")), one["samples"], one["paper"]]
-        for name, one in results["tasks"].items()
-    ]
-    page.table(["task", "group", "top-1, %", "test images", "paper, %"], table)
-    for name, one in results["tasks"].items():
-        for note in one.get("not_the_benchmark", ()):
-            page.text(f"**Not the benchmark's data**, {report.plain(name)}: {report.plain(note)}.")
-    page.section("Protocol")
-    said = {n: v for n, v in results["protocol"].items() if n != "optim" and not n.startswith("data.")}
-    page.values(said | results["protocol"]["optim"])
-    page.text("To repeat it:")
-    page.code(results["command"])
-    page.write(folder.folder)
+    suite_page(recipe, results).write(folder.folder)
     if not recipe.quiet:
         print(f"{folder.folder}: done, mean of {len(recipe.tasks)} tasks: {results['mean']:.4f}", flush=True)

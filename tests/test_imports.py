@@ -20,19 +20,8 @@ LEVELS = [
     {"data"},
     {"evaluate"},
     {"train"},
-    {
-        "recipe",
-        "advice",
-        "runs",
-        "outcome",
-        "session",
-        "evaluation",
-        "prediction",
-        "bench",
-        "frozen",
-        "judging",
-        "comparison",
-    },
+    {"recipe", "advice", "runs", "pages", "outcome", "session"},
+    {"bench", "frozen", "judging", "comparison", "evaluation", "prediction"},
 ]
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}
 HOMES = {"accelerate": {"train"}, "deepspeed": {"train"}, "webdataset": {"data"}, "timm": {"encoders", "heads", "data"}}

@@ -103,10 +103,15 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
 HEAD = ["sample", "key", "label"]
 
 
-def write_predictions(found: Predictions, keys: Sequence[str], names: Sequence[str], path: Path) -> None:
-    """Write sample, key, label and the best classes with their probabilities, as CSV or Parquet by the suffix."""
+def write_predictions(
+    found: Predictions, keys: Sequence[str], names: Sequence[str], path: Path, labels: Sequence[str] | None = None
+) -> None:
+    """Write sample, key, label and the best classes with their probabilities, as CSV or Parquet by the suffix.
+
+    `labels` are the names of the true classes where they are others than the classifier's.
+    """
     columns = HEAD + [f"{what}{i + 1}" for i in range(found.top.shape[1]) for what in ("top", "score")]
-    truth = [names[i] if i >= 0 else "" for i in found.labels.tolist()]
+    truth = [(labels or names)[i] if i >= 0 else "" for i in found.labels.tolist()]
     rows = [
         [sample, keys[sample], label, *(v for i, p in zip(top, scores, strict=True) for v in (names[i], p))]
         for sample, label, top, scores in zip(

@@ -1,6 +1,7 @@
 """Label smoothing, mixup and CutMix in fine-tuning; going on from a classifier."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,8 +84,8 @@ def test_fine_tuning_a_timm_classifier_begins_with_timms_logits(tmp_path: Path):
     from safetensors.torch import save_file
 
     torch.manual_seed(1)
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
-    theirs = timm.create_model("vit_tiny_patch16_224", **options).eval()
+    options: Any = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
+    theirs: Any = timm.create_model("vit_tiny_patch16_224", **options).eval()
     torch.nn.init.normal_(theirs.head.weight)
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     config = '{"global_pool": "token", "model_args": {"num_heads": 2}, "pretrained_cfg": {"mean": [0.5], "std": [0.5]}}'
@@ -113,7 +114,7 @@ def test_an_exported_classifier_is_timms_and_comes_back(tmp_path: Path):
     names = ["a|b", "<script>", "ü\n,"]
     head = weights.Classifier(layer.weight.detach(), layer.bias.detach(), names, 0.9)
     weights.export(made.encoder, tmp_path / "classifier", head)
-    theirs = timm.create_model(f"local-dir:{tmp_path / 'classifier'}", pretrained=True).eval()
+    theirs: Any = timm.create_model(f"local-dir:{tmp_path / 'classifier'}", pretrained=True).eval()
     given = batch()
     with torch.no_grad():
         want = made(given).logits

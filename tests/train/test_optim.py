@@ -86,10 +86,10 @@ def test_the_rate_is_written_into_every_group():
 def test_layer_decay_is_that_of_timm():
     """Scales of the rate, and which parameters decay, against timm's groups for the same model."""
     import timm
-    from timm.optim import param_groups_layer_decay
+    from timm.optim._param_groups import param_groups_layer_decay
 
-    options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
-    theirs = timm.create_model("vit_tiny_patch16_224", **options)
+    options: Any = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+    theirs: Any = timm.create_model("vit_tiny_patch16_224", **options)
     names = {id(p): name for name, p in theirs.named_parameters()}
     want = {}
     for group in param_groups_layer_decay(
