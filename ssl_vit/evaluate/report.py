@@ -119,6 +119,10 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str,
     for name, (at, values) in lines.items():
         axes.plot(at, values, marker="o" if len(at) < 12 else None, markersize=4, label=ascii_of(name))
     axes.set(xlabel=x, ylabel=y, xscale="log" if log else "linear")
+    if log:  # matplotlib would write powers of ten as formulas, which are switched off
+        ticks = sorted({value for at, _ in lines.values() for value in at})
+        axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+        axes.minorticks_off()
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend(fontsize=8)
