@@ -78,7 +78,7 @@ class Pretrain(Train):
 class Finetune(Train):
     """Fine-tune a pretrained encoder to classify images, or train one from scratch with init=none."""
 
-    head: Head = Transfer()
+    head: Transfer = Transfer()
     optim: Optim = Sgd()
     sweep: Sweep = Sweep()
     seeds: int = Field(default=1, ge=1, description="final trainings, with seeds from `seed` on; mean and deviation")

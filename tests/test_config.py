@@ -131,13 +131,14 @@ data.train data.val data.image_size data.crop_area data.flip data.eval_crop data
 data.reader data.cache data.cache_gb data.verify data.max_bad
 data.window encoder.kind encoder.size encoder.patch encoder.image encoder.channels encoder.width encoder.depth
 encoder.heads encoder.mlp encoder.positions encoder.pool encoder.dropout encoder.mean encoder.std head.kind
-head.ratio head.mix head.bits head.hidden head.loss optim.kind optim.lr optim.warmup_steps optim.schedule
+optim.kind optim.lr optim.warmup_steps optim.schedule
 optim.weight_decay optim.clip optim.betas optim.momentum
 average best data.hold_out data.auto_augment data.whole encoder.drop_path head.keep head.smoothing head.mixup
 head.cutmix optim.layer_decay data.empty_classes
 """
 ONLY = {
-    Pretrain: "online.train online.val online.samples online.k online.shots",
+    Pretrain: """head.ratio head.mix head.bits head.hidden head.loss online.train online.val online.samples online.k
+    online.shots""",
     Finetune: """sweep.lr sweep.fraction sweep.val seeds tasks tasks_root metrics.label_sets metrics.class_map
     metrics.bootstrap metrics.predictions benchmark.name benchmark.classes benchmark.train benchmark.test benchmark.get
     benchmark.paper""",
