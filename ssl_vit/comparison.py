@@ -36,7 +36,7 @@ def lines_of(results: dict[str, Any]) -> dict[str, str]:
         if isinstance(results.get(name), float):
             found[name] = per_cent(results[name], results.get(f"{name}_sd"))
     found |= {f"mean of {group}": per_cent(value) for group, value in results.get("groups", {}).items()}
-    found |= {task: per_cent(one["top1"]) for task, one in results.get("tasks", {}).items()}
+    found |= {task: per_cent(one["top1"], one.get("top1_sd")) for task, one in results.get("tasks", {}).items()}
     for name in ("label_sets", "mapped", "mapped_only"):
         found |= {f"{name} {n}": per_cent(results[name][n]) for n in ("top1", "top5") if name in results}
     return found

@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.bench import LONG, Bench, Evaluate
+from ssl_vit.bench import LONG, Bench, Evaluate, made
 from ssl_vit.comparison import compared
 from ssl_vit.data.stream import Share
 from ssl_vit.durable import write_bytes
 from ssl_vit.evaluate.report import Page
-from ssl_vit.exits import CANNOT_CREATE, USAGE, Refusal
+from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.family import follow_launcher
 from ssl_vit.frozen import frozen
 from ssl_vit.judging import classifier
@@ -41,6 +41,8 @@ def run(recipe: Evaluate) -> int:
         raise Refusal(USAGE, "data.hold_out: an evaluation is on data.val; leave it out")
     if recipe.methods != ("classifier",) and (recipe.metrics.label_sets or recipe.metrics.class_map):
         raise Refusal(USAGE, "metrics.label_sets and metrics.class_map: of a classifier; give methods=classifier")
+    if (folder / "recipe.yaml").exists():
+        raise Refusal(USAGE, f"run={folder}: holds a training; its results would be lost; name another folder")
     follow_launcher()
     asked = Asked(recipe.batch * world(), recipe.batch, 1, None, "fp32", False, LONG)
     accelerator = start(asked, "none", folder)
@@ -53,15 +55,6 @@ def run(recipe: Evaluate) -> int:
     finally:
         accelerator.end_training()
     return 0
-
-
-def made(folder: Path) -> Path:
-    """The output folder; raises Refusal(CANNOT_CREATE)."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refusal(CANNOT_CREATE, f"run={folder}: {error.strerror}; name another folder") from error
-    return folder
 
 
 def tell(bench: Bench, results: dict[str, Any], made_of: Callable[[], Page]) -> None:

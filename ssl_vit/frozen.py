@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_vit.bench import Bench, Evaluate, built, sized, splits
+from ssl_vit.bench import Bench, Evaluate, built, made, sized, splits
 from ssl_vit.data.faults import printable
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data
@@ -23,6 +23,7 @@ from ssl_vit.evaluate.metrics import TOP, Predictions, spread
 from ssl_vit.evaluate.report import Page, per_cent, plain
 from ssl_vit.exits import DATA, Refusal
 from ssl_vit.outcome import digest
+from ssl_vit.pages import flat
 from ssl_vit.train.distributed import everyone, from_main, refuse_first
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def computed(bench: Bench, encoder: VitEncoder, names: list[Name], split: str, m
     some = parts(manifest.samples, data)[0] if split == "train" and data.subset < 1 else None
     stream = EvaluationStream(manifest, data, bench.share.micro_batch, some)
     cache = Path(recipe.features.cache or bench.folder / "features")
+    from_main(accelerator, lambda: made(cache, "features.cache"))
     folder = cache / features.digest(encoder, names, stream)
 
     def usable() -> bool:
@@ -89,10 +91,10 @@ def computed(bench: Bench, encoder: VitEncoder, names: list[Name], split: str, m
                 for _ in rows:
                     pass
                 sound()
-        made = features.load(folder, names) if accelerator.is_main_process else NOWHERE
-    if made is None:
+        found = features.load(folder, names) if accelerator.is_main_process else NOWHERE
+    if found is None:
         raise Refusal(DATA, f"{folder}: features that were just written cannot be read")
-    return made
+    return found
 
 
 def _sound(accelerator: "Accelerator", stream: EvaluationStream) -> None:
@@ -150,7 +152,8 @@ def _methods(
             least = int(torch.bincount(labels, minlength=classes).min())
             text = f"few_shot.shots: the smallest class has {least} images"
             if not found:
-                raise Refusal(DATA, f"{text}; give few_shot.shots={max(1, least)} or fewer")
+                cure = f"give few_shot.shots={least} or fewer" if least else "leave few_shot out of methods"
+                raise Refusal(DATA, f"{text}; {cure}")
             print(f"{text}: left out {', '.join(map(str, left_out))}", flush=True)
         for shots, values in found.items():
             mean, deviation = spread(values)
@@ -190,7 +193,6 @@ def page_of(results: dict[str, Any]) -> Page:
     for note in results.get("not_the_benchmark", ()):
         page.text(f"**Not the benchmark's data**: {plain(note)}.")
     page.section("Protocol")
-    flat = {f"{n}.{k}": v for n, one in results["protocol"].items() if isinstance(one, dict) for k, v in one.items()}
-    said = {n: v for n, v in results["protocol"].items() if not isinstance(v, dict)}
-    page.values({**said, **flat, **{f"digest of {n}": v for n, v in results["digests"].items()}})
+    digests = {f"digest of {name}": value for name, value in results["digests"].items()}
+    page.values(flat(results["protocol"]) | digests)
     return page

@@ -17,8 +17,9 @@ from ssl_vit.durable import sha256, write_bytes
 from ssl_vit.encoders import weights
 from ssl_vit.encoders.weights import Classifier, Weights
 from ssl_vit.evaluate import metrics, sweep
-from ssl_vit.evaluate.label_sets import mapped, read_label_sets
+from ssl_vit.evaluate.label_sets import read_label_sets
 from ssl_vit.evaluate.metrics import Metrics, Predictions
+from ssl_vit.exits import MISMATCH, Refusal
 from ssl_vit.pages import samples, suite_page, tuned_page
 from ssl_vit.recipe import Finetune, Recipe, sources
 from ssl_vit.train import checkpoint
@@ -28,20 +29,28 @@ from ssl_vit.train.tracker import best_row
 KEPT = ".predictions-{:08d}.npz"  # of an evaluation, by its step
 
 
-def keep_predictions(folder: Run, found: Predictions) -> None:
-    """Keep what an evaluation predicted; results are made of it, also by a later start."""
+def keep_predictions(folder: Run, found: Predictions, split: str, every: bool) -> None:
+    """Keep what an evaluation predicted of a split, by its identity, for results that a later start may make.
+
+    Those of older evaluations are kept where `every` one may turn out to be the best.
+    """
     with io.BytesIO() as buffer:
-        np.savez(buffer, samples=found.samples, labels=found.labels, top=found.top, scores=found.scores)
+        np.savez(buffer, split=split, samples=found.samples, labels=found.labels, top=found.top, scores=found.scores)
         write_bytes(folder.folder / KEPT.format(folder.step), buffer.getvalue())
+    for old in folder.folder.glob(".predictions-*.npz") if not every else ():
+        if old.name != KEPT.format(folder.step):
+            old.unlink()
 
 
-def kept_predictions(folder: Path, step: int) -> Predictions:
-    """What the evaluation of a step predicted; that of others is removed."""
+def kept_predictions(folder: Path, step: int, split: str) -> Predictions:
+    """What the evaluation of a step predicted; that of others is removed. Refusal where it was of another split."""
     path = folder / KEPT.format(step)
     for old in folder.glob(".predictions-*.npz"):
         if old != path:
             old.unlink()
     with np.load(path) as found:
+        if "split" in found and str(found["split"]) != split:
+            raise Refusal(MISMATCH, f"run={folder}: was judged on other data than data.val holds now")
         return Predictions(found["samples"], found["labels"], found["top"], found["scores"])
 
 
@@ -54,7 +63,9 @@ def finish(
     started_from: Weights | None,
 ) -> dict[str, Any]:
     """Export the encoder, and a classifier, from the last checkpoint or the best; write results.json and return it."""
-    row = best_row(folder.folder, recipe.best) or row
+    best = best_row(folder.folder, recipe.best)
+    if best and (folder.checkpoints / f"step-{best['step']:08d}").is_dir():  # on_save_error=continue may have lost it
+        row = best
     saved = checkpoint.trained(folder.checkpoints / f"step-{row['step']:08d}")
     encoder = recipe.encoder.build()
     encoder.load_state_dict(
@@ -70,7 +81,7 @@ def finish(
             saved["head.layers.0.weight"], saved["head.layers.0.bias"], data.classes, recipe.data.eval_crop
         )
         checkpoint.publish(folder.folder / "classifier", lambda draft: weights.export(encoder, draft, head))
-        found = kept_predictions(folder.folder, row["step"])
+        found = kept_predictions(folder.folder, row["step"], judged_on.identity)
         results |= measure(found, judged_on, data.classes, recipe.metrics, folder.folder)
         results["digests"] = {
             "data.train": data.identity if isinstance(data, Manifest) else None,
@@ -99,18 +110,24 @@ def protocol(recipe: Recipe) -> dict[str, Any]:
     return {
         "init": recipe.init,
         "head": recipe.head.kind,
+        **{f"head.{name}": value for name, value in recipe.head.model_dump().items() if name != "kind"},
+        "encoder": recipe.encoder.model_dump(),
         "data.train": recipe.data.train,
         "data.val": recipe.data.val,
         "data.subset": recipe.data.subset,
         "data.hold_out": recipe.data.hold_out,
         "image_size": recipe.data.image_size,
+        **{f"data.{name}": getattr(recipe.data, name) for name in ("crop_area", "whole", "flip", "eval_crop")},
+        "data.auto_augment": recipe.data.auto_augment,
         "pool": recipe.encoder.pool,
         "optim": recipe.optim.model_dump(),
         "average": recipe.average,
+        "best": recipe.best,
+        "precision": recipe.precision,
         "steps": recipe.steps,
         "batch": recipe.batch,
         "seed": recipe.seed,
-    }
+    } | ({"metrics": recipe.metrics.model_dump(mode="json")} if isinstance(recipe, Finetune) else {})
 
 
 def digest(tensors: Weights) -> str:
@@ -128,9 +145,7 @@ def measure(
     keys = names(split)
     metrics.write_predictions(found, keys, classes, folder / f"predictions.{config.predictions}")
     results: dict[str, Any] = {}
-    if config.class_map is not None:
-        results |= mapped(found, split.classes, classes, config.class_map)
-    elif (found.labels >= 0).any():
+    if (found.labels >= 0).any():
         measured = metrics.accuracy(found, len(classes))
         right = metrics.hits(found.top[:, :1], found.labels)[found.labels >= 0]
         results["mean_per_class"] = measured["mean_per_class"]
@@ -174,7 +189,8 @@ def write_tuned(
     first = folder.folder / f"seed-{recipe.seed}" if recipe.seeds > 1 else folder.folder
     train, val = sources(recipe)
     if isinstance(split := val or train, Manifest):
-        samples(page, split, recipe.data, kept_predictions(first, results.get("step") or results["seeds"][0]["step"]))
+        step = results.get("step") or results["seeds"][0]["step"]
+        samples(page, split, recipe.data, kept_predictions(first, step, split.identity))
     page.write(folder.folder)
     return results
 

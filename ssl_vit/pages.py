@@ -26,9 +26,9 @@ def tuned_page(recipe: Finetune, folder: Path, results: dict[str, Any]) -> Page:
     low, high = results.get("top1_interval") or (None, None)
     rows = [[n, per_cent(results.get(n), results.get(f"{n}_sd"))] for n in ("top1", "top5", "mean_per_class")]
     page.table(["on the test split", "%"], [row for row in rows if row[1] != "-"])
-    for one in ("label_sets", "mapped", "mapped_only"):
-        if one in results:
-            page.table([one, "%"], [[n, per_cent(results[one].get(n))] for n in ("top1", "top5")])
+    if sets := results.get("label_sets"):
+        table = [[n, per_cent(sets.get(n), sets.get(f"{n}_sd"))] for n in ("top1", "top5")]
+        page.table(["by label sets", "%"], table)
     if low is not None:
         page.text(f"95 % interval of top-1 by bootstrap over the images: {per_cent(low)} to {per_cent(high)}.")
     if recipe.benchmark.paper:
@@ -36,7 +36,7 @@ def tuned_page(recipe: Finetune, folder: Path, results: dict[str, Any]) -> Page:
     for note in results.get("not_the_benchmark", ()):
         page.text(f"**Not the benchmark's data**: {report.plain(note)}.")
     page.section("Protocol")
-    said = {n: v for n, v in results["protocol"].items() if n != "optim"} | results["protocol"]["optim"]
+    said = flat(results["protocol"])
     digests = results.get("digests") or results["seeds"][0]["digests"]
     page.values({"seeds": recipe.seeds, **said, **{f"digest of {n}": v for n, v in digests.items()}})
     page.text("To repeat it:")
@@ -44,7 +44,10 @@ def tuned_page(recipe: Finetune, folder: Path, results: dict[str, Any]) -> Page:
     if "sweep" in results:
         page.section("Learning rate")
         tried = results["sweep"]["tried"]
-        page.table(["rate", "top-1 on the held-out part, %"], [[f"{t['lr']:g}", per_cent(t["top1"])] for t in tried])
+        page.table(
+            ["rate", "top-1 on the held-out part, %"],
+            [[f"{t['lr']:g}", "diverged" if "diverged" in t else per_cent(t["top1"])] for t in tried],
+        )
         lines = {"held out": ([t["lr"] for t in tried], [100 * t["top1"] for t in tried])}
         page.picture("sweep", "top-1 by learning rate", report.curves(lines, "learning rate", "top-1, %", log=True))
         page.text(f"Taken for the final training: {recipe.optim.lr:g}.")
@@ -54,6 +57,13 @@ def tuned_page(recipe: Finetune, folder: Path, results: dict[str, Any]) -> Page:
     _curves(page, first)
     confusion(page, first)
     return page
+
+
+def flat(protocol: dict[str, Any]) -> dict[str, Any]:
+    """Names and values of a protocol, groups as GROUP.NAME."""
+    groups = {name: one for name, one in protocol.items() if isinstance(one, dict)}
+    said = {name: value for name, value in protocol.items() if name not in groups}
+    return said | {f"{name}.{key}": value for name, one in groups.items() for key, value in one.items()}
 
 
 def _curves(page: Page, folder: Path) -> None:
@@ -122,8 +132,7 @@ def suite_page(recipe: Finetune, results: dict[str, Any]) -> Page:
         for note in one.get("not_the_benchmark", ()):
             page.text(f"**Not the benchmark's data**, {report.plain(name)}: {report.plain(note)}.")
     page.section("Protocol")
-    said = {n: v for n, v in results["protocol"].items() if n != "optim" and not n.startswith("data.")}
-    page.values(said | results["protocol"]["optim"])
+    page.values({n: v for n, v in flat(results["protocol"]).items() if not n.startswith("data.")})
     page.text("To repeat it:")
     page.code(results["command"])
     return page

@@ -35,7 +35,6 @@ from ssl_vit.train.tracker import write_png
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 PANEL = 8  # images in a picture
-MEETING = 120.0  # seconds that a process waits for the master to be there
 FREE_OF_SOURCE = {"kind", "image", "pool", "dropout", "drop_path"}  # what a source of weights leaves open
 
 

@@ -23,9 +23,10 @@ from ssl_vit.encoders import weights
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.evaluate import sweep
 from ssl_vit.evaluate.accuracy import Evaluator, HeldOut
-from ssl_vit.evaluate.label_sets import read_class_map, read_label_sets
+from ssl_vit.evaluate.label_sets import read_label_sets
+from ssl_vit.evaluate.metrics import Predictions
 from ssl_vit.evaluate.online import Probe
-from ssl_vit.exits import DATA, INTERNAL, USAGE, Refusal, leave, out_of_memory, verdict
+from ssl_vit.exits import DATA, INTERNAL, MISMATCH, USAGE, Refusal, leave, out_of_memory, verdict
 from ssl_vit.family import follow_launcher
 from ssl_vit.model import Model, read_out
 from ssl_vit.outcome import finish, keep_predictions, write_suite, write_tuned
@@ -48,7 +49,7 @@ from ssl_vit.train.distributed import from_main, total
 from ssl_vit.train.environment import world
 from ssl_vit.train.launch import start
 from ssl_vit.train.loop import Task, fit, shared
-from ssl_vit.train.numbers import NOTHING, RollBack
+from ssl_vit.train.numbers import NOTHING, Diverged, RollBack
 from ssl_vit.train.run import Run
 from ssl_vit.train.startup import check_alike, check_shared, meet, on_each_machine
 from ssl_vit.train.watchdog import Watchdog
@@ -139,17 +140,22 @@ def ready(recipe: Finetune) -> Finetune:
     Raises Refusal, before hours are spent, where the last of the trainings could not be judged.
     """
     train, val = sources(recipe)
+    judges = found(recipe, recipe.sweep.val, "val") if recipe.sweep.lr and recipe.sweep.val else None
+    if judges is not None and val is not None and judges.identity == val.identity:
+        raise Refusal(USAGE, "sweep.val: is data.val; what chooses the rate may not judge it too; take sweep.fraction")
     swept, config = recipe.sweep.lr and not recipe.sweep.val, recipe.metrics
     if swept and recipe.data.hold_out and val is None:
         cure = "give data.val to be judged on, or sweep.val"
         raise Refusal(USAGE, f"data.hold_out: what judges the rates would judge the final training too; {cure}")
     images = round(train.samples * recipe.data.subset) if isinstance(train, Manifest) else 0
+    if swept and not isinstance(train, Manifest):
+        raise Refusal(USAGE, "sweep.lr: with data.reader=webdataset give sweep.val; nothing can be held out")
     if swept and not 0 < round(images * recipe.sweep.fraction) < images:
         raise Refusal(DATA, f"sweep.fraction={recipe.sweep.fraction:g} of {images} images leaves a part empty")
     if val is not None and config.label_sets is not None:
         read_label_sets(config.label_sets, names(val), len(val.classes))
-    if val is not None and config.class_map is not None:
-        read_class_map(config.class_map, val.classes, val.classes)
+    if config.class_map is not None:
+        raise Refusal(USAGE, "metrics.class_map: of tools/evaluate.py methods=classifier; leave it out")
     if recipe.data.reader == "webdataset":
         return recipe
     placed = {"train": shards_of(recipe, recipe.data.train, "train"), "val": shards_of(recipe, recipe.data.val, "val")}
@@ -191,8 +197,11 @@ def tuned(session: Session, recipe: Finetune, folder: Run) -> dict[str, Any]:
     final = recipe
     if recipe.sweep.lr:
         for rate in recipe.sweep.lr:
-            judged = member(session, trial(recipe, rate), train, scrap=True)
-            tried.append({"lr": rate, "top1": judged["top1"], "samples": judged["samples"]})
+            judged = member(session, trial(recipe, rate), attempted, scrap=True)
+            kept = ("top1", "samples", "diverged")
+            tried.append({"lr": rate, **{name: judged[name] for name in kept if name in judged}})
+        if all("diverged" in one for one in tried):
+            raise Refusal(DATA, f"sweep.lr: not one rate trains ({tried[-1]['diverged']})", shared=True)
         rate = sweep.chosen([(one["lr"], one["top1"]) for one in tried])
         final = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": rate})})
         if session.accelerator.is_main_process and not recipe.quiet:
@@ -203,6 +212,17 @@ def tuned(session: Session, recipe: Finetune, folder: Run) -> dict[str, Any]:
     else:
         finals = [member(session, seeded(final, seed), train) for seed in range(recipe.seeds)]
     return from_main(session.accelerator, lambda: write_tuned(final, folder, finals, tried))
+
+
+def attempted(session: Session, recipe: Finetune, folder: Run) -> dict[str, Any]:
+    """A training of a sweep; one that diverges has its results too: no image right."""
+    try:
+        return train(session, recipe, folder)
+    except Diverged as end:
+        results = {"top1": 0.0, "samples": 0, "diverged": end.message}
+        session.accelerator.free_memory()
+        from_main(session.accelerator, lambda: folder.write_results(results))
+        return results
 
 
 def trial(recipe: Finetune, rate: float) -> Finetune:
@@ -238,7 +258,17 @@ def member(session: Session, recipe: Finetune, do: Any, scrap: bool = False) -> 
         folder.claim(recipe, allowed=recipe.allow_change)
         path = folder.folder / "results.json"
         known = json.loads(path.read_text()) if path.exists() else None
-        return known if do is train or "command" in (known or ()) else None  # a task's come in two steps
+        if known and do is tuned:  # a task's come in two steps
+            return known if "command" in known else None
+        changed = known and known.get("protocol", {}).get("metrics") != recipe.metrics.model_dump(mode="json")
+        if changed and not scrap and any(folder.checkpoints.glob("step-*")):
+            return None  # nothing is trained again, but it is measured as metrics.* say now
+        if known and "digests" in known:
+            train_on, val = sources(recipe)
+            now = {"data.train": train_on, "data.val": val or train_on}
+            if any(known["digests"][name] != one.identity for name, one in now.items() if isinstance(one, Manifest)):
+                raise Refusal(MISMATCH, f"run={folder.folder}: has results on other data")
+        return known
 
     results = from_main(accelerator, claim)
     try:
@@ -300,11 +330,17 @@ def _task(
     if held_out is not None:
         keep = None
         if isinstance(recipe, Finetune):
-            keep = lambda found: from_main(accelerator, lambda: keep_predictions(folder, found))  # noqa: E731
+            split = held_out.samples.manifest.identity
+
+            def write(found: Predictions) -> None:
+                keep_predictions(folder, found, split, every=recipe.best is not None)
+
+            keep = lambda found: from_main(accelerator, partial(write, found))  # noqa: E731
         report = model.head.report
         evaluators.append(HeldOut(held_out, share, accelerator.device, summed, report, keep))  # type: ignore[arg-type]
     if probed is not None:
-        some = [recipe.data.model_copy(update={"subset": min(1.0, recipe.online.samples / p.samples)}) for p in probed]  # type: ignore[union-attr]
+        most = recipe.online.samples  # type: ignore[union-attr]
+        some = [recipe.data.model_copy(update={"subset": min(1.0, most / p.samples), "hold_out": 0.0}) for p in probed]
         streams = [
             EvaluationStream(p, data, share.micro_batch, parts(p.samples, data)[0])
             for p, data in zip(probed, some, strict=True)

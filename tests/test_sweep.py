@@ -202,13 +202,40 @@ def test_two_processes_sweep_as_one_does(swept: Path, shards: Path, tmp_path: Pa
 
 
 def test_a_given_split_judges_the_sweep(shards: Path, tmp_path: Path):
-    begun = start(tmp_path, shards, f"sweep.val={shards}/val", "seeds=1", "sweep.lr=0.3")
+    begun = start(tmp_path, shards, f"sweep.val={shards}/train", "seeds=1", "sweep.lr=0.3")
     assert begun.wait() == [0], begun.said()
-    val = manifest.load(shards / "val").samples
+    val = manifest.load(shards / "train").samples
     member = tmp_path / "run" / "sweep" / "lr-0.3"
     assert told(member)["samples"] == val
     assert asked(member)["data"]["hold_out"] == 0.0
     assert "top1_sd" not in told(tmp_path / "run") or told(tmp_path / "run")["top1_sd"] is None
+
+
+def test_a_rate_that_diverges_is_the_worst_and_ends_nothing(shards: Path, tmp_path: Path):
+    wild = ["sweep.lr=0.05,1e36", "seeds=1", "optim.clip=none", "optim.momentum=0.99", "steps=30", "save_every=30"]
+    begun = start(tmp_path, shards, *wild)
+    assert begun.wait() == [0], begun.said()
+    tried = told(tmp_path / "run")["sweep"]["tried"]
+    assert "diverged" in tried[1]
+    assert "diverged" not in tried[0]
+    assert told(tmp_path / "run")["lr"] == 0.05
+    assert "diverged" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_what_chooses_the_rate_may_not_judge_it(shards: Path, tmp_path: Path):
+    begun = start(tmp_path, shards, f"sweep.val={shards}/val")
+    assert begun.wait() == [64]
+    assert "sweep.val: is data.val" in begun.said()
+
+
+def test_results_are_not_told_of_other_data(shards: Path, tmp_path: Path):
+    for seeds in ("1", "2"):
+        words = ["sweep.lr=", f"seeds={seeds}", f"run={tmp_path}/run{seeds}"]
+        begun = start(tmp_path, shards, *words)
+        assert begun.wait() == [0], begun.said()
+        again = start(tmp_path, shards, *words, f"data.val={shards}/train")
+        assert again.wait() == [78], again.said()
+        assert "other data" in again.said()
 
 
 SHORT = ["sweep.lr=0.3", "seeds=1"]

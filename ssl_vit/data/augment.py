@@ -73,7 +73,7 @@ def resized(pixels: np.ndarray, box: Box, size: tuple[int, int], flip: bool) -> 
 
 def by_timm(image: Tensor, name: str, seed: int) -> Tensor:
     """timm's RandAugment or AutoAugment of an image uint8 [C, h, w], drawn from the sample's own seed."""
-    transform = _timms(name, min(image.shape[1:]))
+    transform = timms(name, min(image.shape[1:]))
     before = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(key(seed, "augment") % (1 << 32))
@@ -86,7 +86,8 @@ def by_timm(image: Tensor, name: str, seed: int) -> Tensor:
 
 
 @cache
-def _timms(name: str, side: int) -> Any:
+def timms(name: str, side: int) -> Any:
+    """timm's transform of that name for images of a side; raises what timm raises where it knows none."""
     from timm.data.auto_augment import (
         augment_and_mix_transform,
         auto_augment_transform,

@@ -107,6 +107,11 @@ class Data(Config):
     def _is_timms(cls, name: str | None) -> str | None:
         if name and not re.match(r"(rand|augmix|original|v0|3a)", name):
             raise ValueError("timm's names begin with rand, augmix, original, v0 or 3a; such as rand-m9-mstd0.5-inc1")
+        if name:
+            try:
+                augment.timms(name, 224)
+            except Exception as error:  # timm asserts, or lets float() fail
+                raise ValueError(f"timm does not know it ({error}); such as rand-m9-mstd0.5-inc1") from error
         return name
 
     @field_validator("crop_area")

@@ -53,7 +53,9 @@ def read(source: str, classifier: bool = False) -> tuple[Vit, Weights]:
             cure = f"give one of its runs, such as {several[0].parent}" if several else "tools/finetune.py makes one"
             raise Refusal(DATA, f"{path}: no classifier/model.safetensors in it ({cure})")
         if folder is None:
-            raise Refusal(DATA, f"{path}: no encoder/model.safetensors in it (a run exports its encoder when it ends)")
+            several = sorted(path.glob("seed-*/encoder"))
+            cure = f"give one of its runs, such as {several[0].parent}" if several else "a run exports it when it ends"
+            raise Refusal(DATA, f"{path}: no encoder/model.safetensors in it ({cure})")
         path = folder / "model.safetensors"
     if not path.is_file():
         raise Refusal(DATA, f"{path}: no such run, folder or weights file")

@@ -153,7 +153,10 @@ def write(
         for name, row in rows.items():
             if name not in arrays:
                 shape = (count, *row.shape[1:])
-                arrays[name] = np.lib.format.open_memmap(draft / f"{name}.npy", "w+", row.dtype, shape)
+                path = draft / f"{name}.npy"
+                arrays[name] = np.lib.format.open_memmap(path, "w+", row.dtype, shape)
+                with path.open("r+b") as file:  # a full disk is an error here, and a SIGBUS where a page is written
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             arrays[name][start : start + len(row)] = row
     sound()
     for array in arrays.values():

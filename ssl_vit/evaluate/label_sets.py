@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ssl_vit.evaluate.metrics import Predictions, accuracy
 from ssl_vit.exits import DATA, Refusal
 
 NUMBERED = re.compile(r"_val_(\d{8})\b")  # how ImageNet numbers its validation images, from 1
@@ -75,12 +74,6 @@ def read_class_map(path: str, folders: Sequence[str], classes: Sequence[str]) ->
     if not any(found):
         raise Refusal(DATA, f"{path}: maps none of the {len(folders)} classes of the split")
     return found
-
-
-def mapped(found: Predictions, folders: Sequence[str], classes: Sequence[str], path: str) -> dict[str, Any]:
-    """`mapped`: accuracy on the images of mapped classes, where all classes of the classifier compete."""
-    right = read_class_map(path, folders, classes)
-    return {"mapped": accuracy(found, len(classes), [right[label] if label >= 0 else [] for label in found.labels])}
 
 
 def _json(path: str) -> Any:

@@ -8,11 +8,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_vit.config import Config
+from ssl_vit.data.faults import printable
 from ssl_vit.data.stream import EvaluationStream, Share
 from ssl_vit.evaluate import few_shot, knn
 from ssl_vit.evaluate.few_shot import FewShotConfig
 from ssl_vit.exits import DATA, Refusal
 
+SHOWN = 10  # faults that a process prints
 Total = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -71,6 +73,12 @@ class Probe:
             features[mine] = made[: mine.stop - mine.start]
             labels[mine] = (batch["label"] + 1).mul(usable)[: mine.stop - mine.start]  # 0: not to be used
             between()
-        whole = self.total({"features": features, "labels": labels})
+        faults, fatal = stream.faults.take(), stream.faults.fatal
+        for fault in faults[:SHOWN]:
+            print(f"online probe leaves out sample {fault.sample}: {printable(fault.reason)}", flush=True)
+        failed = torch.tensor(fatal is not None, device=self.device).long()
+        whole = self.total({"features": features, "labels": labels, "failed": failed})
+        if whole["failed"]:
+            raise fatal or Refusal(DATA, "another process cannot read the online probe's data; see its message")
         used = whole["labels"] > 0
         return whole["features"][used].to(self.device), (whole["labels"][used] - 1).to(self.device)

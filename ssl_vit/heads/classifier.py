@@ -57,7 +57,9 @@ class ClassificationHead(nn.Module):
         image, target = (
             self.mix(batch["image"], label) if self.training and self.mix is not None else (batch["image"], label)
         )
-        logits = self.layers(pooled(encoder, image)).float()
+        features = pooled(encoder, image)
+        with torch.autocast(features.device.type, enabled=False):  # in bf16 the best two of many classes often tie
+            logits = self.layers(features.float())
         if self.loss == "softmax":
             smoothing = self.smoothing if self.training and self.mix is None else 0.0  # a mixed target has its own
             loss = F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)

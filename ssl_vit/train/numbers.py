@@ -57,6 +57,10 @@ class LeftOut:
 NOTHING = LeftOut()
 
 
+class Diverged(Refusal):
+    """Numbers that going back did not cure."""
+
+
 class RollBack(Exception):
     """The run is to go back to its newest checkpoint, and on without some batches."""
 
@@ -134,7 +138,7 @@ class NumberWatch:
     def _go_back(self, why: str, batches: list[int]) -> None:
         if self.left_out.rollbacks >= ROLLBACKS:
             cure = f"their samples are in {self.path}; lower optim.lr, or look at the data"
-            raise Refusal(DATA, f"{why}, after {ROLLBACKS} rollbacks; {cure}", shared=True)
+            raise Diverged(DATA, f"{why}, after {ROLLBACKS} rollbacks; {cure}", shared=True)
         if self._writes:
             print(f"{why}: back to the newest checkpoint, on without batches {batches} ({self.path})", flush=True)
         more = LeftOut(tuple(batches), self.left_out.rollbacks + 1)

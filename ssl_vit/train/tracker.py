@@ -29,6 +29,7 @@ class Tracker:
         self._path = folder / "metrics.jsonl"
         self._bar = None
         self._lines = False
+        accelerator.trackers.clear()  # of an earlier training in this process: rows would go to its folder too
         if accelerator.log_with:
             accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start + 1}})
         if self.active:
