@@ -20,7 +20,7 @@ LEVELS = [
     {"data"},
     {"evaluate"},
     {"train"},
-    {"recipe", "advice", "runs", "pages", "outcome", "session"},
+    {"recipe", "advice", "runs", "pages", "outcome", "training", "tuning", "session"},
     {"bench", "frozen", "judging", "comparison", "evaluation", "prediction"},
 ]
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}

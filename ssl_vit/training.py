@@ -1,0 +1,129 @@
+"""One training: from its data and its recipe to its results."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ssl_vit import inject
+from ssl_vit.data.manifest import Manifest
+from ssl_vit.data.sequential import Tars
+from ssl_vit.data.stream import EvaluationStream, Share, parts
+from ssl_vit.encoders import weights
+from ssl_vit.encoders.vit import Vit
+from ssl_vit.evaluate.accuracy import Evaluator, HeldOut
+from ssl_vit.evaluate.metrics import Predictions
+from ssl_vit.evaluate.online import Probe
+from ssl_vit.model import Model, read_out
+from ssl_vit.outcome import finish, keep_predictions
+from ssl_vit.recipe import (
+    Finetune,
+    Pretrain,
+    Recipe,
+    build,
+    first_images,
+    flops,
+    kept_head,
+    probes,
+    sound,
+    sources,
+    streamed,
+)
+from ssl_vit.train.distributed import from_main, total
+from ssl_vit.train.loop import Task, fit, shared
+from ssl_vit.train.numbers import NOTHING, RollBack
+from ssl_vit.train.run import Run
+from ssl_vit.train.startup import on_each_machine
+from ssl_vit.train.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class Session:
+    """What all trainings of a start share."""
+
+    accelerator: "Accelerator"
+    watchdog: Watchdog
+    tensors: weights.Weights | None
+    source: Vit | None
+
+
+def train(session: Session, recipe: Recipe, folder: Run) -> dict[str, Any]:
+    """One training from its data to its results."""
+    accelerator, beat = session.accelerator, session.watchdog.beat
+    accelerator.project_configuration.logging_dir = str(folder.folder)  # where its tracker writes
+    data, val = from_main(accelerator, lambda: sources(recipe), beat)
+    probed = from_main(accelerator, lambda: probes(recipe), beat)
+    on_each_machine(accelerator, lambda: sound(recipe, data, val, *(probed or ())))
+    share = shared(recipe, accelerator.process_index, accelerator.num_processes)
+    row, left_out = None, NOTHING
+    while row is None:
+        model = build(recipe, len(data.classes), session.tensors, session.source)
+        if kept_head(recipe):
+            weights.read_classifier(recipe.init)[1].fill(model.head.layers[0], data.classes, recipe.init)
+        task = _task(session, recipe, model, data, val, probed, share, folder)
+        try:
+            row = fit(folder, accelerator, recipe, task, beat, left_out=left_out)
+        except RollBack as back:
+            left_out = back.left_out
+        del model, task
+        accelerator.free_memory()
+    inject.point("finish")
+    judged_on = val or (data if recipe.data.hold_out and isinstance(data, Manifest) else None)
+    return from_main(accelerator, lambda: finish(recipe, folder, row, data, judged_on, session.tensors), beat)
+
+
+def _task(
+    session: Session,
+    recipe: Recipe,
+    model: Model,
+    data: Manifest | Tars,
+    val: Manifest | None,
+    probed: tuple[Manifest, Manifest] | None,
+    share: Share,
+    folder: Run,
+) -> Task:
+    stream, device = streamed(data, recipe), session.accelerator.device
+    evaluators: list[Evaluator] = []
+    if val is not None:
+        split = EvaluationStream(val, recipe.data, share.micro_batch)
+        evaluators.append(_held_out(session, recipe, model, split, share, folder))
+    elif recipe.data.hold_out and isinstance(data, Manifest):
+        split = EvaluationStream(data, recipe.data, share.micro_batch, parts(data.samples, recipe.data)[1])
+        evaluators.append(_held_out(session, recipe, model, split, share, folder))
+    if probed is not None and isinstance(recipe, Pretrain):
+        evaluators.append(_probe(session, recipe, model, probed, share))
+    panel = None
+    if hasattr(model.head, "panel"):
+        drawn = first_images(val or stream, recipe.data)
+        panel = {name: value.to(device) for name, value in drawn.items()}
+    return Task(model, stream, recipe.optim, evaluators, panel, flops(model))
+
+
+def _held_out(
+    session: Session, recipe: Recipe, model: Model, split: EvaluationStream, share: Share, folder: Run
+) -> HeldOut:
+    """The head's measures over a split; of a fine-tuning its predictions are kept."""
+    accelerator, identity = session.accelerator, split.samples.manifest.identity
+
+    def keep(found: Predictions) -> None:
+        every = recipe.best is not None
+        from_main(accelerator, lambda: keep_predictions(folder, found, identity, every))
+
+    report, wanted = model.head.report, keep if isinstance(recipe, Finetune) else None
+    return HeldOut(split, share, accelerator.device, partial(total, accelerator), report, wanted)  # type: ignore[arg-type]
+
+
+def _probe(session: Session, recipe: Pretrain, model: Model, probed: tuple[Manifest, Manifest], share: Share) -> Probe:
+    """k-NN and few-shot on at most `online.samples` images of each split, a fixed random choice."""
+
+    def some(split: Manifest) -> EvaluationStream:
+        share_of_it = {"subset": min(1.0, recipe.online.samples / split.samples), "hold_out": 0.0}
+        data = recipe.data.model_copy(update=share_of_it)
+        return EvaluationStream(split, data, share.micro_batch, parts(split.samples, data)[0])
+
+    accelerator, encoder = session.accelerator, model.encoder
+    way = partial(read_out, pool=encoder.pool, prefix=encoder.prefix)
+    splits = some(probed[0]), some(probed[1])
+    return Probe(splits, share, accelerator.device, partial(total, accelerator), recipe.online, way)
