@@ -9,7 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ssl_vit import inject
@@ -85,6 +85,13 @@ class Loop(Config):
     )
     tracker: TrackerName = Field(default="tensorboard", description="where metrics go beside metrics.jsonl")
     quiet: bool = Field(default=False, description="no progress")
+
+    @field_validator("best")
+    @classmethod
+    def _is_evaluated(cls, name: str | None) -> str | None:
+        if name is not None and not name.startswith("val_"):
+            raise ValueError("names of evaluated values begin with val_, such as val_loss or val_top1")
+        return name
 
     def micro(self, world: int) -> int:
         """Images a process takes at once."""
