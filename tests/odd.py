@@ -73,6 +73,6 @@ def offline() -> None:
 
 def killed_before_it_tells() -> None:
     """Have the process killed when a fine-tuning is trained and is to write what came of it."""
-    from ssl_vit import session
+    from ssl_vit import tuning
 
-    session.write_tuned = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    tuning.write_tuned = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
