@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_vit.config import Config
-from ssl_vit.data import find
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data
 from ssl_vit.data.stream import Share
@@ -22,7 +21,7 @@ from ssl_vit.evaluate.linear import LinearProbe
 from ssl_vit.evaluate.metrics import Metrics, check_labels
 from ssl_vit.evaluate.sweep import Benchmark
 from ssl_vit.exits import CANNOT_CREATE, DATA, USAGE, Refusal
-from ssl_vit.train.environment import world
+from ssl_vit.recipe import found
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,27 +76,20 @@ def made(folder: Path, key: str = "run") -> Path:
 
 def splits(recipe: Evaluate, wanted: tuple[str, ...]) -> dict[str, Manifest]:
     """The labelled sets `train` and `val`, as far as they are wanted; raises Refusal where one cannot be used."""
-    found = {}
+    sets: dict[str, Manifest] = {}
     for name in wanted:
         given = getattr(recipe.data, name)
         if given is None:
             raise Refusal(USAGE, f"data.{name}: it must be given: labelled shards or images")
-        converted = Path(recipe.run).parent / "shards"
-        try:
-            found[name] = find.sets(given, name, converted, recipe.data.store, may_convert=world() == 1)
-        except Refusal as refusal:
-            if recipe.benchmark.get is None or refusal.code != DATA:
-                raise
-            raise Refusal(DATA, f"{refusal}; {recipe.benchmark.name}: {recipe.benchmark.get}") from refusal
-        one = found[name]
+        one = sets[name] = found(recipe, given, name)
         one.check(full=recipe.data.verify)
         if not one.classes:
             raise Refusal(DATA, f"{one.name}: has no classes, and an evaluation needs labels")
         check_labels(one.labels, one.classes, one.name, every=name == "train" and not recipe.data.empty_classes)
-    if len({tuple(one.classes) for one in found.values()}) > 1:
+    if len({tuple(one.classes) for one in sets.values()}) > 1:
         cure = "convert both in one go, or give both the same class_map"
-        raise Refusal(DATA, f"{found['val'].name}: its classes are not those of {found['train'].name}; {cure}")
-    return found
+        raise Refusal(DATA, f"{sets['val'].name}: its classes are not those of {sets['train'].name}; {cure}")
+    return sets
 
 
 def sized(recipe: Evaluate, config: Vit) -> tuple[Vit, Data]:

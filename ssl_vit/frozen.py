@@ -20,10 +20,10 @@ from ssl_vit.encoders.vit import VitEncoder
 from ssl_vit.evaluate import features, few_shot, knn, linear, metrics, report
 from ssl_vit.evaluate.features import Name, Split
 from ssl_vit.evaluate.metrics import TOP, Predictions, spread
-from ssl_vit.evaluate.report import Page, per_cent, plain
+from ssl_vit.evaluate.report import Page, per_cent
 from ssl_vit.exits import DATA, Refusal
 from ssl_vit.outcome import digest
-from ssl_vit.pages import flat
+from ssl_vit.pages import flat, remarks
 from ssl_vit.train.distributed import everyone, from_main, refuse_first
 
 if TYPE_CHECKING:
@@ -77,9 +77,12 @@ def computed(bench: Bench, encoder: VitEncoder, names: list[Name], split: str, m
     from_main(accelerator, lambda: made(cache, "features.cache"))
     folder = cache / features.digest(encoder, names, stream)
 
+    found: Split | None = NOWHERE
+
     def usable() -> bool:
-        kept = features.load(folder, names)
-        return kept is not None and not kept.bad_samples  # what could not be read may have been mended
+        nonlocal found
+        found = features.load(folder, names)
+        return found is not None and not found.bad_samples  # what could not be read may have been mended
 
     with features.alone(folder) if accelerator.is_main_process else nullcontext():
         if not from_main(accelerator, usable):
@@ -87,11 +90,11 @@ def computed(bench: Bench, encoder: VitEncoder, names: list[Name], split: str, m
             sound = partial(_sound, accelerator, stream)
             if accelerator.is_main_process:
                 features.write(folder, rows, stream.count, sound)
+                found = features.load(folder, names)
             else:
                 for _ in rows:
                     pass
                 sound()
-        found = features.load(folder, names) if accelerator.is_main_process else NOWHERE
     if found is None:
         raise Refusal(DATA, f"{folder}: features that were just written cannot be read")
     return found
@@ -190,8 +193,7 @@ def page_of(results: dict[str, Any]) -> Page:
         values.append(100 * row["top1"])
     if lines:
         page.picture("few_shot", "few-shot by images a class", report.curves(lines, "images a class", "top-1, %"))
-    for note in results.get("not_the_benchmark", ()):
-        page.text(f"**Not the benchmark's data**: {plain(note)}.")
+    remarks(page, results)
     page.section("Protocol")
     digests = {f"digest of {name}": value for name, value in results["digests"].items()}
     page.values(flat(results["protocol"]) | digests)

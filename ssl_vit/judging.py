@@ -16,12 +16,12 @@ from ssl_vit.evaluate import metrics
 from ssl_vit.evaluate.accuracy import HeldOut
 from ssl_vit.evaluate.label_sets import read_class_map
 from ssl_vit.evaluate.metrics import Predictions
-from ssl_vit.evaluate.report import Page, per_cent, plain
+from ssl_vit.evaluate.report import Page, per_cent
 from ssl_vit.exits import DATA, Refusal
 from ssl_vit.heads.classifier import ClassificationHead
 from ssl_vit.model import Batch, Model
 from ssl_vit.outcome import digest, measure
-from ssl_vit.pages import confusion, samples
+from ssl_vit.pages import confusion, remarks, samples
 from ssl_vit.train.distributed import from_main
 
 
@@ -112,13 +112,7 @@ def classifier_page(recipe: Evaluate, results: dict[str, Any]) -> Page:
     for name, one in (whole | parts).items():
         rows.append([name, *(per_cent(one.get(n)) for n in ("top1", "top5", "mean_per_class")), one["samples"]])
     page.table(["", "top-1, %", "top-5, %", "mean per class, %", "images"], rows)
-    if "top1_interval" in results:
-        low, high = results["top1_interval"]
-        page.text(f"95 % interval of top-1 by bootstrap over the images: {per_cent(low)} to {per_cent(high)}.")
-    if recipe.benchmark.paper:
-        page.text(f"The paper reports: {plain(recipe.benchmark.paper)}.")
-    for note in results.get("not_the_benchmark", ()):
-        page.text(f"**Not the benchmark's data**: {plain(note)}.")
+    remarks(page, results, recipe.benchmark.paper)
     page.section("Protocol")
     page.values(results["protocol"] | {f"digest of {n}": v for n, v in results["digests"].items()})
     return page

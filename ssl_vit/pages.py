@@ -23,18 +23,12 @@ def tuned_page(recipe: Finetune, folder: Path, results: dict[str, Any]) -> Page:
     name = recipe.benchmark.name or ", ".join(recipe.data.val or recipe.data.train or ())
     page = Page(f"Fine-tuning on {name}")
     first = folder / f"seed-{recipe.seed}" if recipe.seeds > 1 else folder
-    low, high = results.get("top1_interval") or (None, None)
     rows = [[n, per_cent(results.get(n), results.get(f"{n}_sd"))] for n in ("top1", "top5", "mean_per_class")]
     page.table(["on the test split", "%"], [row for row in rows if row[1] != "-"])
     if sets := results.get("label_sets"):
         table = [[n, per_cent(sets.get(n), sets.get(f"{n}_sd"))] for n in ("top1", "top5")]
         page.table(["by label sets", "%"], table)
-    if low is not None:
-        page.text(f"95 % interval of top-1 by bootstrap over the images: {per_cent(low)} to {per_cent(high)}.")
-    if recipe.benchmark.paper:
-        page.text(f"The paper reports: {report.plain(recipe.benchmark.paper)}.")
-    for note in results.get("not_the_benchmark", ()):
-        page.text(f"**Not the benchmark's data**: {report.plain(note)}.")
+    remarks(page, results, recipe.benchmark.paper)
     page.section("Protocol")
     said = flat(results["protocol"])
     digests = results.get("digests") or results["seeds"][0]["digests"]
@@ -57,6 +51,17 @@ def tuned_page(recipe: Finetune, folder: Path, results: dict[str, Any]) -> Page:
     _curves(page, first)
     confusion(page, first)
     return page
+
+
+def remarks(page: Page, results: dict[str, Any], paper: str | None = None) -> None:
+    """What belongs beside a number: its interval, the paper's, and where the data are not the benchmark's."""
+    if results.get("top1_interval"):
+        low, high = results["top1_interval"]
+        page.text(f"95 % interval of top-1 by bootstrap over the images: {per_cent(low)} to {per_cent(high)}.")
+    if paper:
+        page.text(f"The paper reports: {report.plain(paper)}.")
+    for note in results.get("not_the_benchmark", ()):
+        page.text(f"**Not the benchmark's data**: {report.plain(note)}.")
 
 
 def flat(protocol: dict[str, Any]) -> dict[str, Any]:

@@ -172,13 +172,16 @@ def sources(recipe: Recipe) -> tuple[Manifest | Tars, Manifest | None]:
     return train, val
 
 
-def found(recipe: Recipe, paths: tuple[str, ...], split: str) -> Manifest:
-    """A set, converted first where it is images; where it is missing, how to get a benchmark's data is said too."""
+def found(recipe: Any, paths: tuple[str, ...], split: str) -> Manifest:
+    """A set of a recipe or an evaluation, converted first where it is images; raises Refusal.
+
+    Where a benchmark's data is missing, how to get it is said too.
+    """
     converted = Path(recipe.run).parent / "shards"
     try:
         return find.sets(paths, split, converted=converted, store=recipe.data.store, may_convert=world() == 1)
     except Refusal as refusal:
-        wanted = recipe.benchmark if isinstance(recipe, Finetune) else None
+        wanted: Benchmark | None = getattr(recipe, "benchmark", None)
         if wanted is None or wanted.get is None or refusal.code != DATA:
             raise
         text = f"{refusal}; {wanted.name or 'its data'}: {wanted.get}"

@@ -17,15 +17,6 @@ from tests.starts import Start
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """shards/train and shards/val of three classes, and run/encoder."""
-    folder = tmp_path_factory.mktemp("hard")
-    frozen.shards(folder, frozen.files({"a": 5, "b": 4, "c": 6}, {"a": 3, "b": 3, "c": 2}), shard_samples=4)
-    frozen.encoder(folder / "run")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def straight(given: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("straight")
     frozen.run_tool("evaluate", frozen.words(given, folder / "run"), folder)

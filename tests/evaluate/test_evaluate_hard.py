@@ -15,15 +15,6 @@ from tests import frozen
 from tests.starts import Start
 
 
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """shards/train and shards/val of three classes, and run/encoder."""
-    folder = tmp_path_factory.mktemp("hard")
-    frozen.shards(folder, frozen.files({"a": 5, "b": 4, "c": 6}, {"a": 3, "b": 3, "c": 2}), shard_samples=4)
-    frozen.encoder(folder / "run")
-    return folder
-
-
 def test_what_is_missing_or_unlike_is_named(given: Path, tmp_path: Path):
     other = frozen.shards(tmp_path / "other", frozen.files({"a": 2, "x": 2}, {"a": 2, "x": 2}))
     (tmp_path / "junk").mkdir()
