@@ -13,7 +13,8 @@ from ssl_vit.config import Config
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data
 from ssl_vit.data.stream import Share
-from ssl_vit.encoders.vit import Vit, VitEncoder
+from ssl_vit.encoders import Encoder
+from ssl_vit.encoders.weights import AnyEncoder
 from ssl_vit.evaluate.features import Features
 from ssl_vit.evaluate.few_shot import FewShotConfig
 from ssl_vit.evaluate.knn import Knn
@@ -92,7 +93,7 @@ def splits(recipe: Evaluate, wanted: tuple[str, ...]) -> dict[str, Manifest]:
     return sets
 
 
-def sized(recipe: Evaluate, config: Vit) -> tuple[Vit, Data]:
+def sized(recipe: Evaluate, config: Encoder) -> tuple[Encoder, Data]:
     """An encoder's config and the data's for the size that was asked for, or else the encoder's own."""
     data = recipe.data
     if "image_size" not in data.model_fields_set:
@@ -102,7 +103,7 @@ def sized(recipe: Evaluate, config: Vit) -> tuple[Vit, Data]:
     return config.model_copy(update={"image": data.image_size}), data
 
 
-def built(recipe: Evaluate, config: Vit) -> VitEncoder:
+def built(recipe: Evaluate, config: Encoder) -> AnyEncoder:
     """The untrained encoder of a config."""
     torch.manual_seed(recipe.seed)
     try:

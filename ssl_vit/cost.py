@@ -1,12 +1,23 @@
-"""What a model costs, by formula: a multiply-accumulate is 2 FLOPs, a backward pass costs twice the forward pass.
+"""What a model costs before it is trained: a multiply-accumulate is 2 FLOPs, a backward pass twice the forward pass.
 
 Parameters, gradients, optimizer state and what travels are fp32 under every engine, 4 bytes a number: bf16 comes from
 autocast inside the forward pass alone. docs/scaling.md says how each formula was compared with the real thing.
 """
 
-from typing import Literal
+import math
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Literal
 
-from ssl_vit.encoders.vit import Vit
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ssl_vit.encoders import Encoder
+from ssl_vit.encoders.axial import Axial
+from ssl_vit.encoders.vit import Transformer
+from ssl_vit.model import count_parameters
 
 Engine = Literal["ddp", "zero1", "zero2", "fsdp2", "zero3"]
 ENGINES: tuple[Engine, ...] = ("ddp", "zero1", "zero2", "fsdp2", "zero3")  # as to be tried: what is simpler comes first
@@ -17,13 +28,64 @@ ENGINES: tuple[Engine, ...] = ("ddp", "zero1", "zero2", "fsdp2", "zero3")  # as 
 ZERO_BUCKET, ZERO_PREFETCH, ZERO_KEPT = 50_000_000, 50_000_000, 500_000_000
 
 
-def encoder_macs(config: Vit) -> int:
-    """Multiply-accumulates an image, forward, without head: N 3P^2 D + L (4 T D^2 + 2 T^2 D + 2 T D M)."""
+def encoder_macs(config: Encoder) -> int:
+    """Multiply-accumulates an image, forward, without head: of a ViT N 3P^2 D + L (4 T D^2 + 2 T^2 D + 2 T D M).
+
+    An Axial-ViT has two such blocks for one, in which N (H + W) pairs of patches meet instead of 2 T^2; of any other
+    encoder torch counts them.
+    """
+    if not isinstance(config, Transformer) or config.positions == "relative" or getattr(config, "stem", "") == "r50":
+        return counted_macs(config)
     width, depth, _, mlp = config.numbers
-    patches = config.grid[0] * config.grid[1]
-    tokens = patches + 1
+    (rows, columns), patches = config.grid, config.grid[0] * config.grid[1]
+    tokens = config.prefix + patches
     embed = patches * config.channels * config.patch**2 * width
-    return embed + depth * (4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * mlp)
+    each = 4 * tokens * width**2 + 2 * tokens * width * mlp
+    if isinstance(config, Axial):
+        return embed + depth * (2 * each + 2 * patches * (rows + columns) * width)
+    return embed + depth * (each + 2 * tokens**2 * width)
+
+
+@cache
+def counted_macs(config: Encoder) -> int:
+    """Multiply-accumulates an image as torch counts them, without computing anything; all taps of a convolution."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad():
+        encoder = config.build()
+        with FlopCounterMode(display=False) as counter:
+            encoder(torch.empty(1, config.channels, *config.image_hw, dtype=torch.uint8))
+    return counter.get_total_flops() // 2
+
+
+@cache
+def padding_macs(config: Encoder) -> int:
+    """Of these, those of convolutions' taps that lie outside of the image, which the paper's numbers leave out."""
+    with torch.device("meta"), torch.no_grad():
+        encoder, found = config.build(), [0]
+
+        def count(conv: nn.Conv2d, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> None:
+            inside = math.prod(map(_taps_inside, given[0].shape[2:], made.shape[2:], conv.kernel_size, conv.stride))
+            taps = math.prod(made.shape[2:]) * math.prod(conv.kernel_size)
+            found[0] += (taps - inside) * conv.in_channels * conv.out_channels // conv.groups
+
+        for module in encoder.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(count)
+        encoder(torch.empty(1, config.channels, *config.image_hw, dtype=torch.uint8))
+    return found[0]
+
+
+def _taps_inside(size: int, made: int, kernel: int, stride: int) -> int:
+    """Along one side: taps of all outputs that meet the image, which is padded alike on both sides, left less."""
+    before = max(0, (made - 1) * stride + kernel - size) // 2 if stride == 1 or size % stride == 0 else kernel // 2
+    starts = (i * stride - before for i in range(made))
+    return sum(min(size, start + kernel) - max(0, start) for start in starts)
+
+
+def exaflops(macs: float, images: float) -> float:
+    """Of training on so many images, 10^18: what the paper's Table 6 lists."""
+    return 6 * macs * images / 1e18
 
 
 def training_flops(macs: int) -> int:
@@ -31,43 +93,98 @@ def training_flops(macs: int) -> int:
     return 6 * macs
 
 
-def block_parameters(config: Vit) -> int:
-    """Parameters of a block: qkv 3D^2 + 3D, projection D^2 + D, MLP 2DM + M + D, two norms 4D."""
-    width, _, _, mlp = config.numbers
-    return 4 * width**2 + 2 * width * mlp + mlp + 9 * width
+@cache
+def blocks(config: Encoder) -> tuple[int, ...]:
+    """The parameters of each block, which is what engines gather and what activation checkpointing computes again."""
+    with torch.device("meta"):
+        encoder = config.build()
+    return tuple(map(count_parameters, encoder.blocks)) or (count_parameters(encoder),)
 
 
-def block_bytes(config: Vit, bf16: bool) -> int:
-    """Bytes an image that a block's forward pass leaves for its backward pass.
-
-    With T tokens and b bytes a number (2 under bf16 autocast, else 4). The norms keep what they are given, which is
-    the residual stream in fp32: 2 x 4 TD, and a mean and a deviation a token: 2 x 8 T. The four linear layers keep what
-    they are given: b (TD + TD + TD + TM), where the attention's output is kept once for itself and the projection.
-    Attention keeps q, k, v and its logsumexp: 3 b TD + 4 hT; GELU its input: b TM. Dropout adds a mask of T (2D + M).
-    """
-    width, _, heads, mlp = config.numbers
-    tokens = config.grid[0] * config.grid[1] + 1
-    number = 2 if bf16 else 4
-    masks = 2 * width + mlp if config.dropout else 0
-    return tokens * (8 * width + 16 + number * (6 * width + 2 * mlp) + 4 * heads + masks)
+def block_parameters(config: Encoder) -> int:
+    """Parameters of the largest block; of a ViT's 4D^2 + 2DM + M + 9D."""
+    return max(blocks(config))
 
 
-def activation_bytes(config: Vit, bf16: bool, checkpointing: bool) -> int:
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a forward pass leaves for its backward pass, of a batch."""
+
+    ends: int  # outside of the blocks
+    blocks: tuple[int, ...]  # of each block
+    inputs: tuple[int, ...]  # what each block was given
+    largest: int  # tensor of a block
+
+
+def activation_bytes(config: Encoder, bf16: bool, checkpointing: bool) -> int:
     """Most bytes an image that activations take in a step: of the encoder, eager; compiled blocks may keep less.
 
-    All blocks'; or with `checkpointing` each block's input, 4 TD, and one block whole while it is computed again.
-    Beside them the pixels, the patches that a head's edit keeps and the last block's output; and on the way back the
-    gradients of the residual stream, 4 TD, and of the MLP's hidden layer, b TM. What the mean-colour head keeps of its
-    own is left out: logits and gathered tokens, 0.7 MB or 1 % for B.
+    All blocks'; or with `checkpointing` each block's input, and the largest block whole while it is computed again. On
+    the way back gradients come in: of what a block was given, and of its largest tensor. What a head keeps of its own
+    is left out: of the mean-colour head logits and gathered tokens, 0.7 MB or 1 % for B.
     """
-    width, depth, _, mlp = config.numbers
-    patches, number = config.grid[0] * config.grid[1], 2 if bf16 else 4
-    residual = 4 * (patches + 1) * width
-    block = block_bytes(config, bf16)
-    blocks = (depth - 1) * residual + block if checkpointing else depth * block
-    pixels = number * config.channels * config.image_hw[0] * config.image_hw[1]
-    ends = pixels + number * patches * width + residual
-    return blocks + ends + residual + number * (patches + 1) * mlp
+    # of many images, so that the largest tensor is theirs; what is there once, as bf16 weights, drops out
+    more, less = (kept(config, bf16, images) for images in (1001, 1000))
+    each = [a - b for a, b in zip(more.blocks, less.blocks, strict=True)] or [0]
+    inputs = [a - b for a, b in zip(more.inputs, less.inputs, strict=True)] or [0]
+    most = each.index(max(each))
+    within = sum(inputs) - inputs[most] + each[most] if checkpointing else sum(each)
+    return within + more.ends - less.ends + max(inputs) + more.largest - less.largest
+
+
+@cache
+def kept(config: Encoder, bf16: bool, images: int) -> Kept:
+    """What torch would keep on a GPU with fused attention; found on tensors without content, so on any machine."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    found: dict[int, tuple[int, int]] = {}  # by storage: the block that kept it, -1 for none, and its bytes
+    at, inputs = [-1], []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found.setdefault(storage._cdata, (at[0], storage.nbytes()))
+        alive.append(storage)
+        return tensor
+
+    def enter(number: int, _block: nn.Module, given: tuple[Any, ...]) -> None:
+        at[0] = number
+        inputs.append(given[0].untyped_storage().nbytes())
+
+    def leave(*_: Any) -> None:
+        at[0] = -1
+
+    alive: list[Any] = []  # an address must not be given out twice
+    with torch.device("meta"):
+        encoder = config.build()
+    for number, block in enumerate(encoder.blocks):
+        block.register_forward_pre_hook(partial(enter, number))
+        block.register_forward_hook(leave)
+    image = images, config.channels, *config.image_hw
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), Fused():
+        encoder.to_empty(device="cuda")
+        own = {parameter.untyped_storage()._cdata for parameter in encoder.parameters()}
+        torch.set_autocast_enabled("cuda", bf16)  # torch.autocast does nothing on a machine without GPU
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                # a head's edit keeps the patches for its backward pass, as a sine does
+                made = encoder(torch.empty(image, dtype=torch.uint8), edit=torch.sin if encoder.maskable else None)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+        del made
+    mine = [place for storage, place in found.items() if storage not in own]
+    sizes = [sum(size for block, size in mine if block == number) for number in range(-1, len(encoder.blocks))]
+    largest = max((size for block, size in mine if block >= 0), default=0)
+    return Kept(sizes[0], tuple(sizes[1:]), tuple(inputs), largest)
+
+
+class Fused(TorchFunctionMode):
+    """Attention as a GPU computes it, also where there is none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and len(args) == 3 and not (kwargs or {}).get("attn_mask"):
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
+        return func(*args, **(kwargs or {}))
 
 
 def memory(

@@ -16,7 +16,6 @@ from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data
 from ssl_vit.data.stream import EvaluationStream, parts
 from ssl_vit.encoders import weights
-from ssl_vit.encoders.vit import VitEncoder
 from ssl_vit.evaluate import features, few_shot, knn, linear, metrics, report
 from ssl_vit.evaluate.features import Name, Split
 from ssl_vit.evaluate.metrics import TOP, Predictions, spread
@@ -68,7 +67,9 @@ def frozen(bench: Bench) -> tuple[dict[str, Any], Callable[[], Page]]:
     return results, partial(page_of, results)
 
 
-def computed(bench: Bench, encoder: VitEncoder, names: list[Name], split: str, manifest: Manifest, data: Data) -> Split:
+def computed(
+    bench: Bench, encoder: weights.AnyEncoder, names: list[Name], split: str, manifest: Manifest, data: Data
+) -> Split:
     """The features of a split, from the cache where they are in it; all processes compute, the first keeps them."""
     recipe, accelerator = bench.recipe, bench.accelerator
     some = parts(manifest.samples, data)[0] if split == "train" and data.subset < 1 else None

@@ -11,7 +11,7 @@ from torch import nn
 from ssl_vit.bench import Bench, Evaluate, built, sized, splits
 from ssl_vit.data.names import names
 from ssl_vit.data.stream import EvaluationStream
-from ssl_vit.encoders import weights
+from ssl_vit.encoders import classified, export, weights
 from ssl_vit.evaluate import metrics
 from ssl_vit.evaluate.accuracy import HeldOut
 from ssl_vit.evaluate.label_sets import read_class_map
@@ -46,7 +46,7 @@ class Unlabelled(nn.Module):
 def classifier(bench: Bench) -> tuple[dict[str, Any], Callable[[], Page]]:
     """A fine-tuned classifier on data.val: its own classes, label sets, or classes of other names; and a page of it."""
     recipe, accelerator, config = bench.recipe, bench.accelerator, bench.recipe.metrics
-    source, head = weights.read_classifier(str(recipe.encoder))
+    source, head = classified.read_classifier(str(recipe.encoder))
     shape, data = sized(recipe, source.config)
     if "eval_crop" not in data.model_fields_set:
         data = data.model_copy(update={"eval_crop": head.crop})
@@ -55,7 +55,7 @@ def classifier(bench: Bench) -> tuple[dict[str, Any], Callable[[], Page]]:
         cure = "give metrics.class_map=, a JSON of data.val's classes to the classifier's"
         raise Refusal(DATA, f"{val.name}: its classes are not those of {recipe.encoder}; {cure}")
     encoder = built(recipe, shape)
-    weights.fill(encoder, source.config, source.state_dict(), str(recipe.encoder))
+    weights.fill(encoder, source.config, export.tensors(source), str(recipe.encoder))
     layer = nn.Linear(encoder.width, head.count)
     model = Model(encoder, ClassificationHead(nn.Sequential(layer), "softmax"))
     layer.load_state_dict({"weight": head.weight, "bias": head.bias})

@@ -34,10 +34,18 @@ class Encoder(Protocol):
 
     width: int
     channels: int
-    stride: int
+    stride: int  # side of the square of pixels that a token stands for
     grid: tuple[int, int]
     prefix: int
     pool: str
+    maskable: bool  # whether there are patch embeddings, one for each token, that `edit` can replace
+    blocks: Any  # the parts that it applies one after the other, an nn.ModuleList
+    mean: Tensor
+    std: Tensor
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """image uint8 [B, C, H, W] -> pixels float [B, C, H, W]."""
+        ...
 
     def __call__(self, image: Tensor, edit: Edit | None = None, select: Tensor | None = None) -> Tensor:
         """`edit` is applied to the patches before positions; `select` int64 [B, S] names the token positions wanted."""

@@ -14,8 +14,9 @@ from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.names import names
 from ssl_vit.data.sequential import Tars
 from ssl_vit.durable import sha256, write_bytes
-from ssl_vit.encoders import weights
-from ssl_vit.encoders.weights import Classifier, Weights
+from ssl_vit.encoders.classified import Classifier
+from ssl_vit.encoders.export import export
+from ssl_vit.encoders.formats import Weights
 from ssl_vit.evaluate import metrics, sweep
 from ssl_vit.evaluate.label_sets import read_label_sets
 from ssl_vit.evaluate.metrics import Metrics, Predictions
@@ -71,7 +72,8 @@ def finish(
     encoder.load_state_dict(
         {name.removeprefix("encoder."): value for name, value in saved.items() if name.startswith("encoder.")}
     )
-    checkpoint.publish(folder.folder / "encoder", lambda draft: weights.export(encoder, draft))
+    opened: list[str] = []
+    checkpoint.publish(folder.folder / "encoder", lambda draft: opened.append(export(encoder, draft)))
     judged = {name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}
     results = {**judged, **{f"train_{n}": row[n] for n in ("loss", "unigram_entropy") if n in row}, "step": row["step"]}
     if recipe.best:
@@ -80,7 +82,7 @@ def finish(
         head = Classifier(
             saved["head.layers.0.weight"], saved["head.layers.0.bias"], data.classes, recipe.data.eval_crop
         )
-        checkpoint.publish(folder.folder / "classifier", lambda draft: weights.export(encoder, draft, head))
+        checkpoint.publish(folder.folder / "classifier", lambda draft: export(encoder, draft, head))
         found = kept_predictions(folder.folder, row["step"], judged_on.identity)
         results |= measure(found, judged_on, data.classes, recipe.metrics, folder.folder)
         results["digests"] = {
@@ -101,7 +103,7 @@ def finish(
         text = "".join(
             f", {name} {value:.4f}" if name != "samples" else f" on {value}" for name, value in shown.items()
         )
-        print(f"{folder.folder}: done, {row['step']} steps{text}; encoder in {folder.folder / 'encoder'}")
+        print(f"{folder.folder}: done, {row['step']} steps{text}; encoder in {folder.folder / 'encoder'}, {opened[0]}")
     return results
 
 

@@ -13,7 +13,7 @@ from ssl_vit.data.faults import BadSample, printable
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data, Samples
 from ssl_vit.data.stream import EvaluationStream, Share
-from ssl_vit.encoders import weights
+from ssl_vit.encoders import classified, weights
 from ssl_vit.evaluate.metrics import TOP, write_table
 from ssl_vit.exits import CANNOT_CREATE, DATA, USAGE, Refusal
 from ssl_vit.model import read_out
@@ -58,7 +58,7 @@ def run(recipe: Predict) -> int:
     if not output.parent.is_dir():
         raise Refusal(CANNOT_CREATE, f"output={output}: there is no folder {output.parent}")
     names, _ = folder.images(Path(recipe.input))
-    encoder, head = weights.read_classifier(recipe.encoder)
+    encoder, head = classified.read_classifier(recipe.encoder)
     size = recipe.image_size or encoder.config.image
     if encoder.channels != 3:
         text = f"takes {encoder.channels} channels; images are read as RGB, which has 3"
@@ -93,7 +93,7 @@ def run(recipe: Predict) -> int:
 
 @torch.no_grad()
 def _classified(
-    encoder: weights.VitEncoder, head: weights.Classifier, stream: EvaluationStream
+    encoder: weights.AnyEncoder, head: classified.Classifier, stream: EvaluationStream
 ) -> Iterator[tuple[int, list[Any]]]:
     """For every image that can be read: its place, and its best classes with their probabilities."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,7 @@
 """Recipes: the parts' configs put together, checked against each other, and run."""
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ssl_vit.data.samples import Data, Samples
 from ssl_vit.data.sequential import SequentialStream, Tars, tars
 from ssl_vit.data.stream import Share, TrainingStream
 from ssl_vit.encoders import Encoder, weights
-from ssl_vit.encoders.vit import Vit
+from ssl_vit.encoders.vit import Transformer, Vit
 from ssl_vit.evaluate.metrics import Metrics, check_labels
 from ssl_vit.evaluate.online import Online
 from ssl_vit.evaluate.sweep import Benchmark, SuiteTask, Sweep
@@ -27,7 +28,7 @@ from ssl_vit.heads.panel import grid
 from ssl_vit.heads.transfer import Transfer
 from ssl_vit.model import Batch, Model, count_parameters
 from ssl_vit.scaling import Device
-from ssl_vit.train.environment import world
+from ssl_vit.train.environment import uses_bf16, world
 from ssl_vit.train.loop import Loop
 from ssl_vit.train.optim import AdamW, Optim, Sgd
 from ssl_vit.train.run import SAFE
@@ -35,7 +36,7 @@ from ssl_vit.train.tracker import write_png
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 PANEL = 8  # images in a picture
-FREE_OF_SOURCE = {"kind", "image", "pool", "dropout", "drop_path"}  # what a source of weights leaves open
+FREE_OF_SOURCE = {"image", "pool", "dropout", "drop_path"}  # what a source of weights leaves open
 
 
 class Train(Loop):
@@ -53,6 +54,9 @@ class Train(Loop):
     )
     init: str = Field(
         default="none", description="weights to start from: a run, an encoder folder, a weights file, timm:NAME, none"
+    )
+    init_share: float = Field(
+        default=1.0, gt=0, le=1, description="least share of the encoder's numbers that init has to fill"
     )
     data: Data = Data()
     encoder: Encoder = Vit()
@@ -97,7 +101,7 @@ class Finetune(Train):
 Recipe = Pretrain | Finetune
 
 
-def resolve(recipe: Recipe) -> tuple[Recipe, weights.Weights | None, Vit | None]:
+def resolve(recipe: Recipe) -> tuple[Recipe, weights.Weights | None, Encoder | None]:
     """The recipe with its encoder's config complete, and where `init` names a source, its weights and config.
 
     A source's architecture is the encoder's; Refusal(USAGE) names encoder keys that contradict it.
@@ -109,18 +113,22 @@ def resolve(recipe: Recipe) -> tuple[Recipe, weights.Weights | None, Vit | None]
     if recipe.init != "none":
         source, tensors = weights.read(recipe.init, classifier=kept_head(recipe))
         _agree(given, source, recipe.init)
-        chosen = given.model_fields_set & {"pool", "dropout", "drop_path"}
+        chosen = given.model_fields_set & (FREE_OF_SOURCE - {"image"}) & set(type(source).model_fields)
         free = {name: getattr(given, name) for name in chosen}
         encoder = source.model_copy(update={"image": recipe.data.image_size, **free})
     elif kept_head(recipe):
         raise Refusal(USAGE, "head.keep: there is no classifier to keep with init=none")
     if encoder.channels != 3:
         raise Refusal(USAGE, f"encoder.channels={encoder.channels}: images are read as RGB, which has 3")
+    if getattr(recipe.optim, "layer_decay", None) is not None and not isinstance(encoder, Transformer):
+        raise Refusal(USAGE, f"optim.layer_decay: encoder.kind={encoder.kind} has no plain stack of blocks")
     try:
         with torch.device("meta"):
             recipe.head.build(encoder.build(), classes=1)
     except ValueError as error:
-        raise Refusal(USAGE, f"data.image_size={recipe.data.image_size}: {error}") from error
+        raise Refusal(
+            USAGE, f"encoder.kind={encoder.kind} with data.image_size={recipe.data.image_size}: {error}"
+        ) from error
     return recipe.model_copy(update={"encoder": encoder}), tensors, source
 
 
@@ -129,26 +137,36 @@ def kept_head(recipe: Recipe) -> bool:
     return getattr(recipe.head, "keep", False)
 
 
-def _agree(given: Vit, source: Vit, name: str) -> None:
+def _agree(given: Encoder, source: Encoder, name: str) -> None:
     """Refuse encoder keys that were given and say something else than the source of the weights."""
     said = given.model_fields_set - FREE_OF_SOURCE
-    numbers = ("width", "depth", "heads", "mlp")
-    mine = dict(zip(numbers, given.numbers, strict=True)) | {k: getattr(given, k) for k in said - {"size", *numbers}}
-    theirs = source.model_dump() | dict(zip(numbers, source.numbers, strict=True))
-    if "size" not in said:
-        mine = {key: value for key, value in mine.items() if key in said}
-    wrong = [key for key, value in mine.items() if value != theirs[key]]
+    mine, theirs = ({key: getattr(one, key, "none") for key in said} for one in (given, source))
+    if isinstance(given, Transformer) and isinstance(source, Transformer):
+        numbers = ("width", "depth", "heads", "mlp")  # a size is but their name
+        wanted = numbers if mine.pop("size", None) else [key for key in numbers if key in said]
+        theirs |= dict(zip(numbers, source.numbers, strict=True))
+        mine |= {key: value for key, value in zip(numbers, given.numbers, strict=True) if key in wanted}
+    wrong = [key for key, value in sorted(mine.items()) if value != theirs[key]]
     if wrong:
         cure = " ".join(f"encoder.{key}={theirs[key]}" for key in wrong)
         raise Refusal(USAGE, f"init={name} is another encoder than the encoder keys say; give {cure}, or none of them")
 
 
-def build(recipe: Recipe, classes: int, tensors: weights.Weights | None = None, source: Vit | None = None) -> Model:
-    """The model of a resolved recipe: weights drawn from its seed, the encoder's from the source where there is one."""
+def build(
+    recipe: Recipe,
+    classes: int,
+    tensors: weights.Weights | None = None,
+    source: Encoder | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Model:
+    """The model of a resolved recipe: weights drawn from its seed, the encoder's from the source where there is one.
+
+    `say` is told what became of the source's tensors.
+    """
     torch.manual_seed(recipe.seed)
     encoder = recipe.encoder.build()
     if tensors is not None and source is not None:
-        weights.fill(encoder, source, tensors, recipe.init)
+        say(str(weights.fill(encoder, source, tensors, recipe.init, recipe.init_share)))
     return Model(encoder, recipe.head.build(encoder, classes))
 
 
@@ -245,14 +263,20 @@ def flops(model: Model) -> int:
     return cost.training_flops(cost.encoder_macs(model.encoder.config) + model.head.macs)
 
 
-def preview(recipe: Recipe, tensors: weights.Weights | None, source: Vit | None) -> int:
+def _activations(recipe: Recipe) -> float:
+    """What the encoder keeps of an image for the backward pass, 10^6 bytes."""
+    bf16 = uses_bf16(recipe.precision)
+    return cost.activation_bytes(recipe.encoder, bf16, recipe.activation_checkpointing) / 1e6
+
+
+def preview(recipe: Recipe, tensors: weights.Weights | None, source: Encoder | None) -> int:
     """Say what a run would do and draw its first batch, corrupted where the head does that; trains nothing."""
     if int(os.environ.get("RANK", "0")):
         return 0
     if getattr(recipe, "tasks", ()):
         raise Refusal(USAGE, "dry_run: of one data set at a time; give tasks=none and data.train, data.val of a task")
     train, val = sources(recipe)
-    model = build(recipe, len(train.classes), tensors, source)
+    model = build(recipe, len(train.classes), tensors, source, say=print)
     stream = streamed(train, recipe)
     print(config.dump(recipe))
     length = f"{recipe.steps:,} steps of {recipe.batch:,} images"
@@ -268,6 +292,7 @@ def preview(recipe: Recipe, tensors: weights.Weights | None, source: Vit | None)
     rows = {
         "parameters": f"encoder {count_parameters(model.encoder):,}, head {count_parameters(model.head):,}",
         "FLOPs an image": f"{flops(model):,} (forward and backward)",
+        "activations": f"{_activations(recipe):,.1f} MB an image, of the encoder",
         "length": length,
         "data": data,
         "evaluation": f"{val.name}: {val.samples:,} samples" if val is not None else "none",

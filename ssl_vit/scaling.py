@@ -8,7 +8,7 @@ from pydantic import Field
 from ssl_vit import cost
 from ssl_vit.config import Config
 from ssl_vit.cost import ENGINES, Engine
-from ssl_vit.encoders.vit import Vit
+from ssl_vit.encoders import Encoder
 from ssl_vit.exits import USAGE, Refusal
 
 Cure = tuple[Engine, str]  # an engine, and what to change
@@ -39,7 +39,7 @@ class Device(Config):
 class Job:
     """The numbers of a run that its plan depends on."""
 
-    encoder: Vit
+    encoder: Encoder
     head_macs: int  # multiply-accumulates an image
     parameters: int  # of encoder and head
     moments: int  # numbers that the optimizer keeps a parameter
@@ -70,7 +70,7 @@ class Job:
 
     def enough(self, device: Device) -> int:
         """Images at once from which on their kernels take longer to run than to be launched."""
-        return math.ceil(HOST * self.encoder.numbers[1] / (self.seconds(device) / self.share))
+        return math.ceil(HOST * len(cost.blocks(self.encoder)) / (self.seconds(device) / self.share))
 
     def memory(self, engine: Engine, micro: int, checkpointing: bool) -> tuple[int, int]:
         """Bytes of a GPU between steps, and at a step's peak."""
@@ -233,7 +233,7 @@ def _supply(name: str, need: float, has: float, line: str, sample_bytes: float, 
 
 def _host(job: Job, device: Device) -> Limit:
     """Kernels have to run longer than their launches take: below that a GPU waits for its host."""
-    launches, computes = HOST * job.encoder.numbers[1], job.seconds(device) * job.micro / job.share
+    launches, computes = HOST * len(cost.blocks(job.encoder)), job.seconds(device) * job.micro / job.share
     factor, enough = launches / computes, job.enough(device)
     line = f"batch       {job.micro:,} images at once take {number(computes * 1e3)} ms to compute, "
     line += f"{number(launches * 1e3)} ms to launch (assumed): {enough:,} fill a GPU"

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ssl_vit import inject
+from ssl_vit import codebook, inject
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.sequential import Tars
 from ssl_vit.data.stream import EvaluationStream, Share, parts
-from ssl_vit.encoders import weights
-from ssl_vit.encoders.vit import Vit
+from ssl_vit.encoders import Encoder, classified, weights
 from ssl_vit.evaluate.accuracy import Evaluator, HeldOut
 from ssl_vit.evaluate.metrics import Predictions
 from ssl_vit.evaluate.online import Probe
@@ -46,7 +45,7 @@ class Session:
     accelerator: "Accelerator"
     watchdog: Watchdog
     tensors: weights.Weights | None
-    source: Vit | None
+    source: Encoder | None
 
 
 def train(session: Session, recipe: Recipe, folder: Run) -> dict[str, Any]:
@@ -58,10 +57,12 @@ def train(session: Session, recipe: Recipe, folder: Run) -> dict[str, Any]:
     on_each_machine(accelerator, lambda: sound(recipe, data, val, *(probed or ())))
     share = shared(recipe, accelerator.process_index, accelerator.num_processes)
     row, left_out = None, NOTHING
+    say = partial(print, flush=True) if accelerator.is_main_process and not recipe.quiet else lambda _: None
+    from_main(accelerator, lambda: codebook.keep(recipe.head, folder.folder), beat)
     while row is None:
-        model = build(recipe, len(data.classes), session.tensors, session.source)
+        model = build(recipe, len(data.classes), session.tensors, session.source, say)
         if kept_head(recipe):
-            weights.read_classifier(recipe.init)[1].fill(model.head.layers[0], data.classes, recipe.init)
+            classified.read_classifier(recipe.init)[1].fill(model.head.layers[0], data.classes, recipe.init)
         task = _task(session, recipe, model, data, val, probed, share, folder)
         try:
             row = fit(folder, accelerator, recipe, task, beat, left_out=left_out)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ssl_vit.data.shards import MakeShards, convert
-from ssl_vit.encoders import weights
+from ssl_vit.encoders import export
 from ssl_vit.encoders.vit import Vit
 from tests.starts import Start
 
@@ -102,7 +102,7 @@ def encoder(folder: Path, **numbers: Any) -> Path:
     made = Vit(**(given | numbers)).build()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=LOUD)
-    weights.export(made, folder / "encoder")
+    export.export(made, folder / "encoder")
     return folder
 
 

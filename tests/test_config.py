@@ -61,7 +61,7 @@ def test_a_value_means_the_same_on_the_command_line_and_in_a_file(argument, key,
         ("optim.lr=fast", "optim.lr: 'fast': give a number, like 1e-3"),
         ("data.flip=maybe", "data.flip: 'maybe': give true or false"),
         ("precision=fp64", "precision: 'fp64': it should be 'auto', 'fp32' or 'bf16'"),
-        ("head.kind=colour", "head.kind: 'colour' is not one of 'mean_color', 'classifier', 'transfer'"),
+        ("head.kind=colour", "head.kind: 'colour' is not one of 'mean_color', 'patch_colors',"),
         ("head.mix=0.5,0.1,0.1", "head: mix (0.5, 0.1, 0.1) does not add up to 1"),
         ("data=x", "data: 'x': it is a group of keys, give one of them"),
         ("steps", "'steps' is not key=value; try --help"),
@@ -133,11 +133,13 @@ data.window encoder.kind encoder.size encoder.patch encoder.image encoder.channe
 encoder.heads encoder.mlp encoder.positions encoder.pool encoder.dropout encoder.mean encoder.std head.kind
 optim.kind optim.lr optim.warmup_steps optim.schedule
 optim.weight_decay optim.clip optim.betas optim.momentum
+init_share optim.drops encoder.positions_at encoder.class_token encoder.stem encoder.name encoder.widen
 average best data.hold_out data.auto_augment data.whole encoder.drop_path head.keep head.smoothing head.mixup
 head.cutmix optim.layer_decay data.empty_classes
 """
 ONLY = {
-    Pretrain: """head.ratio head.mix head.bits head.hidden head.loss online.train online.val online.samples online.k
+    Pretrain: """head.ratio head.mix head.bits head.unit head.blocks
+    head.normalise head.codebook head.hidden head.loss head.bias online.train online.val online.samples online.k
     online.shots""",
     Finetune: """sweep.lr sweep.fraction sweep.val seeds tasks tasks_root metrics.label_sets metrics.class_map
     metrics.bootstrap metrics.predictions benchmark.name benchmark.classes benchmark.train benchmark.test benchmark.get

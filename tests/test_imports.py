@@ -20,8 +20,8 @@ LEVELS = [
     {"data"},
     {"evaluate"},
     {"train"},
-    {"recipe", "advice", "runs", "pages", "outcome", "training", "tuning", "session"},
-    {"bench", "frozen", "judging", "comparison", "evaluation", "prediction"},
+    {"recipe", "advice", "runs", "pages", "outcome", "training", "tuning", "session", "codebook"},
+    {"bench", "frozen", "judging", "comparison", "evaluation", "prediction", "converted"},
 ]
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}
 HOMES = {"accelerate": {"train"}, "deepspeed": {"train"}, "webdataset": {"data"}, "timm": {"encoders", "heads", "data"}}

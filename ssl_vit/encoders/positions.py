@@ -1,16 +1,59 @@
-"""Position embeddings: learned 1-D tables, and how they change resolution."""
+"""Position embeddings (paper 3.1 and D.4): learned 1-D and 2-D tables, relative offsets, and other resolutions."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def learned(tokens: int, width: int) -> nn.Parameter:
-    """A learned table [1, T, D], normal(0.02): it knows nothing of 2-D and must learn it (paper 3.1)."""
-    return nn.Parameter(torch.randn(1, tokens, width) * 0.02)
+Grid = tuple[int, int]
 
 
-def resize(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int) -> Tensor:
+def learned(*shape: int) -> nn.Parameter:
+    """A learned table, normal(0.02): it knows nothing of 2-D and must learn it (paper 3.1)."""
+    return nn.Parameter(torch.randn(*shape) * 0.02)
+
+
+class Table(nn.Module):
+    """1-D: a row for each of T tokens, in raster order."""
+
+    def __init__(self, tokens: int, width: int):
+        super().__init__()
+        self.table = learned(1, tokens, width)
+
+    def forward(self) -> Tensor:
+        """The table [1, T, D]."""
+        return self.table
+
+
+class Axes(nn.Module):
+    """2-D: half of the width tells the row, half the column; prefix tokens have rows of their own (our choice)."""
+
+    def __init__(self, grid: Grid, width: int, prefix: int):
+        super().__init__()
+        self.rows = learned(grid[0], width // 2)
+        self.columns = learned(grid[1], width - width // 2)
+        self.prefix = learned(prefix, width) if prefix else None
+
+    def forward(self) -> Tensor:
+        """The table [1, P + N, D]."""
+        (h, a), (w, b) = self.rows.shape, self.columns.shape
+        both = [self.rows[:, None].expand(h, w, a), self.columns[None].expand(h, w, b)]
+        table = torch.cat(both, dim=2).flatten(0, 1)
+        return (table if self.prefix is None else torch.cat([self.prefix, table]))[None]
+
+
+def relative_logits(q: Tensor, offsets: Tensor, prefix: int) -> Tensor:
+    """What relative positions add to q k^T: q [B, heads, P + N, d], offsets [2N - 1, d] -> [B, heads, P + N, P + N].
+
+    The embedding of p_q - p_k, 1-D offsets in raster order, is a second key for the query (paper D.4). The table is
+    shared by heads, and pairs with a prefix token get nothing: the paper leaves both open.
+    """
+    place = torch.arange(q.shape[2] - prefix, device=q.device)
+    keys = offsets[place[:, None] - place + len(place) - 1]  # [N, N, d]
+    logits = torch.einsum("bhqd,qkd->bhqk", q[:, :, prefix:], keys.to(q.dtype))
+    return F.pad(logits, (prefix, 0, prefix, 0))
+
+
+def resize(table: Tensor, old: Grid, new: Grid, prefix: int) -> Tensor:
     """A position table [1, P + h*w, D] for another grid (rows, columns), interpolated in 2-D (paper 3.2).
 
     Bilinear and corner-aligned, as the authors' released code does it: new index i sits at i * (old - 1) / (new - 1).
@@ -22,3 +65,34 @@ def resize(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: in
     rows = F.interpolate(rows.float(), size=new, mode="bilinear", align_corners=True)
     rows = rows.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
     return torch.cat([table[:, :prefix], rows], dim=1)
+
+
+def resize_axis(table: Tensor, new: int) -> Tensor:
+    """One axis of a 2-D table [n, D/2] for another number of rows or columns, by the same rule."""
+    if len(table) == new:
+        return table
+    return F.interpolate(table.float().T[None], size=new, mode="linear", align_corners=True)[0].T.to(table.dtype)
+
+
+def resize_offsets(offsets: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Relative offsets [2 h*w - 1, d] for another grid, by the same rule (our choice; the paper did not need it).
+
+    A raster offset is taken for its nearest step of rows and columns; that step is scaled, and what the old offsets
+    around it say is interpolated.
+    """
+    if old == new:
+        return offsets
+    (h, w), (rows, columns) = old, new
+    offset = torch.arange(-(rows * columns - 1), rows * columns)
+    down = torch.div(2 * offset + columns, 2 * columns, rounding_mode="floor") * (rows > 1)
+    right = offset - down * columns  # from -columns / 2 to columns / 2
+    y = down * (h - 1) / max(1, rows - 1)
+    x = right * (w - 1) / max(1, columns - 1)
+    made = torch.zeros(len(offset), offsets.shape[1])
+    for ahead_y in (0, 1):
+        for ahead_x in (0, 1):
+            at_y, at_x = y.floor() + ahead_y, x.floor() + ahead_x
+            share = (1 - (y - at_y).abs()).clamp(min=0) * (1 - (x - at_x).abs()).clamp(min=0)
+            place = (at_y * w + at_x).long().clamp(-(h * w - 1), h * w - 1) + h * w - 1
+            made += share[:, None] * offsets.float()[place]
+    return made.to(offsets.dtype)

@@ -4,7 +4,7 @@ Tensor names follow ssl_vit/model.py. Parameter names are timm's, so that weight
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Literal
 
 import torch
@@ -13,8 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ssl_vit.config import Config
 from ssl_vit.encoders import positions
+from ssl_vit.encoders.pixels import Normalised, Pixels
 from ssl_vit.model import Edit
 
 # width, depth, heads, MLP width: paper Table 1 for B, L, H; the authors' released code for Ti and S
@@ -27,27 +27,27 @@ SIZES = {
 }
 
 
-class Vit(Config):
-    """A plain ViT, by name or by its numbers."""
+class Transformer(Pixels):
+    """What a ViT and an Axial-ViT share: a size by name or by its numbers, patches, positions."""
 
-    kind: Literal["vit"] = "vit"
+    kind: str
     size: Literal["Ti", "S", "B", "L", "H"] = Field(
         default="B", description="named size, the default of the four numbers below"
     )
     patch: int = Field(default=16, ge=1, description="side of a patch, pixels")
-    image: int | tuple[int, int] = Field(
-        default=224, description="input size, pixels (H,W or one side); data.image_size sets it"
-    )
-    channels: int = Field(default=3, ge=1, description="image channels")
     width: int | None = Field(default=None, ge=1, description="token width D (none: from size)")
     depth: int | None = Field(default=None, ge=1, description="blocks (none: from size)")
     heads: int | None = Field(
         default=None, ge=1, description="attention heads; they divide the width (none: from size)"
     )
     mlp: int | None = Field(default=None, ge=1, description="hidden width of the MLP (none: from size)")
-    positions: Literal["1d", "none"] = Field(default="1d", description="position embedding: learned 1-D table, or none")
-    pool: Literal["class", "mean"] = Field(
-        default="class", description="read-out: class token, or mean of the patch tokens"
+    positions: Literal["1d", "2d", "relative", "none"] = Field(
+        default="1d", description="position embedding: learned 1-D or 2-D table, 1-D offsets in the attention, or none"
+    )
+    positions_at: Literal["stem", "every", "shared"] | None = Field(
+        default=None,
+        description="where they act: before the first block, or in every block, from tables of its own or a shared one "
+        "(none: stem, and every for relative)",
     )
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="dropout rate, at the paper's four places (appendix B.1)"
@@ -55,21 +55,20 @@ class Vit(Config):
     drop_path: float = Field(
         default=0.0, ge=0, lt=1, description="share of images for which the last block is skipped in training"
     )
-    mean: tuple[float, ...] = Field(
-        default=(0.5,), description="subtracted from pixels in [0,1], one value or one a channel"
-    )
-    std: tuple[float, ...] = Field(default=(0.5,), description="then divided by, one value or one a channel")
 
     @model_validator(mode="after")
-    def _fits(self) -> "Vit":
+    def _fits(self) -> "Transformer":
         width, _, heads, _ = self.numbers
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std {self.std} has to be above 0")
-        if {len(self.mean), len(self.std)} - {1, self.channels}:
-            raise ValueError(f"mean and std take one value, or one for each of the {self.channels} channels")
+        if self.pool == "class" and not self.prefix:
+            raise ValueError("there is no class token to read out; set pool=mean")
         return self
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before those of the patches."""
+        return 0
 
     @property
     def numbers(self) -> tuple[int, int, int, int]:
@@ -83,38 +82,74 @@ class Vit(Config):
         return width, depth, heads, mlp
 
     @property
-    def image_hw(self) -> tuple[int, int]:
-        """Input height and width, pixels."""
-        return (self.image, self.image) if isinstance(self.image, int) else self.image
-
-    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         height, width = self.image_hw
         return height // self.patch, width // self.patch
 
-    def build(self) -> "VitEncoder":
-        """A freshly initialised encoder; raises ValueError where patches do not tile the image."""
+    @property
+    def where(self) -> str:
+        """Where positions act: stem, every or shared."""
+        return self.positions_at or ("every" if self.positions == "relative" else "stem")
+
+    def check(self) -> None:
+        """Raises ValueError where patches do not tile the image."""
         height, width = self.image_hw
-        if height % self.patch or width % self.patch:
+        if height % self.patch or width % self.patch or 0 in self.grid:
             near = " x ".join(str(max(1, round(side / self.patch)) * self.patch) for side in self.image_hw)
             raise ValueError(f"an image of {height} x {width} cannot be cut into patches of {self.patch}; {near} can")
+
+
+class Vit(Transformer):
+    """A plain ViT, or with stem=r50 the paper's hybrid of a ResNet-50 and a ViT."""
+
+    kind: Literal["vit"] = "vit"
+    class_token: bool = Field(default=True, description="put a learned token before those of the patches")
+    stem: Literal["patch", "r50"] = Field(
+        default="patch",
+        description="patches are cut from pixels, or are the positions of a ResNet-50's feature map (paper 3.1): of "
+        "stage 4 with patch=32, of a longer stage 3 with patch=16",
+    )
+
+    @model_validator(mode="after")
+    def _stems(self) -> "Vit":
+        if self.stem == "r50" and self.patch not in (16, 32):
+            raise ValueError("stem=r50 has feature maps for patch=16 and patch=32")
+        return self
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before those of the patches."""
+        return int(self.class_token)
+
+    def build(self) -> "VitEncoder":
+        """A freshly initialised encoder; raises ValueError where patches do not tile the image."""
+        self.check()
         return VitEncoder(self)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (paper appendix A), [B, T, D] -> [B, T, D]."""
+    """Multi-head self-attention (paper appendix A), [B, T, D] -> [B, T, D].
 
-    def __init__(self, width: int, heads: int):
+    `offsets` [2N - 1, D / heads] are relative positions, the block's own or those that all blocks share.
+    """
+
+    def __init__(self, width: int, heads: int, prefix: int = 1, offsets: nn.Parameter | None = None):
         super().__init__()
-        self.heads = heads
+        self.heads, self.prefix = heads, prefix
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.offsets = offsets
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
         b, t, d = x.shape
         q, k, v = self.qkv(x).reshape(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v)
+        offsets = shared if self.offsets is None else self.offsets
+        if offsets is None:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:  # written out: fused kernels take a mask slowly, and some wrongly (pitfalls.md T11)
+            logits = q @ k.transpose(2, 3) + positions.relative_logits(q, offsets, self.prefix)
+            x = (logits.float() / math.sqrt(q.shape[3])).softmax(3).to(v.dtype) @ v
         return self.proj(x.transpose(1, 2).reshape(b, t, d))
 
 
@@ -147,19 +182,30 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-LN transformer block: attention, then MLP, each with its residual."""
+    """A pre-LN transformer block: attention, then MLP, each with its residual; before them its positions, if any."""
 
-    def __init__(self, width: int, heads: int, mlp: int, dropout: float, drop_path: float = 0.0):
+    def __init__(
+        self,
+        attention: Attention,
+        width: int,
+        mlp: int,
+        dropout: float,
+        drop_path: float = 0.0,
+        positions: nn.Module | None = None,
+    ):
         super().__init__()
+        self.pos = positions
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
+        self.attn = attention
         self.drop = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, mlp, dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.drop(self.attn(self.norm1(x))))
+    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        if self.pos is not None:
+            x = x + self.pos()
+        x = x + self.drop_path(self.drop(self.attn(self.norm1(x), offsets)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -174,31 +220,71 @@ class PatchEmbed(nn.Module):
         return self.proj(pixels).flatten(2).transpose(1, 2)
 
 
-class VitEncoder(nn.Module):
-    """image uint8 [B, C, H, W] -> tokens [B, 1 + N, D], the class token first."""
+class VitEncoder(Normalised):
+    """image uint8 [B, C, H, W] -> tokens [B, P + N, D], the class token first."""
 
-    prefix = 1
+    inside = ""  # what precedes timm's names of its tensors
+    maskable = True
     activation_checkpointing = False  # in training, keep each block's input only and compute the rest again
 
-    def __init__(self, config: Vit):
-        super().__init__()
-        width, depth, heads, mlp = config.numbers
+    def __init__(self, config: Transformer):
+        super().__init__(config)
+        width, _, _, _ = config.numbers
         self.config = config
-        self.width, self.stride, self.pool, self.grid = width, config.patch, config.pool, config.grid
-        self.channels = config.channels
-        self.patch_embed = PatchEmbed(config.channels, config.patch, width)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        patches = self.grid[0] * self.grid[1]
-        self.pos_embed = positions.learned(self.prefix + patches, width) if config.positions == "1d" else None
+        self.width, self.stride, self.grid, self.prefix = width, config.patch, config.grid, config.prefix
+        self.patch_embed = self._patches()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if self.prefix else None
+        self.pos_embed = self._table() if config.where != "every" else None
         self.pos_drop = nn.Dropout(config.dropout)
-        rates = [config.drop_path * i / max(1, depth - 1) for i in range(depth)]  # growing with depth, from 0
-        self.blocks = nn.ModuleList(Block(width, heads, mlp, config.dropout, rate) for rate in rates)
+        self.blocks = nn.ModuleList(self._blocks())
+        self.offsets = self._offsets(config.grid) if config.where == "shared" else None
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(config.mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(1, -1, 1, 1), persistent=False)
         self._initialise()
+
+    def _patches(self) -> nn.Module:
+        if isinstance(self.config, Vit) and self.config.stem == "r50":
+            from ssl_vit.encoders.timm_zoo import hybrid
+
+            return hybrid(self.config.channels, self.config.patch, self.width, self.config.image_hw)
+        return PatchEmbed(self.config.channels, self.config.patch, self.width)
+
+    def _table(self) -> nn.Parameter | nn.Module | None:
+        """What is added at the stem, or by all blocks: under timm's name, as a plain tensor, where it is 1-D."""
+        if self.config.positions == "1d":
+            return positions.learned(1, self.prefix + self.grid[0] * self.grid[1], self.width)
+        return positions.Axes(self.grid, self.width, self.prefix) if self.config.positions == "2d" else None
+
+    def _offsets(self, grid: tuple[int, int]) -> nn.Parameter | None:
+        """Relative positions of the patches of a grid."""
+        if self.config.positions != "relative":
+            return None
+        return positions.learned(2 * grid[0] * grid[1] - 1, self.width // self.config.numbers[2])
+
+    def lines(self, name: str, grid: tuple[int, int]) -> tuple[int, int]:
+        """The grid that a tensor of relative positions stands for, in an image of this grid."""
+        del name
+        return grid
+
+    def _attention(self, number: int) -> Attention:
+        """The attention of the block of a number, from 0."""
+        first = self.config.where == "stem" and number == 0
+        offsets = self._offsets(self.grid) if first or self.config.where == "every" else None
+        return Attention(self.width, self.config.numbers[2], self.prefix, offsets)
+
+    def _depth(self) -> int:
+        return self.config.numbers[1]
+
+    def _blocks(self) -> Iterator[Block]:
+        config, tokens = self.config, self.prefix + self.grid[0] * self.grid[1]
+        depth, mlp = self._depth(), config.numbers[3]
+        for number in range(depth):
+            rate = config.drop_path * number / max(1, depth - 1)  # growing with depth, from 0
+            own: nn.Module | None = None
+            if config.where == "every" and config.positions == "1d":
+                own = positions.Table(tokens, self.width)
+            elif config.where == "every" and config.positions == "2d":
+                own = positions.Axes(self.grid, self.width, self.prefix)
+            yield Block(self._attention(number), self.width, mlp, config.dropout, rate, own)
 
     def _initialise(self) -> None:
         """As in the authors' code: Xavier-uniform kernels, MLP biases normal(1e-6), LeCun-normal patch embedding."""
@@ -207,21 +293,22 @@ class VitEncoder(nn.Module):
                 for kernel in module.weight.chunk(3) if name.endswith("qkv") else [module.weight]:
                     nn.init.xavier_uniform_(kernel)  # q, k and v are kernels of their own
                 nn.init.normal_(module.bias, std=1e-6 if ".mlp." in name else 0.0)
-        kernel = self.patch_embed.proj.weight
-        nn.init.trunc_normal_(kernel, std=1 / math.sqrt(kernel[0].numel()))
-        if self.patch_embed.proj.bias is not None:
-            nn.init.zeros_(self.patch_embed.proj.bias)
+        embed = self.patch_embed.proj
+        assert isinstance(embed, nn.Conv2d)
+        nn.init.trunc_normal_(embed.weight, std=1 / math.sqrt(embed.weight[0].numel()))
+        if embed.bias is not None:
+            nn.init.zeros_(embed.bias)
 
-    def normalise(self, image: Tensor) -> Tensor:
-        """image uint8 [B, C, H, W] -> pixels float [B, C, H, W]; [-1, 1] with the default mean and std."""
-        return (image.float() / 255 - self.mean) / self.std
+    @property
+    def depth(self) -> int:
+        """How many layers there are to take tokens from."""
+        return len(self.blocks)
 
     def forward(self, image: Tensor, edit: Edit | None = None, select: Tensor | None = None) -> Tensor:
         """See `ssl_vit.model.Encoder`; raises ValueError where the image is not the size the encoder was built for."""
         x = self.embed(image, edit)
-        again = self.activation_checkpointing and self.training
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+            x = self.through(block, x)
         if select is not None:
             x = x.gather(1, select[:, :, None].expand(-1, -1, x.shape[2]))
         return self.norm(x)
@@ -230,7 +317,7 @@ class VitEncoder(nn.Module):
         """The tokens [B, T, D] after the blocks of these numbers, from 1, each through the final norm."""
         x, found = self.embed(image), {}
         for number, block in enumerate(self.blocks[: max(numbers)], start=1):  # type: ignore[arg-type]
-            x = block(x)
+            x = self.through(block, x)
             if number in numbers:
                 found[number] = self.norm(x)
         return found
@@ -239,10 +326,21 @@ class VitEncoder(nn.Module):
         """What enters the first block."""
         if tuple(image.shape[2:]) != self.config.image_hw:
             raise ValueError(f"image is {tuple(image.shape[2:])}, the encoder takes {self.config.image_hw}")
-        patches = self.patch_embed(self.normalise(image))
+        x = self.patch_embed(self.normalise(image))
         if edit is not None:
-            patches = edit(patches)
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
-        if self.pos_embed is not None:
-            x = x + self.pos_embed
-        return self.pos_drop(x)
+            x = edit(x)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        return self.pos_drop(self._placed(x) if self.config.where == "stem" else x)
+
+    def through(self, block: nn.Module, x: Tensor) -> Tensor:
+        """Tokens through a block, with what all blocks share."""
+        if self.config.where == "shared":
+            x = self._placed(x)
+        if self.activation_checkpointing and self.training:
+            return checkpoint(block, x, self.offsets, use_reentrant=False)
+        return block(x, self.offsets)
+
+    def _placed(self, x: Tensor) -> Tensor:
+        table = self.pos_embed() if isinstance(self.pos_embed, nn.Module) else self.pos_embed
+        return x if table is None else x + table

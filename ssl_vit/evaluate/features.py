@@ -39,11 +39,14 @@ class Features(Config):
 
     def names(self, encoder: Any) -> list[Name]:
         """What to compute of an encoder; raises Refusal(USAGE) for a block that it has not."""
-        depth = len(encoder.blocks)
+        depth = encoder.depth
         strange = [layer for layer in self.layers if not 1 <= layer <= depth]
         if strange:
             raise Refusal(USAGE, f"features.layers={strange[0]}: the encoder's blocks are 1 to {depth}")
-        return [(layer, readout) for layer in self.layers or (depth,) for readout in self.readouts]
+        readouts = [one for one in self.readouts if one == "mean" or encoder.prefix]
+        if not readouts:
+            raise Refusal(USAGE, "features.readouts=class: the encoder has no class token; take mean")
+        return [(layer, readout) for layer in self.layers or (depth,) for readout in readouts]
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def dense(encoder: Any, image: Tensor, layers: tuple[int, ...] = ()) -> list[Ten
 
     One for each of `layers`, numbers of blocks from 1; without any, of the last.
     """
-    wanted = layers or (len(encoder.blocks),)
+    wanted = layers or (encoder.depth,)
     tokens = encoder.layers(image, set(wanted))
     patches = (tokens[layer][:, encoder.prefix :].transpose(1, 2) for layer in wanted)
     return [one.unflatten(2, encoder.grid) for one in patches]

@@ -22,11 +22,15 @@ class Classifier(Config):
         default="softmax", description="cross-entropy: softmax, or a sigmoid a class"
     )
 
+    bias: float = Field(default=0.0, description="start of the last bias; -10 in the authors' ImageNet-21k models")
+
     def build(self, encoder: Encoder, classes: int) -> "ClassificationHead":
         """The head for an encoder and a number of classes."""
         hidden = self.hidden or encoder.width
         layers = nn.Sequential(nn.Linear(encoder.width, hidden), nn.Tanh(), nn.Linear(hidden, classes))
-        return ClassificationHead(layers, self.loss)
+        made = ClassificationHead(layers, self.loss)
+        nn.init.constant_(layers[-1].bias, self.bias)
+        return made
 
 
 class ClassificationHead(nn.Module):

@@ -6,6 +6,7 @@ same image, some stay. All counts are fixed, so shapes are static and the mean o
 
 import math
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from ssl_vit.counter import device_words
 
 MASK, SWAP, KEEP = 0, 1, 2
+BLOCKS = 24  # rectangles drawn an image; what they leave uncovered is filled at random
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,12 @@ def half_up(x: float) -> int:
     return math.floor(x + 0.5 + 1e-9)
 
 
-def counts(patches: int, ratio: float, mix: tuple[float, float, float]) -> tuple[int, int, int]:
-    """How many patches are masked, swapped and kept: of 196 at 50 % and 80/10/10, 78, 10 and 10."""
-    corrupted = half_up(ratio * patches)
+def counts(patches: int, ratio: float, mix: tuple[float, float, float], up: bool = False) -> tuple[int, int, int]:
+    """How many patches are masked, swapped and kept: of 196 at 50 % and 80/10/10, 78, 10 and 10.
+
+    The share of the corrupted is rounded half up, or with `up` always up.
+    """
+    corrupted = math.ceil(ratio * patches - 1e-9) if up else half_up(ratio * patches)
     masked = half_up(mix[0] * corrupted)
     swapped = min(half_up(mix[1] * corrupted), corrupted - masked)
     return masked, swapped, corrupted - masked - swapped
@@ -51,11 +56,74 @@ def draw(
 
     The first K patches of a random permutation are corrupted; fates are cut from it by the fixed counts.
     """
-    masked, swapped, kept = counts(patches, ratio, mix)
+    return _drawn(seed, patches, counts(patches, ratio, mix))
+
+
+def draw_units(
+    seed: Tensor, grid: tuple[int, int], unit: int, ratio: float, mix: tuple[float, float, float]
+) -> Corruption:
+    """The same of squares of unit x unit patches, which share a fate, as SimMIM masks (their number is rounded up)."""
+    rows, columns = grid[0] // unit, grid[1] // unit
+    coarse = _drawn(seed, rows * columns, counts(rows * columns, ratio, mix, up=True))
+    step = torch.arange(unit, device=seed.device)
+    within = (step[:, None] * grid[1] + step).flatten()  # of a unit's patches, from its first one
+
+    def patches(units: Tensor) -> Tensor:
+        first = units // columns * unit * grid[1] + units % columns * unit
+        return (first[:, :, None] + within).flatten(1)
+
+    fate = coarse.fate.repeat_interleave(unit * unit, dim=1)
+    return Corruption(patches(coarse.index), fate, patches(coarse.source))
+
+
+def draw_blocks(
+    seed: Tensor, grid: tuple[int, int], shapes: Tensor, ratio: float, mix: tuple[float, float, float]
+) -> Corruption:
+    """The same of rectangles, as BEiT masks: of `shapes` int64 [S, 2], at random places, until K patches are covered.
+
+    The last rectangle is cut so that K is exact, which BEiT leaves open; fates fall at random over all that is covered.
+    """
+    rows, columns = grid
+    patches, fates = rows * columns, counts(rows * columns, ratio, mix)
+    random = device_words(seed, 2 * patches + 3 * BLOCKS)
+    which, top, left = (random[:, 2 * patches :] & (1 << 62) - 1).unflatten(1, (3, BLOCKS)).unbind(1)
+    height, width = shapes[which % len(shapes)].unbind(2)
+    top, left = (side[:, :, None] for side in (top % (rows - height + 1), left % (columns - width + 1)))
+    row, column = torch.arange(rows, device=seed.device), torch.arange(columns, device=seed.device)
+    in_rows = (row >= top) & (row < top + height[:, :, None])
+    in_columns = (column >= left) & (column < left + width[:, :, None])
+    number = torch.arange(BLOCKS, device=seed.device)[None, :, None, None]
+    first = torch.where(in_rows[:, :, :, None] & in_columns[:, :, None, :], number, BLOCKS).amin(1).flatten(1)
+    order = random[:, :patches].argsort(dim=1, stable=True)
+    covered = order.gather(1, first.gather(1, order).argsort(dim=1, stable=True))[:, : sum(fates)]
+    index = covered.gather(1, random.gather(1, covered).argsort(dim=1, stable=True))
+    return _fated(index, random[:, patches : 2 * patches], patches, fates)
+
+
+def block_shapes(grid: tuple[int, int], corrupted: int) -> list[tuple[int, int]]:
+    """Heights and widths of BEiT's rectangles: at least 16 of 14 x 14 patches, at most all; sides from 0.3 to 1/0.3."""
+    least = half_up(16 * grid[0] * grid[1] / 196)
+    made = []
+    for area, aspect in product(range(16), range(16)):
+        size = least + (max(least, corrupted) - least) * (area + 0.5) / 16
+        ratio = 0.3 ** (1 - (aspect + 0.5) / 8)
+        height, width = half_up(math.sqrt(size * ratio)), half_up(math.sqrt(size / ratio))
+        if height <= grid[0] and width <= grid[1] and height * width >= max(1, least):
+            made.append((height, width))
+    return made or [(1, 1)]
+
+
+def _drawn(seed: Tensor, patches: int, fates: tuple[int, int, int]) -> Corruption:
     random = device_words(seed, 2 * patches)
-    index = random[:, :patches].argsort(dim=1, stable=True)[:, : masked + swapped + kept]
-    slot = torch.arange(masked + swapped + kept, device=seed.device)
-    fate = ((slot >= masked).long() + (slot >= masked + swapped)).expand(len(seed), -1)  # no copy to the device
-    offset = 1 + (random[:, patches : patches + index.shape[1]] >> 1 & (1 << 62) - 1) % max(1, patches - 1)
+    index = random[:, :patches].argsort(dim=1, stable=True)[:, : sum(fates)]
+    return _fated(index, random[:, patches:], patches, fates)
+
+
+def _fated(index: Tensor, random: Tensor, patches: int, fates: tuple[int, int, int]) -> Corruption:
+    """The first of `index` are masked, the next swapped for another of so many patches, the last kept."""
+    masked, swapped, _ = fates
+    slot = torch.arange(index.shape[1], device=index.device)
+    fate = ((slot >= masked).long() + (slot >= masked + swapped)).expand(len(index), -1)  # no copy to the device
+    offset = 1 + (random[:, : index.shape[1]] >> 1 & (1 << 62) - 1) % max(1, patches - 1)
     source = torch.where(fate == SWAP, (index + offset) % patches, index)
     return Corruption(index, fate, source)

@@ -5,29 +5,37 @@ from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
 from ssl_vit.config import Config
 
 Moment = Annotated[float, Field(ge=0, lt=1)]
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal["cosine", "linear", "constant", "step"]
 LINEAR_END = 1e-5  # where linear decay ends in the authors' code
 
 
 def learning_rate(
-    step: int, lr: float = 1.0, steps: int = 1, warmup_steps: int = 0, schedule: Schedule = "cosine"
+    step: int,
+    lr: float = 1.0,
+    steps: int = 1,
+    warmup_steps: int = 0,
+    schedule: Schedule = "cosine",
+    drops: tuple[int, ...] = (),
 ) -> float:
     """The rate of a step (paper Tables 3 and 4): linear warm-up from 0, then decay over the steps that remain.
 
-    Cosine ends at 0, linear at 1e-5, as in the authors' code; `step` counts from 0.
+    Cosine ends at 0, linear at 1e-5, as in the authors' code; step is a tenth from each of `drops` on, as in BiT's
+    recipe. `step` counts from 0.
     """
     progress = min(1.0, max(0.0, (step - warmup_steps) / max(1, steps - warmup_steps)))
     if schedule == "cosine":
         lr *= 0.5 * (1 + math.cos(math.pi * progress))
     elif schedule == "linear":
         lr = LINEAR_END + (lr - LINEAR_END) * (1 - progress)
+    elif schedule == "step":
+        lr /= 10 ** sum(step >= drop for drop in drops)
     return lr * min(1.0, step / warmup_steps) if warmup_steps else lr
 
 
@@ -35,6 +43,9 @@ class _Optim(Config):
     lr: float = Field(default=1e-3, ge=0, description="peak learning rate")
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up from 0")
     schedule: Schedule = Field(default="cosine", description="decay after the warm-up")
+    drops: tuple[int, ...] = Field(
+        default=(), description="with schedule=step: steps at which the rate becomes a tenth"
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="on kernels only; times the learning rate under adamw")
     clip: float | None = Field(
         default=1.0, gt=0, description="global norm that gradients are clipped to (none: no clipping)"
@@ -43,9 +54,15 @@ class _Optim(Config):
         default=None, gt=0, le=1, description="the rate of each block is that of the next one times this (none: equal)"
     )
 
+    @model_validator(mode="after")
+    def _drops(self) -> "_Optim":
+        if bool(self.drops) != (self.schedule == "step"):
+            raise ValueError("schedule=step and drops=STEPS,... belong together; give both or neither")
+        return self
+
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step."""
-        return learning_rate(step, self.lr, steps, self.warmup_steps, self.schedule)
+        return learning_rate(step, self.lr, steps, self.warmup_steps, self.schedule, self.drops)
 
     def groups(self, model: nn.Module) -> list[dict]:
         """The parameter groups of a model."""

@@ -18,6 +18,10 @@ def outfit(
     """Make a model ready; `compiled` None is yes on a GPU, but not under ZeRO-3."""
     device = accelerator.device.type
     model.encoder.activation_checkpointing = checkpointing
+    sharded = getattr(accelerator.state, "fsdp_plugin", None)
+    if sharded is not None:  # what is gathered as one
+        blocks = list(model.encoder.blocks) or [model.encoder]
+        sharded.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})
     can = device == "cuda" and not cuts_layers(accelerator) and has_compiler()
     if can if compiled is None else compiled:
         compile_blocks(model)

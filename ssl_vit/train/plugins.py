@@ -92,7 +92,6 @@ def plugins(asked: Asked) -> dict[str, Any]:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Block"],
             activation_checkpointing=False,  # the encoder does it itself, under every engine
             mixed_precision_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
         )

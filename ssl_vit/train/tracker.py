@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 TrackerName = Literal["tensorboard", "none"]
+COLLAPSED = 0.9  # share of the commonest label from which on its prediction teaches nothing
 SHOWN = ("loss", "accuracy", "top1", "images_per_second", "val_loss", "val_accuracy", "val_top1")
 
 
@@ -29,6 +30,7 @@ class Tracker:
         self._path = folder / "metrics.jsonl"
         self._bar = None
         self._lines = False
+        self._collapsed = False
         accelerator.trackers.clear()  # of an earlier training in this process: rows would go to its folder too
         if accelerator.log_with:
             accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start + 1}})
@@ -52,6 +54,13 @@ class Tracker:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error  # a write names no file
         step = values["step"]
+        if values.get("top_label", 0.0) > COLLAPSED and not self._collapsed:
+            self._collapsed = True
+            share, cure = f"{values['top_label']:.0%}", "look at first_batch.png (dry_run=true), or take a finer target"
+            print(
+                f"step {step}: {share} of the patches have the same label, so there is little to learn: {cure}",
+                flush=True,
+            )
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
         self._accelerator.log({_group(name): value for name, value in numbers.items()}, step=step)
         shown = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}

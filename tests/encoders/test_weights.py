@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ssl_vit import load_encoder
-from ssl_vit.encoders import weights
+from ssl_vit.encoders import export, weights
 from ssl_vit.encoders.vit import Vit, VitEncoder
 from ssl_vit.exits import DATA, Refusal
 
@@ -31,7 +31,7 @@ def test_timm_opens_the_export(tmp_path: Path, pool, positions):
     import timm
 
     ours = small(pool=pool, positions=positions)
-    weights.export(ours, tmp_path)
+    export.export(ours, tmp_path)
     theirs: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     pixels = ours.normalise(image())
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_timm_opens_the_export(tmp_path: Path, pool, positions):
 
 def test_the_export_loads_back_from_every_name(tmp_path: Path):
     ours = small()
-    weights.export(ours, tmp_path / "encoder")
+    export.export(ours, tmp_path / "encoder")
     with torch.no_grad():
         want = ours(image())
         for path in (tmp_path, tmp_path / "encoder", tmp_path / "encoder" / "model.safetensors"):
@@ -56,7 +56,7 @@ def test_the_export_loads_back_from_every_name(tmp_path: Path):
 
 def test_a_timm_model_is_a_source(tmp_path: Path):
     ours = small(image=16)
-    weights.export(ours, tmp_path)
+    export.export(ours, tmp_path)
     config, tensors = weights.read(f"timm:local-dir:{tmp_path}")
     assert config.numbers == ours.config.numbers
     encoder = config.build()
@@ -77,7 +77,7 @@ def test_a_bare_weights_file_tells_its_architecture(tmp_path: Path):
 
 def test_another_resolution_interpolates_positions(tmp_path: Path):
     ours = small()
-    weights.export(ours, tmp_path)
+    export.export(ours, tmp_path)
     config, tensors = weights.read(str(tmp_path))
     larger = config.model_copy(update={"image": (32, 36)}).build()
     weights.fill(larger, config, tensors, "x")

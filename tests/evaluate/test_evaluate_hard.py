@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssl_vit.encoders import weights
+from ssl_vit.encoders import export
 from ssl_vit.encoders.vit import Vit
 from tests import frozen
 from tests.starts import Start
@@ -74,7 +74,7 @@ def test_labels_outside_the_classes_are_counted(given: Path, tmp_path: Path):
 def save_encoder(folder: Path, change: Callable[[Any], object], **numbers: Any) -> Path:
     made = Vit(size="Ti", width=16, depth=2, heads=2, patch=4, image=16, **numbers).build()
     change(made)
-    weights.export(made, folder / "encoder")
+    export.export(made, folder / "encoder")
     return folder
 
 

@@ -15,7 +15,7 @@ from ssl_vit.data import manifest
 from ssl_vit.data.samples import Data
 from ssl_vit.data.shards import MakeShards, convert
 from ssl_vit.data.stream import EvaluationStream, Share
-from ssl_vit.encoders import weights
+from ssl_vit.encoders import export
 from ssl_vit.encoders.vit import Vit, VitEncoder
 from ssl_vit.evaluate import features
 from ssl_vit.evaluate.features import Features, Name, Split
@@ -41,7 +41,7 @@ def image() -> torch.Tensor:
 
 def test_dense_features_equal_timms(encoder: VitEncoder, image: torch.Tensor, tmp_path: Path):
     """[B, D, rows, columns] after any block, through the final norm, in the order asked for."""
-    weights.export(encoder, tmp_path)
+    export.export(encoder, tmp_path)
     twin: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     pixels = encoder.normalise(image)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ssl_vit.encoders.vit import Vit
-from ssl_vit.heads import Head
+from ssl_vit.heads import Head, clusters
 from ssl_vit.heads.classifier import Classifier
 from ssl_vit.heads.transfer import Transfer
 from ssl_vit.model import Model
@@ -34,9 +34,13 @@ def model(config, pool: str = "class") -> Model:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_every_head_steps_and_reports(kind):
+def test_every_head_steps_and_reports(kind, tmp_path):
     """A finite loss with a gradient, sums that add over a split batch, and a report of plain numbers."""
-    made = model(kind())
+    config = kind()
+    if isinstance(config, clusters.Clusters):
+        clusters.write(tmp_path / "codebook", torch.rand(7, 48, generator=torch.Generator().manual_seed(2)), {})
+        config = clusters.Clusters(codebook=str(tmp_path / "codebook"))
+    made = model(config)
     for parameter in made.head.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     given = batch()

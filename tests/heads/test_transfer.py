@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ssl_vit.data.samples import Data
-from ssl_vit.encoders import weights
+from ssl_vit.encoders import classified, export
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.exits import DATA, USAGE, Refusal
 from ssl_vit.heads.transfer import Transfer
@@ -92,7 +92,7 @@ def test_fine_tuning_a_timm_classifier_begins_with_timms_logits(tmp_path: Path):
     (tmp_path / "config.json").write_text(config)
     recipe, tensors, source = resolve(Finetune(init=str(tmp_path), head=Transfer(keep=True), data=Data(image_size=32)))
     mine = build(recipe, 5, tensors, source)
-    head = weights.read_classifier(str(tmp_path))[1]
+    head = classified.read_classifier(str(tmp_path))[1]
     head.fill(mine.head.layers[0], list("abcde"), "it")
     given = batch()
     given["image"] = F.interpolate(given["image"], size=32)
@@ -112,14 +112,14 @@ def test_an_exported_classifier_is_timms_and_comes_back(tmp_path: Path):
     made = model().eval()
     layer = made.head.layers[0]
     names = ["a|b", "<script>", "ü\n,"]
-    head = weights.Classifier(layer.weight.detach(), layer.bias.detach(), names, 0.9)
-    weights.export(made.encoder, tmp_path / "classifier", head)
+    head = classified.Classifier(layer.weight.detach(), layer.bias.detach(), names, 0.9)
+    export.export(made.encoder, tmp_path / "classifier", head)
     theirs: Any = timm.create_model(f"local-dir:{tmp_path / 'classifier'}", pretrained=True).eval()
     given = batch()
     with torch.no_grad():
         want = made(given).logits
         torch.testing.assert_close(theirs((given["image"].float() / 255 - 0.5) / 0.5), want, atol=1e-5, rtol=1e-5)
-    encoder, again = weights.read_classifier(str(tmp_path))
+    encoder, again = classified.read_classifier(str(tmp_path))
     assert (again.names, again.crop) == (names, 0.9)
     assert torch.equal(again.weight, layer.weight)
     assert encoder.config == made.encoder.config

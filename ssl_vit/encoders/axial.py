@@ -1,0 +1,106 @@
+"""Axial attention (paper D.6): along the rows of patches, then along the columns; in a ViT and in a ResNet-50."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from ssl_vit.encoders import positions
+from ssl_vit.encoders.pixels import Pixels
+from ssl_vit.encoders.timm_zoo import Bit, TimmEncoder
+from ssl_vit.encoders.vit import Attention, Transformer, VitEncoder
+
+
+class Axial(Transformer):
+    """Axial-ViT: each block of a ViT becomes two, one of row attention and MLP, one of column attention and MLP.
+
+    The paper does not say where a class token would stand on the grid: there is none, and the read-out is the mean.
+    """
+
+    kind: Literal["axial"] = "axial"
+    pool: Literal["mean"] = Field(default="mean", description="read-out: there is no class token")
+
+    def build(self) -> "AxialEncoder":
+        """A freshly initialised encoder; raises ValueError where patches do not tile the image."""
+        self.check()
+        if self.positions == "relative" and self.where == "shared":
+            raise ValueError("positions_at=shared: rows and columns cannot share relative positions; take every")
+        return AxialEncoder(self)
+
+
+class AxialAttention(Attention):
+    """Attention among the patches of a row, or of a column, [B, N, D] -> [B, N, D]."""
+
+    grid: tuple[int, int]
+    columns: bool
+
+    def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
+        x = x.unflatten(1, self.grid)
+        x = x.transpose(1, 2) if self.columns else x
+        lines = x.shape[:2]
+        x = super().forward(x.flatten(0, 1), shared).unflatten(0, lines)
+        return (x.transpose(1, 2) if self.columns else x).flatten(1, 2)
+
+
+class AxialEncoder(VitEncoder):
+    """image uint8 [B, C, H, W] -> tokens [B, N, D]."""
+
+    def _depth(self) -> int:
+        return 2 * super()._depth()
+
+    def lines(self, name: str, grid: tuple[int, int]) -> tuple[int, int]:
+        """The rows or the columns: blocks.N.attn.offsets has those of the N-th block's."""
+        return 1, grid[0] if int(name.split(".")[1]) % 2 else grid[1]
+
+    def _attention(self, number: int) -> AxialAttention:
+        columns, where = number % 2 == 1, self.config.where
+        line = self.lines(f"blocks.{number}", self.grid)
+        offsets = self._offsets(line) if where == "every" or (where == "stem" and number < 2) else None
+        attention = AxialAttention(self.width, self.config.numbers[2], 0, offsets)
+        attention.grid, attention.columns = self.grid, columns
+        return attention
+
+
+class AxialResnet(Pixels):
+    """AxialResNet-50: each 3x3 convolution of a ResNet-50 becomes row attention, then column attention."""
+
+    kind: Literal["axial_resnet"] = "axial_resnet"
+    heads: int = Field(default=8, ge=1, description="heads of each attention; 8 in Axial-DeepLab")
+    widen: int = Field(default=1, ge=1, description="times the usual width")
+    pool: Literal["mean"] = Field(default="mean", description="read-out: there is no class token")
+
+    def create(self) -> Any:
+        """timm's BiT ResNet-50 with its 3x3 convolutions replaced; relative positions want one image size."""
+        model = Bit(image=self.image, channels=self.channels, widen=self.widen).create()
+        sides = [-(-side // 4) for side in self.image_hw]  # behind the stem
+        for stage in model.stages:
+            for block in stage.blocks:
+                old = block.conv2
+                if old.in_channels % self.heads:
+                    raise ValueError(f"heads={self.heads} do not divide {old.in_channels} channels")
+                block.conv2 = AxialConv(old.in_channels, self.heads, (sides[0], sides[1]), old.stride[0])
+                sides = [-(-side // old.stride[0]) for side in sides]
+        return model
+
+    def build(self) -> TimmEncoder:
+        """A freshly initialised encoder."""
+        return TimmEncoder(self)
+
+
+class AxialConv(nn.Module):
+    """In the place of a 3x3 convolution: row attention, column attention, and where it strode a mean of 2 x 2."""
+
+    def __init__(self, width: int, heads: int, grid: tuple[int, int], stride: int):
+        super().__init__()
+        lines = grid[1], grid[0]
+        tables = [positions.learned(2 * line - 1, width // heads) for line in lines]
+        self.rows = AxialAttention(width, heads, 0, tables[0])
+        self.columns = AxialAttention(width, heads, 0, tables[1])
+        for attention, columns in ((self.rows, False), (self.columns, True)):
+            attention.grid, attention.columns = grid, columns
+        self.pool = nn.AvgPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D, H, W] -> [B, D, H / stride, W / stride]."""
+        tokens = self.columns(self.rows(x.flatten(2).transpose(1, 2)))
+        return self.pool(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))

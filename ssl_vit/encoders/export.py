@@ -1,0 +1,217 @@
+"""Where an encoder's weights go: timm, Hugging Face, ONNX, or our own folder, which opens everything.
+
+A folder is `model.safetensors` under timm's names and `config.json`, whose `ssl_vit` entry is the encoder's config:
+that is our format, and `load_encoder` opens it. Where timm has the same model, `config.json` says so to timm too, and
+`timm.create_model("local-dir:FOLDER", pretrained=True)` opens the folder as well.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ssl_vit.encoders import Encoder
+from ssl_vit.encoders.classified import Classifier
+from ssl_vit.encoders.formats import Weights
+from ssl_vit.encoders.timm_zoo import Bit, TimmZoo
+from ssl_vit.encoders.vit import Vit, VitEncoder
+from ssl_vit.encoders.weights import AnyEncoder
+from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.model import read_out
+
+ARCHITECTURES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
+BIT = ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")  # what timm has names for
+
+
+def export(encoder: AnyEncoder, folder: Path, classifier: Classifier | None = None) -> str:
+    """Write an encoder, and a classifier with it, into a folder; returns what opens it."""
+    config = encoder.config
+    height, side = config.image_hw
+    architecture = timm_architecture(config) if classifier is None or isinstance(config, Vit) else None
+    classes = len(classifier.names) if classifier else 0
+    preparation = {
+        "input_size": [config.channels, height, side],
+        "mean": list(config.mean * (config.channels // len(config.mean))),
+        "std": list(config.std * (config.channels // len(config.std))),
+        "interpolation": "bilinear",
+        "crop_pct": classifier.crop if classifier else 0.875,
+        "fixed_input_size": True,
+        "num_classes": classes,
+        **({"label_names": classifier.names} if classifier else {}),
+    }
+    if isinstance(config, Vit):
+        first = "patch_embed.proj" if config.stem == "patch" else "patch_embed.backbone.stem.conv"
+        preparation |= {"first_conv": first, "classifier": "head"}
+    content: dict[str, Any] = {
+        "num_classes": classes,
+        **({"label_names": classifier.names} if classifier else {}),
+        "num_features": encoder.width,
+        "pretrained_cfg": preparation,
+        "ssl_vit": config.model_dump(mode="json"),
+    }
+    if architecture is not None:
+        name, arguments = architecture
+        pool = {"global_pool": arguments["global_pool"]} if "global_pool" in arguments else {}
+        content = {"architecture": name, **pool, "model_args": arguments | {"num_classes": classes}, **content}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors(encoder, classifier), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
+    return "opened by timm and load_encoder" if architecture else "timm has no such model: opened by load_encoder only"
+
+
+def tensors(encoder: AnyEncoder, classifier: Classifier | None = None) -> Weights:
+    """An encoder's tensors under timm's names, on the CPU."""
+    inside = encoder.inside
+    made = {name.removeprefix(inside): v.detach().cpu().contiguous() for name, v in encoder.state_dict().items()}
+    if classifier:
+        made |= {"head.weight": classifier.weight.contiguous(), "head.bias": classifier.bias.contiguous()}
+    return made
+
+
+def timm_architecture(config: Encoder) -> tuple[str, dict[str, Any]] | None:
+    """timm's name of a model and its arguments; None where timm cannot express it."""
+    if isinstance(config, TimmZoo):
+        name = config.name.split(".")[0]
+        return (name, config.arguments) if ":" not in name else None
+    if isinstance(config, Bit):
+        size = f"{config.depth}x{config.widen}"
+        return (f"resnetv2_{size}_bit", {"in_chans": config.channels}) if size in BIT else None
+    if not isinstance(config, Vit) or config.where != "stem" or config.positions not in ("1d", "none"):
+        return None
+    width, depth, heads, mlp = config.numbers
+    arguments = {
+        "img_size": list(config.image_hw),
+        "in_chans": config.channels,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": mlp / width,
+        "global_pool": "token" if config.pool == "class" else "avg",
+        "fc_norm": False,  # the final norm stays before pooling, as it was trained
+        **({} if config.positions == "1d" else {"pos_embed": "none"}),
+        **({} if config.class_token else {"class_token": False}),
+    }
+    if config.stem == "r50":
+        return ("vit_base_r50_s16_224" if config.patch == 16 else "vit_large_r50_s32_224"), arguments
+    name = f"vit_{ARCHITECTURES[config.size]}_patch{14 if config.size == 'H' else 16}_224"
+    return name, arguments | {"patch_size": config.patch}
+
+
+def plain(encoder: AnyEncoder) -> AnyEncoder:
+    """The same encoder with its 2-D positions as a 1-D table, which others can express; any other one as it is."""
+    config = encoder.config
+    if not isinstance(config, Vit) or config.positions != "2d" or config.where != "stem":
+        return encoder
+    assert isinstance(encoder.pos_embed, nn.Module)
+    made = config.model_copy(update={"positions": "1d"}).build()
+    weights = {name: value for name, value in encoder.state_dict().items() if not name.startswith("pos_embed.")}
+    made.load_state_dict(weights | {"pos_embed": encoder.pos_embed().detach()})
+    return made.train(encoder.training)
+
+
+def hugging_face(encoder: AnyEncoder, folder: Path) -> None:
+    """Write an encoder as Hugging Face's `ViTModel` (transformers); raises Refusal(USAGE) where that has no such model.
+
+    `ViTModel.from_pretrained(FOLDER, add_pooling_layer=False)` gives the same tokens as `last_hidden_state`.
+    """
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    encoder, config = plain(encoder), encoder.config
+    reasons = {
+        "it is no ViT": not isinstance(config, Vit),
+        "it has no class token": not encoder.prefix,
+        "its patches come from a ResNet": getattr(config, "stem", "patch") != "patch",
+        "its positions are no table at the stem": not isinstance(getattr(encoder, "pos_embed", None), Tensor)
+        or getattr(config, "where", "") != "stem",
+    }
+    if any(reasons.values()):
+        reason = next(text for text, holds in reasons.items() if holds)
+        raise Refusal(USAGE, f"format=hf: Hugging Face's ViTModel cannot express this encoder: {reason}")
+    assert isinstance(encoder, VitEncoder)
+    width, depth, heads, mlp = encoder.config.numbers
+    height, side = config.image_hw
+    made = ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=mlp,
+        image_size=height if height == side else (height, side),  # type: ignore[arg-type]
+        patch_size=encoder.stride,
+        num_channels=config.channels,
+        layer_norm_eps=1e-6,
+        hidden_dropout_prob=0.0,
+    )
+    model = ViTModel(made, add_pooling_layer=False)
+    model.load_state_dict(_as_hugging_face(tensors(encoder)))
+    model.save_pretrained(folder)
+    mean, std = (list(one * (config.channels // len(one))) for one in (config.mean, config.std))
+    ViTImageProcessor(size={"height": height, "width": side}, image_mean=mean, image_std=std).save_pretrained(folder)
+
+
+def _as_hugging_face(weights: Weights) -> Weights:
+    """timm's names as transformers 5 has them in memory; it writes the ones of the hub."""
+    made: Weights = {}
+    for name, value in weights.items():
+        for old, new in (
+            ("cls_token", "embeddings.cls_token"),
+            ("pos_embed", "embeddings.position_embeddings"),
+            ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+            ("blocks.", "layers."),
+            (".attn.proj.", ".attention.o_proj."),
+            (".norm1.", ".layernorm_before."),
+            (".norm2.", ".layernorm_after."),
+        ):
+            name = name.replace(old, new)
+        if ".attn.qkv." in name:
+            for part, piece in zip("qkv", value.chunk(3), strict=True):
+                made[name.replace(".attn.qkv.", f".attention.{part}_proj.")] = piece.contiguous()
+        else:
+            made[f"layer{name}" if name.startswith("norm.") else name] = value
+    return made
+
+
+class Images(nn.Module):
+    """What an ONNX file computes: image uint8 [B, C, H, W] -> tokens [B, T, D], and features [B, D] or logits."""
+
+    def __init__(self, encoder: AnyEncoder, classifier: Classifier | None):
+        super().__init__()
+        self.encoder, self.classifier = encoder, None
+        if classifier is not None:
+            self.classifier = nn.Linear(*reversed(classifier.weight.shape))
+            self.classifier.load_state_dict({"weight": classifier.weight, "bias": classifier.bias})
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.encoder(image)
+        features = read_out(tokens, self.encoder.pool, self.encoder.prefix)
+        return tokens, features if self.classifier is None else self.classifier(features)
+
+
+def onnx(encoder: AnyEncoder, path: Path, classifier: Classifier | None = None) -> float:
+    """Write an ONNX file, any batch size; returns the largest difference that onnxruntime finds, relative to the whole.
+
+    It takes images as they are, uint8: normalisation is inside. Raises Refusal(USAGE) without the extra `onnx`.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  # torch's exporter needs it
+    except ImportError as error:
+        raise Refusal(USAGE, f"format=onnx: {error.name} is missing; pip install 'ssl_vit[onnx]'") from error
+    model = Images(encoder, classifier).eval()
+    image = torch.randint(0, 256, (2, encoder.channels, *encoder.config.image_hw), dtype=torch.uint8)
+    names = ["tokens", "features" if classifier is None else "logits"]
+    batch = {"image": {0: torch.export.Dim("batch")}}
+    with torch.no_grad():
+        program = torch.onnx.export(
+            model, (image,), input_names=["image"], output_names=names, dynamic_shapes=batch, dynamo=True, verbose=False
+        )
+        assert program is not None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        program.save(path, external_data=False)
+        more = torch.cat([image, image.flip(0)[:1]])
+        want = model(more)
+    found = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(names, {"image": more.numpy()})
+    pairs = [(torch.from_numpy(a), b) for a, b in zip(found, want, strict=True)]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)

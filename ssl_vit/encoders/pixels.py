@@ -1,0 +1,55 @@
+"""What every encoder takes: images of a size, normalised on the device with its own mean and deviation."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ssl_vit.config import Config
+
+Pool = Literal["class", "mean"]
+
+
+class Pixels(Config):
+    """The input of an encoder, and how its tokens become one vector."""
+
+    image: int | tuple[int, int] = Field(
+        default=224, description="input size, pixels (H,W or one side); data.image_size sets it"
+    )
+    channels: int = Field(default=3, ge=1, description="image channels")
+    pool: Pool = Field(default="class", description="read-out: class token, or mean of the patch tokens")
+    mean: tuple[float, ...] = Field(
+        default=(0.5,), description="subtracted from pixels in [0,1], one value or one a channel"
+    )
+    std: tuple[float, ...] = Field(default=(0.5,), description="then divided by, one value or one a channel")
+
+    @model_validator(mode="after")
+    def _normalises(self) -> "Pixels":
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std} has to be above 0")
+        if {len(self.mean), len(self.std)} - {1, self.channels}:
+            raise ValueError(f"mean and std take one value, or one for each of the {self.channels} channels")
+        return self
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Input height and width, pixels."""
+        return (self.image, self.image) if isinstance(self.image, int) else self.image
+
+
+class Normalised(nn.Module):
+    """Has the mean and the deviation of a config as buffers, which are no part of the weights."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: Pixels):
+        super().__init__()
+        self.channels, self.pool = config.channels, config.pool
+        self.register_buffer("mean", torch.tensor(config.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(1, -1, 1, 1), persistent=False)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """image uint8 [B, C, H, W] -> pixels float [B, C, H, W]; [-1, 1] with the default mean and std."""
+        return (image.float() / 255 - self.mean) / self.std

@@ -1,0 +1,97 @@
+"""Learned classes instead of the 512 of a regular grid: clusters of mean colours or of whole patches, by k-means.
+
+iBOT (Table 20) found clusters of raw patches better than 3-bit colours. `tools/fit_clusters.py` fits them on shards.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssl_vit.heads.masked import ColorHead, Masked
+from ssl_vit.model import Encoder
+
+Space = Literal["color", "patch"]
+
+
+class Clusters(Masked):
+    """Predict the cluster that corrupted patches belong to."""
+
+    kind: Literal["clusters"] = "clusters"
+    codebook: str | None = Field(default=None, description="file of tools/fit_clusters.py; a copy is kept in the run")
+
+    def build(self, encoder: Encoder, classes: int) -> "ClustersHead":
+        """The head for an encoder; ValueError where there is no codebook, or it is one of other patches."""
+        del classes
+        self.check(encoder)
+        if self.codebook is None:
+            raise ValueError("head.codebook: it must be given; tools/fit_clusters.py makes one from shards")
+        return ClustersHead(self, encoder, read(self.codebook, encoder))
+
+
+def read(path: str, encoder: Encoder) -> Tensor:
+    """The centres [K, d] of a file, of colours or of an encoder's patches; ValueError where they are neither."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            centers = file.get_tensor("centers")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"head.codebook={path}: cannot be read as a codebook ({error})") from error
+    sizes = {encoder.channels, encoder.channels * encoder.stride**2}
+    if centers.ndim != 2 or centers.shape[1] not in sizes or not centers.isfinite().all():
+        raise ValueError(f"head.codebook={path}: is not of colours, nor of patches of {encoder.stride} pixels")
+    return centers.float()
+
+
+def write(path: Path, centers: Tensor, said: dict[str, str]) -> None:
+    """Write centres [K, d] and what they were made of."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"centers": centers.float().contiguous()}, path, metadata=said)
+
+
+def vectors(image: Tensor, patch: int, space: Space) -> Tensor:
+    """What is clustered, from 0 to 1: image uint8 [B, C, H, W] -> mean colours [B, N, C] or patches [B, N, C P^2]."""
+    pixels = image.float() / 255
+    if space == "color":
+        return F.avg_pool2d(pixels, patch).flatten(2).transpose(1, 2)
+    return F.unfold(pixels, patch, stride=patch).transpose(1, 2)
+
+
+def nearest(points: Tensor, centers: Tensor) -> Tensor:
+    """points [B, N, d] -> the number of the nearest of centres [K, d], int64 [B, N], in fp32 whatever the precision."""
+    with torch.autocast(points.device.type, enabled=False):
+        return (centers.square().sum(1) - 2 * points.float() @ centers.T).argmin(2)
+
+
+def fit(points: Tensor, clusters: int, seed: int) -> Tensor:
+    """Centres [K, d] of points [M, d] by mini-batch k-means (scikit-learn)."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    made = MiniBatchKMeans(clusters, random_state=seed, batch_size=max(4096, 4 * clusters), n_init=3).fit(
+        points.numpy()
+    )
+    return torch.from_numpy(made.cluster_centers_).float()
+
+
+class ClustersHead(ColorHead):
+    """One class a patch."""
+
+    centers: Tensor
+
+    def __init__(self, config: Clusters, encoder: Encoder, centers: Tensor):
+        super().__init__(config, encoder, len(centers))
+        self.space: Space = "color" if centers.shape[1] == encoder.channels else "patch"
+        self.register_buffer("centers", centers, persistent=False)
+
+    def target(self, encoder: Encoder, image: Tensor) -> Tensor:
+        """The cluster of each patch [B, N, 1]."""
+        return nearest(vectors(image, self.patch, self.space), self.centers)[:, :, None]
+
+    def paint(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
+        """The centres."""
+        blocks = 255 * self.centers[target[:, :, 0]].transpose(1, 2)
+        return blocks if self.space == "patch" else blocks.repeat_interleave(self.patch**2, 1)

@@ -1,0 +1,22 @@
+"""Write an encoder for other programs: tools/export.py encoder=SOURCE format=timm|hf|onnx|safetensors output=FOLDER
+
+SOURCE is a run, an encoder folder, a weights file (safetensors, .pth, Google's .npz) or timm:NAME. With image_size=H
+or H,W positions are interpolated to that size by the paper's rule and baked in.
+"""
+
+import sys
+from pathlib import Path
+
+from ssl_vit import config, converted, exits
+
+
+def main(arguments: list[str]) -> int:
+    if config.usage(arguments):
+        print(f"{__doc__}\n\n{config.describe(converted.Export)}")
+        return 0
+    print(converted.run(config.parse(converted.Export, arguments, Path("recipes"))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exits.run(main))

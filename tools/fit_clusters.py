@@ -1,0 +1,22 @@
+"""Fit the classes of head.kind=clusters to shards: tools/fit_clusters.py data.train=FOLDER clusters=512 output=FILE
+
+k-means of patches (space=patch, as iBOT's Table 20 has it) or of mean colours (space=color), cropped as in training.
+Then: tools/pretrain.py recipe=mpp_clusters head.codebook=FILE
+"""
+
+import sys
+from pathlib import Path
+
+from ssl_vit import codebook, config, exits
+
+
+def main(arguments: list[str]) -> int:
+    if config.usage(arguments):
+        print(f"{__doc__}\n\n{config.describe(codebook.FitClusters)}")
+        return 0
+    print(codebook.fit(config.parse(codebook.FitClusters, arguments, Path("recipes"))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exits.run(main))
