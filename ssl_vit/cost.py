@@ -7,7 +7,7 @@ autocast inside the forward pass alone. docs/scaling.md says how each formula wa
 import math
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,14 @@ ENGINES: tuple[Engine, ...] = ("ddp", "zero1", "zero2", "fsdp2", "zero3")  # as 
 ZERO_BUCKET, ZERO_PREFETCH, ZERO_KEPT = 50_000_000, 50_000_000, 500_000_000
 
 
+Function = TypeVar("Function")
+
+
+def remembered(function: Function) -> Function:
+    """A function of encoders' configs that computes each answer once; frozen, they can be looked up."""
+    return cache(function)  # type: ignore
+
+
 def encoder_macs(config: Encoder) -> int:
     """Multiply-accumulates an image, forward, without head: of a ViT N 3P^2 D + L (4 T D^2 + 2 T^2 D + 2 T D M).
 
@@ -46,7 +54,7 @@ def encoder_macs(config: Encoder) -> int:
     return embed + depth * (each + 2 * tokens**2 * width)
 
 
-@cache
+@remembered
 def counted_macs(config: Encoder) -> int:
     """Multiply-accumulates an image as torch counts them, without computing anything; all taps of a convolution."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -58,7 +66,7 @@ def counted_macs(config: Encoder) -> int:
     return counter.get_total_flops() // 2
 
 
-@cache
+@remembered
 def padding_macs(config: Encoder) -> int:
     """Of these, those of convolutions' taps that lie outside of the image, which the paper's numbers leave out."""
     with torch.device("meta"), torch.no_grad():
@@ -93,7 +101,7 @@ def training_flops(macs: int) -> int:
     return 6 * macs
 
 
-@cache
+@remembered
 def blocks(config: Encoder) -> tuple[int, ...]:
     """The parameters of each block, which is what engines gather and what activation checkpointing computes again."""
     with torch.device("meta"):
@@ -132,7 +140,7 @@ def activation_bytes(config: Encoder, bf16: bool, checkpointing: bool) -> int:
     return within + more.ends - less.ends + max(inputs) + more.largest - less.largest
 
 
-@cache
+@remembered
 def kept(config: Encoder, bf16: bool, images: int) -> Kept:
     """What torch would keep on a GPU with fused attention; found on tensors without content, so on any machine."""
     from torch._subclasses.fake_tensor import FakeTensorMode

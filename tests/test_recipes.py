@@ -48,7 +48,7 @@ def test_the_papers_recipe_is_the_papers():
     assert isinstance(made.head, MeanColor)
     assert (made.batch, made.steps, made.optim.lr, made.optim.warmup_steps) == (4096, 100_000, 2e-4, 10_000)
     assert (made.optim.schedule, made.head.ratio, made.head.mix) == ("cosine", 0.5, (0.8, 0.1, 0.1))
-    assert (made.encoder.size, made.encoder.patch, made.data.image_size) == ("B", 16, 224)
+    assert (made.encoder.title, made.data.image_size) == ("ViT-B/16", 224)
 
 
 @pytest.mark.parametrize("path", [ROOT / "accelerate_config.yaml", *sorted((recipe.FOLDER / "launch").glob("*.yaml"))])

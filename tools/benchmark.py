@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ssl_vit import config, exits, recipe
 from ssl_vit.durable import write_bytes
+from ssl_vit.encoders.pixels import Pixels
 from ssl_vit.encoders.vit import Vit, VitEncoder
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.model import Batch, Edit, Model
@@ -168,7 +169,7 @@ def benchmark_step(made: recipe.Recipe, model: Model, options: Benchmark) -> lis
     seconds = race(contestants, options.rounds, options.round_steps, device)
     flops = dict.fromkeys(losses, recipe.flops(model) * made.batch) | {"matrix product": 2 * side(device) ** 3}
     peak = flops["matrix product"] / median(seconds["matrix product"])
-    case = f"{vit.size} {'x'.join(map(str, vit.numbers))} patch {vit.patch} image {vit.image_hw[0]}x{vit.image_hw[1]}"
+    case = f"{vit.title} image {vit.image_hw[0]}x{vit.image_hw[1]}"
     rows = []
     for who, times in seconds.items():
         ratios = sorted(b / a for a, b in zip(times, seconds["timm"], strict=True))
@@ -188,7 +189,7 @@ def benchmark_step(made: recipe.Recipe, model: Model, options: Benchmark) -> lis
     return rows
 
 
-def images(count: int, vit: Vit, device: torch.device) -> Batch:
+def images(count: int, vit: Pixels, device: torch.device) -> Batch:
     """A batch of random images on the device."""
     shape = (count, vit.channels, *vit.image_hw)
     return {

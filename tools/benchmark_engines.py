@@ -53,7 +53,7 @@ def benchmark_engines(made: EngineBenchmark, images: Callable[..., Batch]) -> li
     rows: list[Row] = []
     for who, found in turns.items():
         ratios = sorted(base / seconds for base, (seconds, _, _) in zip(bare, found, strict=True))
-        case = f"{made.encoder.size}/{made.encoder.patch} batch {made.batch} on {environment.world()} processes"
+        case = f"{made.encoder.title} batch {made.batch} on {environment.world()} processes"
         row: Row = {"benchmark": "engines", "case": case, "who": who, "ratio": round(median(ratios), 3)}
         row |= {"images_per_second": round(made.batch / median(seconds for seconds, _, _ in found), 2)}
         row |= {"ratio_spread": [round(ratios[0], 3), round(ratios[-1], 3)]}

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_vit.encoders import positions
-from ssl_vit.encoders.pixels import Pixels
+from ssl_vit.encoders.pixels import Pixels, Pool
 from ssl_vit.encoders.timm_zoo import Bit, TimmEncoder
 from ssl_vit.encoders.vit import Attention, Transformer, VitEncoder
 
@@ -18,7 +18,12 @@ class Axial(Transformer):
     """
 
     kind: Literal["axial"] = "axial"
-    pool: Literal["mean"] = Field(default="mean", description="read-out: there is no class token")
+    pool: Pool = Field(default="mean", description="read-out: there is no class token")
+
+    @property
+    def title(self) -> str:
+        """Such as Axial-ViT-B/16."""
+        return f"Axial-{super().title}"
 
     def build(self) -> "AxialEncoder":
         """A freshly initialised encoder; raises ValueError where patches do not tile the image."""
@@ -67,7 +72,12 @@ class AxialResnet(Pixels):
     kind: Literal["axial_resnet"] = "axial_resnet"
     heads: int = Field(default=8, ge=1, description="heads of each attention; 8 in Axial-DeepLab")
     widen: int = Field(default=1, ge=1, description="times the usual width")
-    pool: Literal["mean"] = Field(default="mean", description="read-out: there is no class token")
+    pool: Pool = Field(default="mean", description="read-out: there is no class token")
+
+    @property
+    def title(self) -> str:
+        """Such as AxialR50x1."""
+        return f"AxialR50x{self.widen}"
 
     def create(self) -> Any:
         """timm's BiT ResNet-50 with its 3x3 convolutions replaced; relative positions want one image size."""

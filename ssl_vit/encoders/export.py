@@ -180,7 +180,7 @@ class Images(nn.Module):
         super().__init__()
         self.encoder, self.classifier = encoder, None
         if classifier is not None:
-            self.classifier = nn.Linear(*reversed(classifier.weight.shape))
+            self.classifier = nn.Linear(classifier.weight.shape[1], classifier.weight.shape[0])
             self.classifier.load_state_dict({"weight": classifier.weight, "bias": classifier.bias})
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """What every encoder takes: images of a size, normalised on the device with its own mean and deviation."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -31,6 +31,15 @@ class Pixels(Config):
         if {len(self.mean), len(self.std)} - {1, self.channels}:
             raise ValueError(f"mean and std take one value, or one for each of the {self.channels} channels")
         return self
+
+    @property
+    def title(self) -> str:
+        """A short name, as the paper writes it."""
+        raise NotImplementedError
+
+    def build(self) -> Any:
+        """A freshly initialised encoder (ssl_vit.model.Encoder); raises ValueError where it cannot be built."""
+        raise NotImplementedError
 
     @property
     def image_hw(self) -> tuple[int, int]:

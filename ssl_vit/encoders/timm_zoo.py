@@ -28,6 +28,11 @@ class TimmZoo(Pixels):
     drop_path: float = Field(default=0.0, ge=0, lt=1, description="stochastic depth, timm's drop_path_rate")
 
     @property
+    def title(self) -> str:
+        """timm's name."""
+        return self.name
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """What timm is told beside the name."""
         from timm import create_model, is_model, list_models
@@ -63,11 +68,16 @@ class Bit(Pixels):
     kind: Literal["bit"] = "bit"
     depth: Literal[50, 101, 152, 200] = Field(default=50, description="layers: 50, 101, 152 or 200")
     widen: int = Field(default=1, ge=1, description="times the usual width; R50x2 is depth=50 widen=2")
-    pool: Literal["mean"] = Field(default="mean", description="read-out: there is no class token")
+    pool: Pool = Field(default="mean", description="read-out: there is no class token")
+
+    @property
+    def title(self) -> str:
+        """Such as R50x1."""
+        return f"R{self.depth}x{self.widen}"
 
     def create(self) -> Any:
         """timm's pre-activation ResNetV2, also in the sizes that timm gives no name."""
-        from timm.layers import StdConv2d
+        from timm.layers.std_conv import StdConv2d
         from timm.models.resnetv2 import ResNetV2
 
         return ResNetV2(
@@ -91,7 +101,8 @@ def hybrid(channels: int, patch: int, width: int, image_hw: tuple[int, int]) -> 
     Of stage 4 (blocks 3, 4, 6, 3) where a position stands for 32 pixels; for 16, stage 4 is left out and its blocks
     lengthen stage 3 (3, 4, 9). Post-activation, as in the authors' code.
     """
-    from timm.layers import HybridEmbed, StdConv2dSame
+    from timm.layers.hybrid_embed import HybridEmbed
+    from timm.layers.std_conv import StdConv2dSame
     from timm.models.resnetv2 import ResNetV2
 
     backbone = ResNetV2(
@@ -111,8 +122,10 @@ class TimmEncoder(Normalised):
     """image uint8 [B, C, H, W] -> tokens: a transformer's, or the positions of a feature map in raster order."""
 
     inside = "model."
+    config: Any  # TimmZoo, Bit or AxialResnet: what has `create`
+    grid: tuple[int, int]
 
-    def __init__(self, config: "TimmZoo | Bit"):
+    def __init__(self, config: Any):
         super().__init__(config)
         self.config = config
         self.model = config.create()
@@ -123,19 +136,21 @@ class TimmEncoder(Normalised):
             with torch.no_grad():
                 made = twin.forward_features(torch.empty(1, config.channels, *config.image_hw))
         if not isinstance(made, Tensor) or made.ndim not in (3, 4):
-            raise ValueError(f"timm's {getattr(config, 'name', config.kind)} gives neither tokens nor a feature map")
+            raise ValueError(f"timm's {config.title} gives neither tokens nor a feature map")
         self.width = int(self.model.num_features)
         self.channels_last = made.ndim == 4 and made.shape[1] != self.width
         self.prefix = int(getattr(twin, "num_prefix_tokens", 0)) if made.ndim == 3 else 0
         height, side = config.image_hw
         if made.ndim == 4:
-            self.grid = tuple(made.shape[1:3] if self.channels_last else made.shape[2:])
+            rows, columns = made.shape[1:3] if self.channels_last else made.shape[2:]
+            self.grid = rows, columns
         else:
             patches = made.shape[1] - self.prefix
             rows = max(1, round((patches * height / side) ** 0.5))
-            self.grid = tuple(getattr(getattr(twin, "patch_embed", None), "grid_size", (rows, patches // rows)))
+            rows, columns = getattr(getattr(twin, "patch_embed", None), "grid_size", (rows, patches // rows))
+            self.grid = rows, columns
         if made.ndim == 3 and self.grid[0] * self.grid[1] != made.shape[1] - self.prefix:
-            raise ValueError(f"timm's {getattr(config, 'name', config.kind)}: its tokens are no grid of patches")
+            raise ValueError(f"timm's {config.title}: its tokens are no grid of patches")
         self.stride = -(-height // self.grid[0])
         patches = seen[0] if seen else None
         self.maskable = (

@@ -5,7 +5,7 @@ Tensor names follow ssl_vit/model.py. Parameter names are timm's, so that weight
 
 import math
 from collections.abc import Collection, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,6 @@ SIZES = {
 class Transformer(Pixels):
     """What a ViT and an Axial-ViT share: a size by name or by its numbers, patches, positions."""
 
-    kind: str
     size: Literal["Ti", "S", "B", "L", "H"] = Field(
         default="B", description="named size, the default of the four numbers below"
     )
@@ -82,6 +81,12 @@ class Transformer(Pixels):
         return width, depth, heads, mlp
 
     @property
+    def title(self) -> str:
+        """Such as ViT-B/16, or by numbers where those are not of a named size."""
+        named = self.numbers == SIZES[self.size]
+        return f"ViT-{self.size if named else 'x'.join(map(str, self.numbers))}/{self.patch}"
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         height, width = self.image_hw
@@ -116,6 +121,11 @@ class Vit(Transformer):
         if self.stem == "r50" and self.patch not in (16, 32):
             raise ValueError("stem=r50 has feature maps for patch=16 and patch=32")
         return self
+
+    @property
+    def title(self) -> str:
+        """Such as ViT-B/16 or R50+ViT-B/16."""
+        return super().title if self.stem == "patch" else f"R50+{super().title}"
 
     @property
     def prefix(self) -> int:
@@ -223,6 +233,7 @@ class PatchEmbed(nn.Module):
 class VitEncoder(Normalised):
     """image uint8 [B, C, H, W] -> tokens [B, P + N, D], the class token first."""
 
+    config: Any  # Vit or Axial
     inside = ""  # what precedes timm's names of its tensors
     maskable = True
     activation_checkpointing = False  # in training, keep each block's input only and compute the rest again

@@ -43,7 +43,7 @@ class Features(Config):
         strange = [layer for layer in self.layers if not 1 <= layer <= depth]
         if strange:
             raise Refusal(USAGE, f"features.layers={strange[0]}: the encoder's blocks are 1 to {depth}")
-        readouts = [one for one in self.readouts if one == "mean" or encoder.prefix]
+        readouts: list[ReadOut] = [one for one in self.readouts if one == "mean" or encoder.prefix]
         if not readouts:
             raise Refusal(USAGE, "features.readouts=class: the encoder has no class token; take mean")
         return [(layer, readout) for layer in self.layers or (depth,) for readout in readouts]

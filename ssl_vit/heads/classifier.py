@@ -27,9 +27,10 @@ class Classifier(Config):
     def build(self, encoder: Encoder, classes: int) -> "ClassificationHead":
         """The head for an encoder and a number of classes."""
         hidden = self.hidden or encoder.width
-        layers = nn.Sequential(nn.Linear(encoder.width, hidden), nn.Tanh(), nn.Linear(hidden, classes))
+        last = nn.Linear(hidden, classes)
+        layers = nn.Sequential(nn.Linear(encoder.width, hidden), nn.Tanh(), last)
         made = ClassificationHead(layers, self.loss)
-        nn.init.constant_(layers[-1].bias, self.bias)
+        nn.init.constant_(last.bias, self.bias)
         return made
 
 

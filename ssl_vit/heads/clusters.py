@@ -4,7 +4,7 @@ iBOT (Table 20) found clusters of raw patches better than 3-bit colours. `tools/
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -71,10 +71,9 @@ def fit(points: Tensor, clusters: int, seed: int) -> Tensor:
     """Centres [K, d] of points [M, d] by mini-batch k-means (scikit-learn)."""
     from sklearn.cluster import MiniBatchKMeans
 
-    made = MiniBatchKMeans(clusters, random_state=seed, batch_size=max(4096, 4 * clusters), n_init=3).fit(
-        points.numpy()
-    )
-    return torch.from_numpy(made.cluster_centers_).float()
+    options: dict[str, Any] = {"random_state": seed, "batch_size": max(4096, 4 * clusters), "n_init": 3}
+    model = MiniBatchKMeans(clusters, **options).fit(points.numpy())
+    return torch.from_numpy(model.cluster_centers_).float()
 
 
 class ClustersHead(ColorHead):

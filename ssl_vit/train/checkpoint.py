@@ -36,7 +36,7 @@ Tensors = dict[str, Tensor]
 """By name: `encoder.norm.weight` of a model, `encoder.norm.weight/exp_avg` of an optimizer."""
 
 
-def publish(target: Path, write: Callable[[Path], None], **facts: Any) -> None:
+def publish(target: Path, write: Callable[[Path], object], **facts: Any) -> None:
     """Let `write` fill a hidden folder and make it `target` by one rename; nothing is left of a failed attempt.
 
     `facts` go into its manifest. Raises Refusal(DISK) where the disk does not take it.

@@ -47,7 +47,7 @@ def test_parameters_and_macs_are_the_papers(size, patch, trunk, with_head, large
 def test_sequence_lengths(image, patch, tokens):
     with torch.device("meta"):
         encoder = Vit(size="Ti", patch=patch, image=image).build()
-    assert encoder.pos_embed is not None
+    assert isinstance(encoder.pos_embed, nn.Parameter)
     assert encoder.pos_embed.shape[1] == tokens
 
 
@@ -80,7 +80,7 @@ def test_pixels_lie_between_minus_one_and_one():
 def test_the_convolution_is_unfold_and_a_linear_layer_in_raster_order():
     encoder = TINY.build()
     pixels = encoder.normalise(images(TINY))
-    kernel = encoder.patch_embed.proj
+    kernel: Any = encoder.patch_embed.proj
     flat = nn.functional.unfold(pixels, 4, stride=4).transpose(1, 2)  # C1.3
     want = nn.functional.linear(flat, kernel.weight.flatten(1), kernel.bias)
     torch.testing.assert_close(encoder.patch_embed(pixels), want, atol=1e-5, rtol=0)

@@ -58,6 +58,7 @@ def test_a_timm_model_is_a_source(tmp_path: Path):
     ours = small(image=16)
     export.export(ours, tmp_path)
     config, tensors = weights.read(f"timm:local-dir:{tmp_path}")
+    assert isinstance(config, Vit)
     assert config.numbers == ours.config.numbers
     encoder = config.build()
     weights.fill(encoder, config, tensors, "timm")
