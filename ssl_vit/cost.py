@@ -29,11 +29,19 @@ ZERO_BUCKET, ZERO_PREFETCH, ZERO_KEPT = 50_000_000, 50_000_000, 500_000_000
 
 
 Function = TypeVar("Function")
+IMAGES = 1009
 
 
 def remembered(function: Function) -> Function:
     """A function of encoders' configs that computes each answer once; frozen, they can be looked up."""
     return cache(function)  # type: ignore
+
+
+@remembered
+def skeleton(config: Encoder) -> Any:
+    """An encoder without content, to be counted."""
+    with torch.device("meta"):
+        return config.build()
 
 
 def encoder_macs(config: Encoder) -> int:
@@ -59,34 +67,33 @@ def counted_macs(config: Encoder) -> int:
     """Multiply-accumulates an image as torch counts them, without computing anything; all taps of a convolution."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.device("meta"), torch.no_grad():
-        encoder = config.build()
-        with FlopCounterMode(display=False) as counter:
-            encoder(torch.empty(1, config.channels, *config.image_hw, dtype=torch.uint8))
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        skeleton(config)(torch.empty(1, config.channels, *config.image_hw, dtype=torch.uint8))
     return counter.get_total_flops() // 2
 
 
 @remembered
 def padding_macs(config: Encoder) -> int:
     """Of these, those of convolutions' taps that lie outside of the image, which the paper's numbers leave out."""
+    encoder, found = skeleton(config), [0]
+
+    def count(conv: nn.Conv2d, given: tuple[Tensor, ...], made: Tensor) -> None:
+        inside = math.prod(map(_taps_inside, given[0].shape[2:], made.shape[2:], conv.kernel_size, conv.stride))
+        taps = math.prod(made.shape[2:]) * math.prod(conv.kernel_size)
+        found[0] += (taps - inside) * conv.in_channels * conv.out_channels // conv.groups
+
+    convolutions = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
+    hooks = [module.register_forward_hook(count) for module in convolutions]
     with torch.device("meta"), torch.no_grad():
-        encoder, found = config.build(), [0]
-
-        def count(conv: nn.Conv2d, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> None:
-            inside = math.prod(map(_taps_inside, given[0].shape[2:], made.shape[2:], conv.kernel_size, conv.stride))
-            taps = math.prod(made.shape[2:]) * math.prod(conv.kernel_size)
-            found[0] += (taps - inside) * conv.in_channels * conv.out_channels // conv.groups
-
-        for module in encoder.modules():
-            if isinstance(module, nn.Conv2d):
-                module.register_forward_hook(count)
         encoder(torch.empty(1, config.channels, *config.image_hw, dtype=torch.uint8))
+    for hook in hooks:
+        hook.remove()
     return found[0]
 
 
 def _taps_inside(size: int, made: int, kernel: int, stride: int) -> int:
-    """Along one side: taps of all outputs that meet the image, which is padded alike on both sides, left less."""
-    before = max(0, (made - 1) * stride + kernel - size) // 2 if stride == 1 or size % stride == 0 else kernel // 2
+    """Along one side: taps of all outputs that meet the image; which end has an odd row of padding does not matter."""
+    before = max(0, (made - 1) * stride + kernel - size) // 2
     starts = (i * stride - before for i in range(made))
     return sum(min(size, start + kernel) - max(0, start) for start in starts)
 
@@ -104,8 +111,7 @@ def training_flops(macs: int) -> int:
 @remembered
 def blocks(config: Encoder) -> tuple[int, ...]:
     """The parameters of each block, which is what engines gather and what activation checkpointing computes again."""
-    with torch.device("meta"):
-        encoder = config.build()
+    encoder = skeleton(config)
     return tuple(map(count_parameters, encoder.blocks)) or (count_parameters(encoder),)
 
 
@@ -116,7 +122,7 @@ def block_parameters(config: Encoder) -> int:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that a forward pass leaves for its backward pass, of a batch."""
+    """Bytes that an image leaves in a forward pass for the backward pass."""
 
     ends: int  # outside of the blocks
     blocks: tuple[int, ...]  # of each block
@@ -131,18 +137,19 @@ def activation_bytes(config: Encoder, bf16: bool, checkpointing: bool) -> int:
     the way back gradients come in: of what a block was given, and of its largest tensor. What a head keeps of its own
     is left out: of the mean-colour head logits and gathered tokens, 0.7 MB or 1 % for B.
     """
-    # of many images, so that the largest tensor is theirs; what is there once, as bf16 weights, drops out
-    more, less = (kept(config, bf16, images) for images in (1001, 1000))
-    each = [a - b for a, b in zip(more.blocks, less.blocks, strict=True)] or [0]
-    inputs = [a - b for a, b in zip(more.inputs, less.inputs, strict=True)] or [0]
+    found = kept(config, bf16)
+    each, inputs = found.blocks or (0,), found.inputs or (0,)
     most = each.index(max(each))
     within = sum(inputs) - inputs[most] + each[most] if checkpointing else sum(each)
-    return within + more.ends - less.ends + max(inputs) + more.largest - less.largest
+    return within + found.ends + max(inputs) + found.largest
 
 
 @remembered
-def kept(config: Encoder, bf16: bool, images: int) -> Kept:
-    """What torch would keep on a GPU with fused attention; found on tensors without content, so on any machine."""
+def kept(config: Encoder, bf16: bool) -> Kept:
+    """What torch would keep on a GPU with fused attention; found on tensors without content, so on any machine.
+
+    Of a prime number of images: what it divides is theirs, and the rest, as bf16 copies of weights, is there once.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     found: dict[int, tuple[int, int]] = {}  # by storage: the block that kept it, -1 for none, and its bytes
@@ -163,11 +170,11 @@ def kept(config: Encoder, bf16: bool, images: int) -> Kept:
 
     alive: list[Any] = []  # an address must not be given out twice
     with torch.device("meta"):
-        encoder = config.build()
+        encoder = config.build()  # its own, which gets content
     for number, block in enumerate(encoder.blocks):
         block.register_forward_pre_hook(partial(enter, number))
         block.register_forward_hook(leave)
-    image = images, config.channels, *config.image_hw
+    image = IMAGES, config.channels, *config.image_hw
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), Fused():
         encoder.to_empty(device="cuda")
         own = {parameter.untyped_storage()._cdata for parameter in encoder.parameters()}
@@ -180,10 +187,11 @@ def kept(config: Encoder, bf16: bool, images: int) -> Kept:
         finally:
             torch.set_autocast_enabled("cuda", False)
         del made
-    mine = [place for storage, place in found.items() if storage not in own]
+    places = [place for storage, place in found.items() if storage not in own and place[1] % IMAGES == 0]
+    mine = [(block, size // IMAGES) for block, size in places]
     sizes = [sum(size for block, size in mine if block == number) for number in range(-1, len(encoder.blocks))]
     largest = max((size for block, size in mine if block >= 0), default=0)
-    return Kept(sizes[0], tuple(sizes[1:]), tuple(inputs), largest)
+    return Kept(sizes[0], tuple(sizes[1:]), tuple(size // IMAGES for size in inputs), largest)
 
 
 class Fused(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Measure speed side by side: tools/benchmark.py step|engines|safety [recipe=NAME] [key=value ...], loader images=PATH
+"""Measure side by side: tools/benchmark.py step|engines|safety|models [recipe=NAME] [key=value ...], loader images=PATH
 
 `step` is the training step of a recipe, forward to optimizer, on `micro_batch` (or `batch`) images on the device.
 Beside ours runs a timm ViT of the same size with the same head in the simplest loop (eager, torch's default AdamW,
@@ -9,6 +9,9 @@ that they compute the same.
 `loader` is images/s of a core, from shards to batches, beside webdataset + Pillow + torchvision: benchmark_loader.py.
 
 `safety` is the share of a run's time that checkpoints and checks take: benchmark_safety.py.
+
+`models` is what every encoder costs, parameters, FLOPs and memory, beside the paper's numbers and timm's; with
+recipe=NAME what that recipe costs: benchmark_models.py.
 
 `engines`, under torchrun, is the step of every engine (DDP, ZeRO, FSDP2) beside bare DDP: benchmark_engines.py.
 """
@@ -96,10 +99,14 @@ def main(arguments: list[str]) -> int:
         return main_engines(arguments[1:])
     if arguments[0] == "safety":
         return main_safety(arguments[1:])
+    if arguments[0] == "models":
+        return main_models(arguments[1:])
     if arguments[0] != "step":
-        raise Refusal(USAGE, f"no benchmark '{arguments[0]}'; there are step, engines, loader and safety")
+        raise Refusal(USAGE, f"no benchmark '{arguments[0]}'; there are step, engines, loader, safety and models")
     options = config.parse(Benchmark, arguments[1:], recipe.FOLDER)
     resolved, tensors, source = recipe.resolve(options)
+    if not isinstance(resolved.encoder, Vit) or resolved.encoder.stem != "patch":
+        raise Refusal(USAGE, f"step: timm's rival is a plain ViT, and the encoder is {resolved.encoder.title}")
     measured = resolved.model_copy(update={"batch": resolved.micro_batch or resolved.batch})
     rows = benchmark_step(measured, recipe.build(measured, 1000, tensors, source), options)
     print(table(rows))
@@ -114,6 +121,19 @@ def main_loader(arguments: list[str]) -> int:
     rows = loader.benchmark_loader(options)
     print(loader.table(rows))
     store(rows, Path(options.output) / "loader.json")
+    return 0
+
+
+def main_models(arguments: list[str]) -> int:
+    import benchmark_models as models
+
+    if any(argument.startswith("recipe=") for argument in arguments):
+        print(models.of_recipe(arguments))
+        return 0
+    options = config.parse(models.ModelsBenchmark, arguments, recipe.FOLDER)
+    rows = list(models.benchmark_models(options))
+    print(models.table(rows))
+    store(rows, Path(options.output) / "models.json")
     return 0
 
 

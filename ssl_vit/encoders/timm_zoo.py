@@ -5,7 +5,7 @@ timm is imported when one is built, not before.
 
 import inspect
 from collections.abc import Collection
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -35,7 +35,7 @@ class TimmZoo(Pixels):
     @property
     def arguments(self) -> dict[str, Any]:
         """What timm is told beside the name."""
-        from timm import create_model, is_model, list_models
+        from timm import is_model, list_models
 
         name = self.name.split(".")[0]
         if not is_model(name):
@@ -43,9 +43,7 @@ class TimmZoo(Pixels):
             raise ValueError(f"encoder.name={self.name}: timm has no such model{'; it has ' + near if near else ''}")
         said: dict[str, Any] = {"in_chans": self.channels, "num_classes": 0}
         said |= {"drop_path_rate": self.drop_path} if self.drop_path else {}
-        with torch.device("meta"):  # convolutional networks take any size, and no such argument
-            sized = hasattr(getattr(create_model(name, num_classes=0), "patch_embed", None), "img_size")
-        return said | ({"img_size": self.image_hw} if sized else {})
+        return said | ({"img_size": self.image_hw} if _sized(name) else {})
 
     def create(self) -> Any:
         """timm's model; ValueError where timm does not make it so."""
@@ -60,6 +58,15 @@ class TimmZoo(Pixels):
     def build(self) -> "TimmEncoder":
         """A freshly initialised encoder; raises ValueError where timm cannot build it, or it has no tokens."""
         return TimmEncoder(self)
+
+
+@cache
+def _sized(name: str) -> bool:
+    """Whether timm's model is built for an image size; convolutional networks take any, and no such argument."""
+    from timm import create_model
+
+    with torch.device("meta"):
+        return hasattr(getattr(create_model(name, num_classes=0), "patch_embed", None), "img_size")
 
 
 class Bit(Pixels):
