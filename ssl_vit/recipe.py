@@ -139,6 +139,9 @@ def kept_head(recipe: Recipe) -> bool:
 
 def _agree(given: Encoder, source: Encoder, name: str) -> None:
     """Refuse encoder keys that were given and say something else than the source of the weights."""
+    if given.kind != source.kind and given.model_fields_set - FREE_OF_SOURCE:
+        said = f"is {source.title}, and the encoder keys say {given.title}"
+        raise Refusal(USAGE, f"init={name} {said}; give encoder.kind={source.kind}, which drops the others")
     said = given.model_fields_set - FREE_OF_SOURCE
     mine, theirs = ({key: getattr(one, key, "none") for key in said} for one in (given, source))
     if isinstance(given, Transformer) and isinstance(source, Transformer):

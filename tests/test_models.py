@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,7 @@ def digits(value: float) -> int:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    import benchmark
-
+    benchmark = import_module("benchmark")
     folder = tmp_path_factory.mktemp("models")
     assert benchmark.main(["models", f"output={folder}", "activations=false"]) == 0
     return json.loads((folder / "models.json").read_text())["rows"]
@@ -106,8 +106,7 @@ def test_taps_on_padding_are_counted_like_a_plain_loop():
 
 
 def test_a_recipes_cost_is_printed(capsys: pytest.CaptureFixture[str]):
-    import benchmark
-
+    benchmark = import_module("benchmark")
     assert benchmark.main(["models", "recipe=mpp_vit_b16"]) == 0
     text = capsys.readouterr().out
     for part in ("85,798,656 parameters", "17.563 GMAC", "100,000 steps of 4,096", "MB an image in bf16"):

@@ -5,6 +5,7 @@ timm is imported when one is built, not before.
 
 import inspect
 from collections.abc import Collection
+from difflib import get_close_matches
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ class TimmZoo(Pixels):
 
         name = self.name.split(".")[0]
         if not is_model(name):
-            near = ", ".join(list_models(f"*{name.split('_')[0]}*")[:3])
+            near = ", ".join(get_close_matches(name, list_models(), 3))
             raise ValueError(f"encoder.name={self.name}: timm has no such model{'; it has ' + near if near else ''}")
         said: dict[str, Any] = {"in_chans": self.channels, "num_classes": 0}
         said |= {"drop_path_rate": self.drop_path} if self.drop_path else {}
