@@ -190,7 +190,7 @@ def test_a_recipe_of_the_paper_says_what_it_costs_and_what_to_expect(name: str):
     assert made.data.image_size == made.encoder.image
     macs = GMACS.get(made.encoder.title, 0) * 1e9 or cost.encoder_macs(made.encoder)
     if isinstance(made.head, Masked):
-        answers = {"mean_color": 512, "patch_colors": 16 * 512, "patch_pixels": 768}.get(made.head.kind)
+        answers = {"mean_color": 512, "patch_colors": 16 * 512, "patch_pixels": 768}.get(made.head.kind)  # type: ignore[attr-defined]
         answers = answers or int(re.findall(r"clusters=(\d+)", text)[0])
         macs += sum(made.head.counts(made.encoder.grid)) * made.encoder.numbers[0] * answers
     wanted = cost.exaflops(macs, made.steps * made.batch)
