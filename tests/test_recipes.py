@@ -165,12 +165,14 @@ def test_a_recipe_judges(name: str):
 def test_the_commands_of_a_recipe_are_taken(name: str):
     """The one at its top, and what it says in backticks to give besides, is known to the tool it is for."""
     text = re.sub(r"\\\n\s*", " ", opening(name))
-    commands = re.findall(r"tools/(\w+)\.py ([^\n`]+)", text)
+    commands = re.findall(r"tools/(\w+)\.py ([^\n]+)", re.sub(r"`[^`]+`", "", text))
     assert any(f"recipe={name}" in rest.split() for _, rest in commands)
     quoted = [" ".join(words.split()) for words in re.findall(r"`([^`]+)`", text)]
     for tool, rest in [*re.findall(r"tools/(\w+)\.py (.*)", "\n".join(quoted)), *commands]:
         words = [word for word in rest.split() if re.match(r"[\w.]+=.", word)]
-        config.parse(SCHEMAS[tool], words, recipe.FOLDER)
+        made = config.parse(SCHEMAS[tool], words, recipe.FOLDER)
+        if isinstance(made, Finetune) and made.init == f"runs/{name}" and made.encoder.kind == "vit":
+            read(name).encoder.model_copy(update={"image": made.data.image_size}).check()  # patches tile its images
     for words in quoted:
         if re.match(r"[\w.]+=\S", words):
             other = read(name, *words.split())
