@@ -276,9 +276,9 @@ def check(plan: Corruption, patches: int, fates: tuple[int, int, int]) -> None:
 def test_units_are_corrupted_as_one(mix):
     """C8.3: SimMIM's 30 of 49 units, 120 of 196 patches; a unit's patches share their fate and swap with one unit."""
     plan = drawn("units", 200, (14, 14), 0.6, mix)
-    fates = counts(49, 0.6, mix, up=True)
-    assert sum(fates) == 30
-    check(plan, 196, tuple(4 * count for count in fates))
+    masked, swapped, kept = counts(49, 0.6, mix, up=True)
+    assert masked + swapped + kept == 30
+    check(plan, 196, (4 * masked, 4 * swapped, 4 * kept))
     fate = torch.full((200, 196), -1).scatter(1, plan.index, plan.fate)
     units = fate.unflatten(1, (7, 2, 7, 2)).transpose(2, 3).flatten(3)
     assert torch.equal(units, units[..., :1].expand_as(units))
@@ -435,7 +435,7 @@ def test_distance_to_what_can_be_seen(way, ratio, want, near):
         masked = np.zeros(196, dtype=bool)
         masked[index] = True
         masked = masked.reshape(14, 14).repeat(16, 0).repeat(16, 1)
-        found.append(distance_transform_edt(masked)[masked].mean())
+        found.append(np.asarray(distance_transform_edt(masked))[masked].mean())
     assert np.mean(found) == pytest.approx(want, abs=near)
 
 
@@ -689,6 +689,18 @@ def test_a_run_keeps_its_codebook(shards: Path, tmp_path: Path, monkeypatch, fre
     ends = [rows(tmp_path / name)[-1]["loss"] for name in ("straight", "run")]
     assert ends[0] == ends[1]
     assert rows(tmp_path / "run")[-1]["uniform"] == math.log(7)
+
+
+@pytest.mark.xfail(strict=True, raises=Refusal, reason="the old run's codebook is not put aside with the rest of it")
+def test_a_fresh_start_may_have_another_codebook(shards: Path, tmp_path: Path, fresh_accelerate):
+    from accelerate.state import AcceleratorState, GradientState
+
+    given, other = codebook_of(tmp_path / "a", "patch"), codebook_of(tmp_path / "b", "patch", seed=3)
+    pretrain(shards, tmp_path / "run", "head.kind=clusters", f"head.codebook={given}")
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    pretrain(shards, tmp_path / "run", "head.kind=clusters", f"head.codebook={other}", "fresh=true")
+    assert (tmp_path / "run" / "codebook.safetensors").read_bytes() == Path(other).read_bytes()
 
 
 @pytest.mark.parametrize(
