@@ -73,6 +73,16 @@ def test_the_sigmoid_loss_sums_over_classes():
     assert math.isclose(loss, 5 * math.log(2), abs_tol=1e-6)
 
 
+@pytest.mark.parametrize(("loss", "want"), [("sigmoid", 10 + 5 * math.log1p(math.exp(-10))), ("softmax", math.log(5))])
+def test_the_last_bias_starts_where_it_is_told(loss, want):
+    """At -10 a sigmoid says no to all classes: the loss is what the one right class costs, and C1.4 of a softmax."""
+    made = model(Classifier(loss=loss, bias=-10))
+    assert made.head.layers[-1].bias.unique().tolist() == [-10]
+    assert not made.head.layers[-1].weight.any()
+    assert made.head.layers[0].bias.abs().max() < 1
+    assert math.isclose(made(batch()).loss.item(), want, rel_tol=1e-6)
+
+
 def test_a_zero_head_leaves_the_trunk_alone_in_its_first_step():
     """C1.5: bit-identical after one step of plain SGD."""
     made = model(Transfer())

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ssl_vit.encoders.vit import Vit
-from ssl_vit.train.engine import zeros
+from ssl_vit.train.engine import prepare, zeros
 from ssl_vit.train.optim import AdamW, Sgd, groups, learning_rate, set_rate
 
 
@@ -28,6 +28,24 @@ def test_constant_stays_after_the_warm_up():
     assert [learning_rate(step, 1.0, 8, 2, "constant") for step in range(5)] == [0, 0.5, 1, 1, 1]
 
 
+def test_steps_divide_the_rate_by_ten_at_each_drop():
+    """As torch's own schedule of that kind; a step is of the config, warm-up included."""
+    config = Sgd(lr=0.3, schedule="step", drops=(4, 6), warmup_steps=2)
+    twin = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    decay = torch.optim.lr_scheduler.MultiStepLR(twin, milestones=[4, 6], gamma=0.1)
+    for step in range(9):
+        want = twin.param_groups[0]["lr"] * min(1, step / 2)
+        assert config.rate(step, steps=9) == pytest.approx(want, rel=1e-9)
+        twin.step()
+        decay.step()
+
+
+@pytest.mark.parametrize("given", [{"schedule": "step"}, {"drops": (3,)}, {"schedule": "linear", "drops": (3,)}])
+def test_drops_and_their_schedule_belong_together(given):
+    with pytest.raises(ValueError, match="belong together"):
+        AdamW(**given)
+
+
 def small() -> nn.Module:
     torch.manual_seed(0)
     return Vit(size="Ti", width=32, depth=1, heads=2, patch=4, image=8).build()
@@ -45,6 +63,43 @@ def test_only_kernels_decay_and_by_the_rate_times_the_decay():
     for name, value in model.named_parameters():
         want = before[name] * (1 - 9e-4) if name.endswith(kernels) else before[name]
         torch.testing.assert_close(value, want, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("lr", "decay", "relative"), [(3e-3, 0.3, 9e-4), (8e-4, 0.1, 8e-5), (1e-3, 0.03, 3e-5)])
+def test_the_papers_recipes_shrink_kernels_by_so_much(lr, decay, relative):
+    """C4.4: ImageNet, B on JFT, ImageNet-21k; in double, where a step leaves no rounding."""
+    kernel, bias = nn.Linear(4, 3).double().parameters()
+    model = nn.Module()
+    model.weight, model.bias = kernel, bias
+    before = kernel.detach().clone(), bias.detach().clone()
+    optimizer = AdamW(lr=lr, weight_decay=decay).build(model)
+    kernel.grad, bias.grad = torch.zeros_like(kernel), torch.zeros_like(bias)
+    optimizer.step()
+    torch.testing.assert_close(1 - kernel / before[0], torch.full_like(kernel, relative), rtol=1e-9, atol=1e-12)
+    assert torch.equal(bias, before[1])
+
+
+@pytest.mark.parametrize(
+    ("norm", "clip", "scale"), [(10.0, 1.0, 0.1), (0.5, 1.0, 1.0), (10.0, None, 1.0), (3.0, 2.0, 2 / 3)]
+)
+def test_gradients_are_clipped_jointly(norm, clip, scale):
+    """C4.5: one factor for all parameters, whatever the norm of each."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    model = small()
+    before = [p.detach().clone() for p in model.parameters()]
+    engine = prepare(Accelerator(cpu=True), model, Sgd(lr=1.0, momentum=0.0), {})
+    random = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(p.shape, generator=random) * (i + 1) for i, p in enumerate(model.parameters())]
+    whole = torch.cat([g.flatten() for g in gradients]).norm()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient * norm / whole
+    assert float(engine.step(clip)) == pytest.approx(norm, rel=1e-5)
+    for parameter, old, gradient in zip(model.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(old - parameter, scale * gradient * norm / whole, rtol=1e-4, atol=1e-6)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
 
 
 def test_every_parameter_is_in_one_group():
@@ -75,6 +130,29 @@ def test_steps_equal_torchs_own_and_a_flagged_one_changes_nothing(config):
             theirs.step()
         for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_decay_of_sgd_is_torchs(decay):
+    """On kernels only, and before the momentum: torch's own with a decay for kernels and none for biases."""
+    model, twin = nn.Linear(3, 2), nn.Linear(3, 2)
+    twin.load_state_dict(model.state_dict())
+    ours = Sgd(lr=0.1, weight_decay=decay).build(model)
+    kernels = torch.optim.SGD([twin.weight], lr=0.1, momentum=0.9, weight_decay=decay)
+    biases = torch.optim.SGD([twin.bias], lr=0.1, momentum=0.9)
+    momentum, by_hand = torch.zeros(2, 3), model.weight.detach().clone()
+    for step in range(4):
+        for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+            mine.grad = torch.full_like(mine, 0.1 * (step + 1))
+            other.grad = mine.grad.clone()
+        momentum = 0.9 * momentum + 0.1 * (step + 1) + decay * by_hand
+        by_hand -= 0.1 * momentum
+        ours.step()
+        kernels.step()
+        biases.step()
+        torch.testing.assert_close(model.weight, twin.weight)
+        torch.testing.assert_close(model.bias, twin.bias)
+        torch.testing.assert_close(model.weight.detach(), by_hand)
 
 
 def test_the_rate_is_written_into_every_group():
