@@ -88,7 +88,7 @@ def timm_architecture(config: Encoder) -> tuple[str, dict[str, Any]] | None:
         "embed_dim": width,
         "depth": depth,
         "num_heads": heads,
-        "mlp_ratio": mlp / width,
+        "mlp_ratio": (mlp + 0.5) / width,  # timm cuts their product off, and mlp / width * width may fall short of mlp
         "global_pool": "token" if config.pool == "class" else "avg",
         "fc_norm": False,  # the final norm stays before pooling, as it was trained
         **({} if config.positions == "1d" else {"pos_embed": "none"}),
