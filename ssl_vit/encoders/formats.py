@@ -18,7 +18,7 @@ from ssl_vit.encoders.vit import SIZES, Vit
 from ssl_vit.exits import DATA, Refusal
 
 Weights = dict[str, Tensor]
-NOT_ENCODER = ("head", "pre_logits", "fc_norm", "decoder", "mask_token", "pooler", "classifier")
+NOT_ENCODER = ("head", "fc.", "pre_logits", "fc_norm", "decoder", "mask_token", "pooler", "classifier")
 """Beginnings of the names of what others store beside their encoder."""
 
 HUGGING_FACE = (
@@ -68,7 +68,7 @@ def read_file(path: Path) -> tuple[Weights, dict[str, Any]]:
         if path.suffix == ".safetensors":
             tree: Any = load_file(path)
         elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return named({name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files})
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # a bag of values beside DINO's weights

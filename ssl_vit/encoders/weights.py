@@ -168,6 +168,10 @@ def _chosen(model: Any, tensors: Weights, name: str, prepared: dict[str, Any], s
                 config: Encoder = infer(tensors, source, said | {"heads": heads, "pool": own.get("pool", "mean")})
             else:
                 config = TimmZoo.model_validate({"name": name, "channels": channels, **said, **own})
+            with torch.device("meta"):
+                wanted = config.build().state_dict().items()
+            if any(getattr(tensors.get(key.removeprefix("model.")), "shape", None) != one.shape for key, one in wanted):
+                continue  # found out without drawing random numbers for all of them
             ours = config.build().eval()
             fill(ours, config, tensors, source)
             if _alike(ours, model):
