@@ -18,6 +18,7 @@ from ssl_vit.encoders.vit import VitEncoder
 from ssl_vit.encoders.weights import AnyEncoder
 from ssl_vit.exits import CANNOT_CREATE, USAGE, Refusal
 
+ROUNDING = 1e-3  # of the largest number: how far onnxruntime may be off without a word
 Side = Annotated[int, Field(gt=0)]
 
 
@@ -104,7 +105,8 @@ def _written(options: Export, encoder: AnyEncoder, head: classified.Classifier |
     if options.format == "onnx":
         difference = export.onnx(encoder, place, head)
         made = "logits" if head else "features"
-        return f"image uint8 in, tokens and {made} out; onnxruntime differs by {difference:.1e}"
+        more = "" if difference < ROUNDING else ", more than rounding explains: compare before you use it"
+        return f"image uint8 in, tokens and {made} out; onnxruntime differs by {difference:.1e}{more}"
     if options.format == "hf":
         export.hugging_face(encoder, place)
         return "opened by transformers.ViTModel.from_pretrained(FOLDER, add_pooling_layer=False)"
