@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors import SafetensorError
 
 from ssl_vit.config import Config
@@ -19,7 +19,6 @@ from ssl_vit.encoders.weights import AnyEncoder
 from ssl_vit.exits import CANNOT_CREATE, USAGE, Refusal
 
 ROUNDING = 1e-3  # of the largest number: how far onnxruntime may be off without a word
-Side = Annotated[int, Field(gt=0)]
 
 
 class Export(Config):
@@ -34,11 +33,18 @@ class Export(Config):
         "encoder",
     )
     output: str = Field(default="exported", min_length=1, description="folder to write; of onnx the file, NAME.onnx")
-    image_size: Side | tuple[Side, Side] | None = Field(default=None, description="input size, pixels (none: as it is)")
+    image_size: int | tuple[int, int] | None = Field(default=None, description="input size, pixels (none: as it is)")
     classifier: bool = Field(default=False, description="with the classifier of a fine-tuned run; not of hf")
     init_share: float = Field(
         default=1.0, gt=0, le=1, description="least share of the encoder's numbers that the source has to fill"
     )
+
+    @field_validator("image_size")
+    @classmethod
+    def _has_pixels(cls, size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        if size is not None and min((size,) if isinstance(size, int) else size) < 1:
+            raise ValueError(f"an image of {size} has no pixels")
+        return size
 
 
 def run(options: Export) -> str:
