@@ -10,6 +10,9 @@ from torch import Tensor
 from ssl_vit.encoders.weights import AnyEncoder, fill, read
 from ssl_vit.exits import DATA, Refusal
 
+BETWEEN = ("pre_logits", "fc_norm", "attn_pool", "head.norm", "head.mlp")
+"""Beginnings of the names of what others have between an encoder's read-out and its last layer."""
+
 
 @dataclass(frozen=True)
 class Classifier:
@@ -48,6 +51,11 @@ def read_classifier(source: str) -> tuple[AnyEncoder, Classifier]:
     config, weights = read(source, classifier=True)
     if "head.weight" not in weights or "head.bias" not in weights:
         raise Refusal(DATA, f"{source}: has no classifier (head.weight, head.bias); tools/finetune.py makes one")
+    between = sorted({name.split(".")[0] for name in weights if name.startswith(BETWEEN)})
+    if between:
+        raise Refusal(
+            DATA, f"{source}: its classifier is not linear on what the encoder gives: {between[0]} comes between"
+        )
     sick = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
     if sick:
         raise Refusal(DATA, f"{source}: {sick[0]} has numbers that are not finite")

@@ -23,6 +23,7 @@ from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.model import read_out
 
 ARCHITECTURES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
+LARGEST = 1.9e9  # bytes of weights inside an ONNX file, whose format ends at 2 GiB
 BIT = ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")  # what timm has names for
 
 
@@ -38,7 +39,7 @@ def export(encoder: AnyEncoder, folder: Path, classifier: Classifier | None = No
         "std": list(config.std * (config.channels // len(config.std))),
         "interpolation": "bilinear",
         "crop_pct": classifier.crop if classifier else 0.875,
-        "fixed_input_size": True,
+        "fixed_input_size": "img_size" in (architecture or ("", {}))[1],  # if true, timm hands one over
         "num_classes": classes,
         **({"label_names": classifier.names} if classifier else {}),
     }
@@ -88,7 +89,7 @@ def timm_architecture(config: Encoder) -> tuple[str, dict[str, Any]] | None:
         "embed_dim": width,
         "depth": depth,
         "num_heads": heads,
-        "mlp_ratio": mlp / width,
+        "mlp_ratio": (mlp + 0.5) / width,  # timm cuts their product off, and mlp / width * width may fall short of mlp
         "global_pool": "token" if config.pool == "class" else "avg",
         "fc_norm": False,  # the final norm stays before pooling, as it was trained
         **({} if config.positions == "1d" else {"pos_embed": "none"}),
@@ -209,7 +210,8 @@ def onnx(encoder: AnyEncoder, path: Path, classifier: Classifier | None = None) 
         )
         assert program is not None
         path.parent.mkdir(parents=True, exist_ok=True)
-        program.save(path, external_data=False)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        program.save(path, external_data=size > LARGEST)  # beside it as NAME.onnx.data
         more = torch.cat([image, image.flip(0)[:1]])
         want = model(more)
     found = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(names, {"image": more.numpy()})

@@ -18,7 +18,7 @@ from ssl_vit.encoders.vit import SIZES, Vit
 from ssl_vit.exits import DATA, Refusal
 
 Weights = dict[str, Tensor]
-NOT_ENCODER = ("head", "pre_logits", "fc_norm", "decoder", "mask_token", "pooler", "classifier")
+NOT_ENCODER = ("head", "fc.", "pre_logits", "fc_norm", "decoder", "mask_token", "pooler", "classifier")
 """Beginnings of the names of what others store beside their encoder."""
 
 HUGGING_FACE = (
@@ -68,7 +68,7 @@ def read_file(path: Path) -> tuple[Weights, dict[str, Any]]:
         if path.suffix == ".safetensors":
             tree: Any = load_file(path)
         elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return named({name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files})
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # a bag of values beside DINO's weights
@@ -88,7 +88,8 @@ def read_file(path: Path) -> tuple[Weights, dict[str, Any]]:
 
 def named(tensors: Weights) -> tuple[Weights, dict[str, Any]]:
     """Tensors under timm's names, and the number of heads where the origin tells it."""
-    if "Transformer/encoder_norm/scale" in tensors or "cls" in tensors:
+    tensors = {name.removeprefix("opt/target/"): value for name, value in tensors.items()}  # with Google's optimizer
+    if "Transformer/encoder_norm/scale" in tensors:
         return _from_google(tensors)
     tensors = {name.removeprefix("module.").removeprefix("backbone."): value for name, value in tensors.items()}
     if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors):
@@ -148,8 +149,8 @@ def infer(weights: Weights, source: str, said: dict[str, Any] | None = None) -> 
         width, channels, patch, _ = weights["patch_embed.proj.weight"].shape
         depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
         mlp = weights["blocks.0.mlp.fc1.weight"].shape[0]
-        tokens = weights["pos_embed"].shape[1] if "pos_embed" in weights else None
-    except (KeyError, ValueError) as error:
+        _, tokens, _ = weights["pos_embed"].shape if "pos_embed" in weights else (1, None, width)
+    except (KeyError, ValueError, IndexError) as error:
         raise Refusal(DATA, f"{source}: not a plain ViT under timm's names (no {error})") from error
     hybrid = next((weights[name].shape[1] for name in weights if name.endswith("backbone.stem.conv.weight")), None)
     if hybrid is not None:

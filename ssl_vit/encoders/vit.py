@@ -341,7 +341,7 @@ class VitEncoder(Normalised):
         if edit is not None:
             x = edit(x)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # len(x) would fix it in an export
         return self.pos_drop(self._placed(x) if self.config.where == "stem" else x)
 
     def through(self, block: nn.Module, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Names are timm's, of a ViT as of any other encoder; see `ssl_vit.encoders.export
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ from pydantic import TypeAdapter, ValidationError
 from ssl_vit.encoders import Encoder, positions
 from ssl_vit.encoders.formats import NOT_ENCODER, Weights, infer, read_file
 from ssl_vit.encoders.timm_zoo import TimmEncoder, TimmZoo
-from ssl_vit.encoders.vit import VitEncoder
+from ssl_vit.encoders.vit import SIZES, Vit, VitEncoder
 from ssl_vit.exits import DATA, Refusal
 
 AnyEncoder = VitEncoder | TimmEncoder
 CONFIG: TypeAdapter[Encoder] = TypeAdapter(Encoder)
-HIDDEN = ("act_layer", "norm_layer", "block_fn", "mlp_layer", "attn_layer", "embed_layer")
-"""timm's arguments by which a model is another one though its tensors' shapes are a plain ViT's."""
+PLAIN = re.compile(r"(?:vit|deit)_(?:(t)iny|(s)mall|(b)ase|(l)arge|(h)uge)_(?:patch\d+|r50_s\d+)_\d+(?:\..*)?")
+"""timm's names of plain ViTs and hybrids with the authors' numbers of heads; of other names timm is asked."""
+SHAPES = {"img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio"}
+SHAPES |= {"global_pool", "fc_norm", "class_token", "pos_embed", "drop_rate", "drop_path_rate"}
+"""timm's arguments that tensors show, or that are read here; others make another model of the same shapes."""
+SAME = 1e-5  # of the largest number: how far two programs may be apart that compute the same
 
 
 def load_encoder(path: str | Path) -> AnyEncoder:
@@ -48,15 +53,20 @@ def read(source: str, classifier: bool = False) -> tuple[Encoder, Weights]:
         raise Refusal(DATA, f"{path}: no such run, folder or weights file")
     weights, said = read_file(path)
     beside = path.with_name("config.json")
-    if beside.is_file() and path.suffix != ".npz":
-        try:
-            content = json.loads(beside.read_text())
-            if "ssl_vit" in content:
-                return CONFIG.validate_python({"kind": "vit"} | content["ssl_vit"]), weights
-            return infer(weights, str(path), said | _said(content, beside)), weights
-        except (ValidationError, ValueError, AttributeError, TypeError, KeyError) as error:
-            raise Refusal(DATA, f"{beside}: not an encoder's config ({' '.join(str(error).split())[:200]})") from error
-    return infer(weights, str(path), said), weights
+    if not beside.is_file() or path.suffix == ".npz":
+        return infer(weights, str(path), said), weights
+    try:
+        content = json.loads(beside.read_text())
+        if "ssl_vit" in content:
+            return CONFIG.validate_python({"kind": "vit"} | content["ssl_vit"]), weights
+        if "model_type" in content:
+            return infer(weights, str(path), said | _said_by_hugging_face(content, beside)), weights
+        name = content.get("architecture")
+        if name is None or (PLAIN.fullmatch(name) and not set(content.get("model_args", {})) - SHAPES):
+            return infer(weights, str(path), said | _said_by_timm(content)), weights
+        return _asked_of_timm(content, weights, beside), weights
+    except (ValidationError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise Refusal(DATA, f"{beside}: not an encoder's config ({' '.join(str(error).split())[:200]})") from error
 
 
 def _inside(path: Path, classifier: bool) -> Path:
@@ -74,36 +84,47 @@ def _inside(path: Path, classifier: bool) -> Path:
     raise Refusal(DATA, f"{path}: no {kind}/model.safetensors in it ({cure})")
 
 
-def _said(content: dict[str, Any], beside: Path) -> dict[str, Any]:
-    """What a config.json of timm or Hugging Face says that shapes do not: heads, read-out, mean and deviation."""
-    if "model_type" in content:
-        return _said_by_hugging_face(content, beside)
-    said: dict[str, Any] = {}
-    if "global_pool" in content:
-        said["pool"] = "class" if content["global_pool"] == "token" else "mean"
-    hidden = [name for name in HIDDEN if name in content.get("model_args", {})]
-    if hidden or content.get("global_pool", "token") not in ("token", "avg", ""):
-        raise Refusal(DATA, f"{hidden[0] if hidden else 'global_pool'} makes it another model than a plain ViT")
-    if "num_heads" in content.get("model_args", {}):
-        said["heads"] = content["model_args"]["num_heads"]
-    preparation = content.get("pretrained_cfg", {})
-    return said | {name: preparation[name] for name in ("mean", "std") if name in preparation}
+def _said_by_timm(content: dict[str, Any]) -> dict[str, Any]:
+    """What timm's config.json says that shapes do not: heads, image size, read-out, mean and deviation."""
+    arguments, preparation = content.get("model_args", {}), content.get("pretrained_cfg", {})
+    said = {name: preparation[name] for name in ("mean", "std") if name in preparation}
+    pool = arguments.get("global_pool", content.get("global_pool"))
+    if pool not in (None, "", "token", "avg"):
+        raise Refusal(DATA, f"global_pool={pool} makes it another model than a plain ViT")
+    if pool:
+        said["pool"] = "class" if pool == "token" else "mean"
+    name = PLAIN.fullmatch(content.get("architecture", ""))
+    letter = next((one for one in name.groups() if one), "") if name else ""
+    size = {"t": "Ti"}.get(letter, letter.upper())
+    if "num_heads" in arguments or size:
+        said["heads"] = arguments.get("num_heads") or SIZES[size][2]
+    image = arguments.get("img_size", preparation.get("input_size", [None])[1:])
+    return said | ({"image": image} if image else {})
 
 
 def _said_by_hugging_face(content: dict[str, Any], beside: Path) -> dict[str, Any]:
-    if content["model_type"] not in ("vit", "vit_mae") or content.get("hidden_act", "gelu") != "gelu":
-        text = f"model_type={content['model_type']} with hidden_act={content.get('hidden_act')}"
+    """What Hugging Face's config.json and preprocessor_config.json say that shapes do not."""
+    others = {"hidden_act": "gelu", "qkv_bias": True}
+    found = {name: content.get(name, usual) for name, usual in others.items()}
+    if content["model_type"] not in ("vit", "vit_mae") or found != others or content.get("layer_norm_eps", 0) > 1e-5:
+        facts = {"model_type": content["model_type"], **found, "layer_norm_eps": content.get("layer_norm_eps")}
+        text = ", ".join(f"{name}={value}" for name, value in facts.items())
         raise Refusal(DATA, f"{beside}: {text} is another model than a plain ViT")
     said: dict[str, Any] = {"heads": content["num_attention_heads"], "image": content["image_size"]}
     preparation = beside.with_name("preprocessor_config.json")
     if preparation.is_file():
-        found = json.loads(preparation.read_text())
-        said |= {new: found[old] for new, old in (("mean", "image_mean"), ("std", "image_std")) if old in found}
+        given = json.loads(preparation.read_text())
+        for new, old, nothing in (("mean", "image_mean", 0.0), ("std", "image_std", 1.0)):
+            value = given.get(old) if given.get("do_normalize", True) else nothing
+            if value is not None:
+                said[new] = value if isinstance(value, list) else [value]
     return said
 
 
 def _read_timm(name: str) -> tuple[Encoder, Weights]:
-    """timm's model with its weights: as our own ViT where that computes the same, else as timm's."""
+    """timm's model with its weights."""
+    if name.startswith("local-dir:"):
+        return read(name.removeprefix("local-dir:"))
     import timm
 
     try:
@@ -111,24 +132,65 @@ def _read_timm(name: str) -> tuple[Encoder, Weights]:
     except Exception as error:  # timm and its hub client raise many kinds
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise Refusal(DATA, f"timm:{name} cannot be had ({text}); without a network give a local file") from error
-    tensors, prepared = model.state_dict(), model.pretrained_cfg
-    said = {key: prepared[key] for key in ("mean", "std") if key in prepared}
+    tensors = model.state_dict()
+    return _chosen(model, tensors, name, model.pretrained_cfg, f"timm:{name}"), tensors
+
+
+def _asked_of_timm(content: dict[str, Any], weights: Weights, beside: Path) -> Encoder:
+    """The encoder that a config.json of timm stands for, from the model that timm builds by it."""
+    name, arguments = content["architecture"], content.get("model_args", {})
     try:
-        heads = {"heads": model.blocks[0].attn.num_heads} if hasattr(model, "blocks") else {}
-        token = getattr(model, "global_pool", "token") == "token" and "cls_token" in tensors
-        plain = infer(tensors, f"timm:{name}", said | heads | {"pool": "class" if token else "mean"})
-        ours = plain.build().eval()
-        fill(ours, plain, tensors, f"timm:{name}")
-        image = torch.randint(0, 256, (1, plain.channels, *plain.image_hw), dtype=torch.uint8)
-        with torch.no_grad():
-            if torch.allclose(ours(image), model.forward_features(ours.normalise(image)), atol=1e-4):
-                return plain, tensors
-    except (Refusal, AttributeError, ValueError, RuntimeError):
-        pass
-    _, height, width = prepared["input_size"]
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or (height, width)
-    image_size = size[0] if size[0] == size[1] else tuple(size)
-    return TimmZoo.model_validate({"name": name, "image": image_size, **said}), tensors
+        import timm
+    except ImportError as error:
+        raise Refusal(DATA, f"{beside}: only timm knows what {name} is; pip install 'ssl_vit[timm]'") from error
+    try:
+        model: Any = timm.create_model(name, pretrained=False, **arguments | {"num_classes": 0}).eval()
+        missing, _ = model.load_state_dict(weights, strict=False)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise Refusal(DATA, f"{beside}: timm cannot build it ({' '.join(str(error).split())[:200]})") from error
+    if missing:
+        raise Refusal(DATA, f"{beside}: its file has not all of timm's {name}: {listed(missing)} are missing")
+    return _chosen(model, weights, name, content.get("pretrained_cfg", {}), str(beside.parent))
+
+
+def _chosen(model: Any, tensors: Weights, name: str, prepared: dict[str, Any], source: str) -> Encoder:
+    """Our own ViT where that computes the same as timm's model, else timm's of that name, compared as well."""
+    said = {key: prepared[key] for key in ("mean", "std") if key in prepared}
+    own = {} if getattr(model, "global_pool", "token") != "token" or "cls_token" not in tensors else {"pool": "class"}
+    heads = getattr(getattr(next(iter(getattr(model, "blocks", ())), None), "attn", None), "num_heads", 1)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or prepared.get("input_size", (3, 224))[1:]
+    said |= {"image": size[0] if len({*size}) == 1 else tuple(size)}
+    channels = next((part.in_channels for part in model.modules() if isinstance(part, torch.nn.Conv2d)), 3)
+    reason: Any = "another model than a plain ViT"
+    for kind in (Vit, TimmZoo):
+        try:
+            if kind is Vit:
+                config: Encoder = infer(tensors, source, said | {"heads": heads, "pool": own.get("pool", "mean")})
+            else:
+                config = TimmZoo.model_validate({"name": name, "channels": channels, **said, **own})
+            with torch.device("meta"):
+                wanted = config.build().state_dict().items()
+            if any(getattr(tensors.get(key.removeprefix("model.")), "shape", None) != one.shape for key, one in wanted):
+                continue  # found out without drawing random numbers for all of them
+            ours = config.build().eval()
+            fill(ours, config, tensors, source)
+            if _alike(ours, model):
+                return config
+        except (Refusal, AttributeError, ValueError, RuntimeError) as error:
+            reason = error
+    raise Refusal(
+        DATA, f"{source}: timm's {name} as it is there cannot be built here: {' '.join(str(reason).split())[:300]}"
+    )
+
+
+@torch.no_grad()
+def _alike(ours: Any, model: Any) -> bool:
+    """Whether an encoder's tokens are those of timm's model, of an image of noise."""
+    shape = (1, ours.channels, *ours.config.image_hw)
+    image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tokens, theirs = ours(image), model.forward_features(ours.normalise(image))
+    theirs = ours._tokens(theirs) if isinstance(ours, TimmEncoder) else theirs
+    return tokens.shape == theirs.shape and bool((tokens - theirs).abs().max() <= SAME * tokens.abs().max())
 
 
 @dataclass
@@ -187,6 +249,13 @@ def fill(encoder: AnyEncoder, config: Encoder, weights: Weights, source: str, sh
         text = "; ".join(f"{len(n)} tensors {kind} ({', '.join(n[:3])} ...)" for kind, n in kinds.items() if n)
         found = "" if share == 1 else f" ({report.share:.1%} of it can be filled, init_share={share:g})"
         raise Refusal(DATA, f"{source}: does not fit the encoder{found}: {text}")
+    for name in report.matched:
+        if wanted[name].is_floating_point() and not (
+            fitting[name].is_floating_point() and fitting[name].isfinite().all()
+        ):
+            raise Refusal(
+                DATA, f"{source}: {name} has numbers that are not finite, or whole numbers: the file is damaged"
+            )
     chosen = {encoder.inside + name: fitting[name] for name in report.matched}
     encoder.load_state_dict(chosen, strict=False)
     return report
@@ -198,7 +267,7 @@ def _resized(encoder: AnyEncoder, config: Encoder, weights: Weights, source: str
         table = weights.get("pos_embed")
         own = getattr(encoder.model, "pos_embed", None)
         if table is None or own is None or table.shape == own.shape or table.ndim != 3:
-            return weights, []
+            return _resized_lines(encoder, weights)
         old = config.build()  # of the size that the weights were made for
         prefix = table.shape[1] - old.grid[0] * old.grid[1]
         return weights | {"pos_embed": positions.resize(table, old.grid, encoder.grid, prefix)}, ["pos_embed"]
@@ -212,5 +281,15 @@ def _resized(encoder: AnyEncoder, config: Encoder, weights: Weights, source: str
             made[name] = positions.resize_axis(value, new[name.endswith("columns")])
         elif name.split(".")[-1] == "offsets":
             lines = encoder.lines(name, old), encoder.lines(name, new)
+            made[name] = positions.resize_offsets(value, *lines)
+    return made, [name for name in made if made[name] is not weights[name]]
+
+
+def _resized_lines(encoder: TimmEncoder, weights: Weights) -> tuple[Weights, list[str]]:
+    """The same of the rows' and columns' relative positions of an AxialResNet."""
+    own, made = encoder.model.state_dict(), dict(weights)
+    for name, value in weights.items():
+        if name in own and name.endswith((".rows.offsets", ".columns.offsets")) and own[name].shape != value.shape:
+            lines = ((1, (len(table) + 1) // 2) for table in (value, own[name]))
             made[name] = positions.resize_offsets(value, *lines)
     return made, [name for name in made if made[name] is not weights[name]]

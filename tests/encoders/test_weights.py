@@ -109,7 +109,7 @@ def test_timms_own_config_says_what_shapes_do_not(tmp_path: Path):
         tmp_path / "model.safetensors",
     )
     said = {
-        "architecture": "x",
+        "architecture": "vit_tiny_patch16_224",
         "model_args": {"num_heads": 4},
         "pretrained_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2] * 3},
     }

@@ -1,0 +1,464 @@
+"""Weights go out: what timm, transformers and onnxruntime compute from an export is what the encoder computes."""
+
+import importlib.util
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file
+from scipy import ndimage
+
+from ssl_vit import exits, load_encoder
+from ssl_vit.encoders import classified, export, weights
+from ssl_vit.encoders.classified import Classifier
+from ssl_vit.exits import CANNOT_CREATE, DATA, USAGE, Refusal
+from ssl_vit.model import read_out
+from tests.encoders import foreign_weights as foreign
+from tests.encoders.foreign_weights import image, loud
+
+ROOT = Path(__file__).parents[2]
+SMALL: dict[str, Any] = {"kind": "vit", "width": 48, "heads": 3, "depth": 2, "mlp": 80, "patch": 4, "image": 16}
+AXIAL: dict[str, Any] = {"kind": "axial", "width": 48, "heads": 3, "depth": 1, "patch": 4, "image": (16, 24)}
+KINDS: dict[str, dict[str, Any]] = {
+    "vit": {},
+    "no class token": {"pool": "mean", "class_token": False},
+    "no positions": {"pool": "mean", "positions": "none"},
+    "oblong": {"image": (16, 24), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.3)},
+    "one channel": {"channels": 1},
+    "four channels": {"channels": 4},
+    "odd numbers": {"width": 44, "heads": 2, "mlp": 15},  # 15 / 44 * 44 is less than 15 for a computer
+    "huge": {"size": "H", "patch": 14, "image": 28},
+    "2d": {"positions": "2d"},
+    "hybrid": {"stem": "r50", "patch": 16, "image": 32},
+    "bit": {"kind": "bit", "image": 32},
+    "zoo": {"kind": "timm", "name": "test_vit2", "image": 32, "pool": "class"},
+    "zoo, a map": {"kind": "timm", "name": "test_convnext", "image": 64},
+}
+ONLY_OURS: dict[str, dict[str, Any]] = {
+    "relative": {"positions": "relative"},
+    "relative, stem": {"positions": "relative", "positions_at": "stem"},
+    "relative, shared": {"positions": "relative", "positions_at": "shared", "image": (16, 24)},
+    "every": {"positions_at": "every"},
+    "shared": {"positions_at": "shared"},
+    "2d, every": {"positions": "2d", "positions_at": "every"},
+    "2d, shared": {"positions": "2d", "positions_at": "shared"},
+    "axial": AXIAL,
+    "axial, relative": AXIAL | {"positions": "relative"},
+    "axial resnet": {"kind": "axial_resnet", "image": 64, "heads": 4},
+    "R50x2": {"kind": "bit", "image": 32, "widen": 2},
+}
+
+
+def made(given: dict[str, Any]) -> Any:
+    """An encoder with loud random weights; those of deep ResNets as they are, which are chaotic at loud ones."""
+    torch.manual_seed(0)
+    config = weights.CONFIG.validate_python(given if "kind" in given else SMALL | given)
+    encoder = config.build().eval()
+    return encoder if config.kind in ("bit", "axial_resnet") else loud(encoder)
+
+
+def source(folder: Path, given: dict[str, Any]) -> Any:
+    """The encoder, and a run's encoder/ folder of it."""
+    encoder = made(given)
+    export.export(encoder, folder / "run" / "encoder")
+    return encoder
+
+
+def tool(*words: object) -> None:
+    """tools/export.py, in this process."""
+    spec = importlib.util.spec_from_file_location("export_tool", ROOT / "tools" / "export.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main([str(word) for word in words]) == 0
+
+
+def refused(code: int, *words: object) -> str:
+    """What the tool says when it refuses; always one line."""
+    with pytest.raises(Refusal) as end:
+        tool(*words)
+    assert end.value.code == code, end.value
+    assert "\n" not in str(end.value)
+    return str(end.value)
+
+
+@torch.no_grad()
+def same(encoder: Any, other: Any, atol: float = 0.0) -> None:
+    one = image(*encoder.config.image_hw, channels=encoder.channels)
+    want = encoder(one)
+    assert want.std() > 0.1
+    torch.testing.assert_close(other(one), want, atol=atol, rtol=0)
+
+
+# --- timm's folder and our own
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_timm_opens_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind):
+    encoder = source(tmp_path, KINDS[kind])
+    capsys.readouterr()
+    tool(f"encoder={tmp_path}/run", f"output={tmp_path}/out")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith(f"run: 100.0% of the encoder; {len(encoder.state_dict())} matched")
+    assert said[1] == f"{tmp_path}/out: opened by timm and load_encoder"
+    theirs: Any = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
+    again = load_encoder(tmp_path / "out")
+
+    @torch.no_grad()
+    def tokens(one: torch.Tensor) -> torch.Tensor:
+        found = theirs.forward_features(encoder.normalise(one))
+        return encoder._tokens(found) if hasattr(encoder, "_tokens") else found
+
+    at_once = 1e-6 if kind == "2d" else 0.0  # x + (row, column) from a table or from its parts
+    same(encoder, tokens, at_once)
+    same(encoder, again, at_once)
+    mean = encoder.config.mean * (encoder.channels if len(encoder.config.mean) == 1 else 1)
+    assert tuple(theirs.pretrained_cfg["mean"]) == mean
+    assert tuple(theirs.pretrained_cfg["input_size"]) == (encoder.channels, *encoder.config.image_hw)
+    if encoder.config.kind == "vit":
+        with torch.no_grad():
+            want = read_out(
+                encoder(image(*encoder.config.image_hw, channels=encoder.channels)), encoder.pool, encoder.prefix
+            )
+            pixels = encoder.normalise(image(*encoder.config.image_hw, channels=encoder.channels))
+            torch.testing.assert_close(theirs(pixels), want, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ONLY_OURS)
+def test_our_folder_takes_what_timm_cannot_express(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind):
+    encoder = source(tmp_path, ONLY_OURS[kind])
+    words = [f"encoder={tmp_path}/run", f"output={tmp_path}/out"]
+    said = refused(USAGE, *words)
+    assert "timm cannot express this encoder" in said
+    assert "format=safetensors takes any" in said
+    assert "format=hf: Hugging Face's ViTModel cannot express this encoder: it" in refused(USAGE, *words, "format=hf")
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    tool(*words, "format=safetensors")
+    assert "timm has no such model: opened by load_encoder only" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "architecture" not in content
+    assert content["ssl_vit"]["kind"] == encoder.config.kind
+    again = load_encoder(tmp_path / "out")
+    assert again.config == encoder.config
+    same(encoder, again)
+
+
+def test_two_dimensional_positions_become_a_table_for_others_and_stay_in_our_folder(tmp_path: Path):
+    encoder = source(tmp_path, KINDS["2d"])
+    for form in ("timm", "hf", "safetensors"):
+        tool(f"encoder={tmp_path}/run", f"output={tmp_path}/{form}", f"format={form}")
+    assert load_file(tmp_path / "timm" / "model.safetensors")["pos_embed"].shape == (1, 17, 48)
+    assert load_encoder(tmp_path / "timm").config.positions == "1d"  # type: ignore[union-attr]
+    assert load_encoder(tmp_path / "safetensors").config == encoder.config
+    same(encoder, load_encoder(tmp_path / "safetensors"))
+    same(encoder, load_encoder(tmp_path / "hf"), 1e-5)
+
+
+def test_files_of_an_export_are_readable_by_all_and_replace_what_was_there(tmp_path: Path):
+    encoder = source(tmp_path, {})
+    tool(f"encoder={tmp_path}/run", f"output={tmp_path}/run/encoder")  # onto its own source
+    (tmp_path / "run" / "encoder" / "notes.txt").write_text("mine")
+    tool(f"encoder={tmp_path}/run", f"output={tmp_path}/run/encoder", "format=safetensors")
+    same(encoder, load_encoder(tmp_path / "run"))
+    assert {path.name for path in (tmp_path / "run").rglob("*")} == {
+        "encoder",
+        "notes.txt",
+        "config.json",
+        "model.safetensors",
+    }
+    assert (tmp_path / "run" / "encoder" / "model.safetensors").stat().st_mode & 0o044 == 0o044
+
+
+# --- Hugging Face
+
+
+@pytest.mark.parametrize("kind", ["vit", "oblong", "odd numbers", "2d", "four channels"])
+def test_hugging_face_opens_its_folder(tmp_path: Path, kind):
+    encoder = source(tmp_path, KINDS[kind])
+    tool(f"encoder={tmp_path}/run", f"output={tmp_path}/out", "format=hf")
+    theirs, report = transformers.ViTModel.from_pretrained(
+        tmp_path / "out", add_pooling_layer=False, output_loading_info=True
+    )
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    same(encoder, lambda one: theirs.eval()(encoder.normalise(one)).last_hidden_state, 1e-5)
+    again = load_encoder(tmp_path / "out")
+    same(encoder, again, 1e-5)
+    names = load_file(tmp_path / "out" / "model.safetensors")
+    assert "encoder.layer.1.attention.attention.query.weight" in names  # what older transformers look for
+    assert transformers.ViTConfig.from_pretrained(tmp_path / "out").layer_norm_eps == 1e-6
+
+
+@pytest.mark.parametrize("kind", ["vit", "oblong"])
+def test_the_image_processor_prepares_as_the_encoder_does(tmp_path: Path, kind):
+    encoder = source(tmp_path, KINDS[kind])
+    tool(f"encoder={tmp_path}/run", f"output={tmp_path}/out", "format=hf")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    one = image(*encoder.config.image_hw)
+    for given in ([*one.permute(0, 2, 3, 1).numpy()], [*one]):
+        found = processor(given, return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(found, encoder.normalise(one), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("no class token", "no class token"),
+        ("no positions", "no table at the stem"),
+        ("hybrid", "from a ResNet"),
+        ("zoo", "no ViT"),
+    ],
+)
+def test_hugging_face_has_no_such_model(tmp_path: Path, kind, reason):
+    source(tmp_path, KINDS[kind])
+    assert reason in refused(USAGE, f"encoder={tmp_path}/run", f"output={tmp_path}/out", "format=hf")
+    assert not (tmp_path / "out").exists()
+
+
+# --- ONNX
+
+ONNX = {"vit": {}, "oblong, no class token": KINDS["oblong"] | {"pool": "mean", "class_token": False}}
+ONNX |= {kind: KINDS[kind] for kind in ("2d", "no positions")}
+ONNX |= {kind: ONLY_OURS[kind] for kind in ("relative, shared", "2d, every", "axial, relative")}
+LONG = {"hybrid": KINDS["hybrid"], "bit": KINDS["bit"], "axial resnet": ONLY_OURS["axial resnet"]}
+LONG |= {"zoo": KINDS["zoo"], "zoo, a map": KINDS["zoo, a map"]}
+
+
+def check_onnx(folder: Path, given: dict[str, Any], classes: int) -> None:
+    import onnxruntime
+
+    logging.disable(logging.WARNING)
+    encoder = made(given)
+    head = None
+    if classes:
+        head = Classifier(torch.randn(classes, encoder.width), torch.randn(classes), [str(i) for i in range(classes)])
+    export.onnx(encoder, folder / "model.onnx", head)
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    name = "logits" if classes else "features"
+    for count in (1, 3):
+        one = image(*encoder.config.image_hw, count=count, channels=encoder.channels)
+        tokens, result = session.run(["tokens", name], {"image": one.numpy()})
+        with torch.no_grad():
+            want = encoder(one)
+        features = read_out(want, encoder.pool, encoder.prefix)
+        right = features @ head.weight.T + head.bias if head else features
+        for found, value in ((tokens, want), (result, right)):
+            np.testing.assert_allclose(found, value, atol=5e-4 * float(value.abs().max()), rtol=0)
+    assert (folder / "model.onnx").stat().st_size > 4 * sum(one.numel() for one in encoder.parameters())
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter, of its own making
+@pytest.mark.parametrize(("kind", "classes"), [("vit", 0), ("vit", 5), ("axial, relative", 3), ("relative, shared", 0)])
+def test_onnxruntime_computes_the_same_at_any_batch(tmp_path: Path, kind, classes):
+    check_onnx(tmp_path, ONNX[kind], classes)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize("kind", ONNX | LONG)
+def test_onnxruntime_computes_the_same_of_every_kind(tmp_path: Path, kind, classes):
+    check_onnx(tmp_path, (ONNX | LONG)[kind], classes)
+
+
+def test_without_the_extra_onnx_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source(tmp_path, {})
+    for name in ("onnxruntime", "onnxscript"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            said = refused(USAGE, f"encoder={tmp_path}/run", f"output={tmp_path}/x.onnx", "format=onnx")
+        assert said == f"format=onnx: {name} is missing; pip install 'ssl_vit[onnx]'"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_tool_writes_onnx_with_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import onnxruntime
+
+    encoder, head = run_with_classifier(tmp_path)
+    tool(f"encoder={tmp_path}/run", f"output={tmp_path}/deep/x.onnx", "format=onnx", "classifier=true", "image_size=24")
+    said = capsys.readouterr().out
+    assert "image uint8 in, tokens and logits out; onnxruntime differs by " in said
+    assert "more than rounding" not in said
+    larger = resized(encoder, 24)
+    session = onnxruntime.InferenceSession(tmp_path / "deep" / "x.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {"image": image(24, 24).numpy()})
+    with torch.no_grad():
+        want = larger(image(24, 24))[:, 0] @ head.weight.T + head.bias
+    np.testing.assert_allclose(found, want, atol=1e-4)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.onnx"]
+
+
+# --- with a classifier
+
+
+def run_with_classifier(folder: Path, given: dict[str, Any] | None = None) -> tuple[Any, Classifier]:
+    encoder = source(folder, given or {})
+    head = Classifier(torch.randn(3, encoder.width), torch.randn(3), ["a", "b", "c"], 0.9)
+    export.export(encoder, folder / "run" / "classifier", head)
+    return encoder, head
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"pool": "mean"}, KINDS["2d"], KINDS["hybrid"]], ids=["class", "mean", "2d", "hybrid"]
+)
+def test_timm_opens_a_classifier(tmp_path: Path, given):
+    encoder, head = run_with_classifier(tmp_path, given)
+    tool(f"encoder={tmp_path}/run", f"output={tmp_path}/out", "classifier=true")
+    theirs: Any = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
+    one = image(*encoder.config.image_hw)
+    with torch.no_grad():
+        want = read_out(encoder(one), encoder.pool, encoder.prefix) @ head.weight.T + head.bias
+        torch.testing.assert_close(theirs(encoder.normalise(one)), want, atol=1e-5, rtol=0)
+    assert theirs.pretrained_cfg["label_names"] == ["a", "b", "c"]
+    assert theirs.pretrained_cfg["crop_pct"] == 0.9
+    again, its = classified.read_classifier(str(tmp_path / "out"))
+    same(encoder, again, 1e-6)
+    assert torch.equal(its.weight, head.weight)
+    assert (its.names, its.crop) == (head.names, 0.9)
+
+
+def test_a_classifier_of_any_encoder_goes_into_our_own_folder(tmp_path: Path):
+    encoder, head = run_with_classifier(tmp_path, AXIAL)
+    tool(f"encoder={tmp_path}/run", f"output={tmp_path}/out", "classifier=true", "format=safetensors")
+    again, its = classified.read_classifier(str(tmp_path / "out"))
+    same(encoder, again)
+    assert torch.equal(its.bias, head.bias)
+
+
+def test_a_classifier_where_none_can_go(tmp_path: Path):
+    run_with_classifier(tmp_path / "vit")
+    said = refused(USAGE, f"encoder={tmp_path}/vit/run", f"output={tmp_path}/out", "classifier=true", "format=hf")
+    assert "format=hf has no place for it" in said
+    run_with_classifier(tmp_path / "zoo", {"kind": "timm", "name": "test_vit", "image": 32})
+    said = refused(USAGE, f"encoder={tmp_path}/zoo/run", f"output={tmp_path}/out", "classifier=true")
+    assert "of kind=timm there is only our own folder with it, format=safetensors" in said
+    source(tmp_path / "bare", {})
+    said = refused(DATA, f"encoder={tmp_path}/bare/run", f"output={tmp_path}/out", "classifier=true")
+    assert "no classifier/model.safetensors in it (tools/finetune.py makes one)" in said
+    foreign.write_google(tmp_path / "w.npz")
+    said = refused(DATA, f"encoder={tmp_path}/w.npz", f"output={tmp_path}/out", "classifier=true")
+    assert said.endswith("its classifier is not linear on what the encoder gives: pre_logits comes between")
+    assert not (tmp_path / "out").exists()
+
+
+def test_googles_linear_classifier_is_taken(tmp_path: Path):
+    arrays = foreign.write_google(tmp_path / "w.npz", pre_logits=False)
+    encoder, head = classified.read_classifier(str(tmp_path / "w.npz"))
+    theirs: Any = timm.create_model("vit_base_patch16_224", **foreign.TIMM | {"num_classes": 5}).eval()
+    theirs.load_pretrained(str(tmp_path / "w.npz"))
+    with torch.no_grad():
+        found = encoder(image())[:, 0] @ head.weight.T + head.bias
+        torch.testing.assert_close(found, theirs(encoder.normalise(image())), atol=1e-5, rtol=0)
+    assert head.names == [str(number) for number in range(len(arrays["head/bias"]))]
+
+
+# --- at another size
+
+
+def resized(encoder: Any, size: Any) -> Any:
+    """The encoder for another image size, as loading makes it."""
+    other = encoder.config.model_copy(update={"image": size}).build().eval()
+    weights.fill(other, encoder.config, export.tensors(encoder), "x")
+    return other
+
+
+@pytest.mark.parametrize("form", ["timm", "hf", "safetensors"])
+@pytest.mark.parametrize("size", ["24", "16,32", "8"])
+def test_positions_of_another_size_are_baked_in(tmp_path: Path, capsys: pytest.CaptureFixture[str], form, size):
+    encoder = source(tmp_path, {})
+    tool(f"encoder={tmp_path}/run", f"output={tmp_path}/out", f"image_size={size}", f"format={form}")
+    assert ", 1 resized (pos_embed)" in capsys.readouterr().out
+    again: Any = load_encoder(tmp_path / "out")
+    height, width = again.config.image_hw
+    assert [height, width] == [int(one) for one in (size.split(",") * 2)[:2]]
+    same(resized(encoder, (height, width)), again, 1e-5)
+    table = encoder.pos_embed.detach().numpy()[0]
+    zoomed = ndimage.zoom(table[1:].reshape(4, 4, 48), (height / 16, width / 16, 1), order=1)
+    np.testing.assert_allclose(
+        again.pos_embed.detach().numpy()[0], np.concatenate([table[:1], zoomed.reshape(-1, 48)]), atol=1e-6
+    )
+    if form == "timm":
+        theirs: Any = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
+        same(again, lambda one: theirs.forward_features(again.normalise(one)))
+    if form == "hf":
+        his = transformers.ViTModel.from_pretrained(tmp_path / "out", add_pooling_layer=False).eval()
+        same(again, lambda one: his(again.normalise(one)).last_hidden_state, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind", ["relative", "relative, shared", "every", "2d, shared", "axial, relative", "axial resnet"]
+)
+def test_every_form_of_positions_is_resized(tmp_path: Path, kind):
+    encoder = source(tmp_path, ONLY_OURS[kind])
+    height, width = (96, 64) if kind == "axial resnet" else (20, 28)
+    words = [f"encoder={tmp_path}/run", f"output={tmp_path}/out", f"image_size={height},{width}", "format=safetensors"]
+    tool(*words)
+    again = load_encoder(tmp_path / "out")
+    assert again.config.image_hw == (height, width)
+    same(resized(encoder, (height, width)), again)
+
+
+# --- refusals
+
+
+def test_what_the_tool_refuses(tmp_path: Path):
+    source(tmp_path, {})
+    given = f"encoder={tmp_path}/run"
+    assert refused(USAGE).startswith("encoder: it must be given")
+    assert "no such run, folder or weights file" in refused(DATA, "encoder=/nowhere", f"output={tmp_path}/x")
+    assert "no encoder/model.safetensors in it" in refused(DATA, f"encoder={tmp_path}", f"output={tmp_path}/x")
+    (tmp_path / "w.safetensors").write_bytes(b"\xff" * 64)
+    refused(DATA, f"encoder={tmp_path}/w.safetensors", f"output={tmp_path}/x")
+    for size in ("0", "-16", "16,0"):
+        refused(USAGE, given, f"image_size={size}", f"output={tmp_path}/x")
+    assert "cannot be cut into patches of 4; 16 x 16 can" in refused(
+        USAGE, given, "image_size=17", f"output={tmp_path}/x"
+    )
+    refused(USAGE, given, "format=flax", f"output={tmp_path}/x")
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "x", "/proc/nowhere/x"):
+        assert "name another place" in refused(CANNOT_CREATE, given, f"output={place}")
+    said = refused(CANNOT_CREATE, given, "format=onnx", f"output={tmp_path}/run")
+    assert "is a folder" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run", "w.safetensors"]
+
+
+def test_less_than_all_of_it_only_where_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    foreign.write_google(tmp_path / "w.npz")
+    with np.load(tmp_path / "w.npz") as arrays:
+        kept = {name: arrays[name] for name in arrays.files if name != "Transformer/encoder_norm/bias"}
+    np.savez(tmp_path / "less.npz", **kept)  # type: ignore[arg-type]
+    words = [f"encoder={tmp_path}/less.npz", f"output={tmp_path}/out"]
+    assert "1 tensors missing (norm.bias ...)" in refused(DATA, *words)
+    tool(*words, "init_share=0.9")
+    assert "1 missing (norm.bias), 4 left over (pre_logits.weight, " in capsys.readouterr().out
+
+
+def test_a_disk_that_is_full_ends_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source(tmp_path, {})
+
+    def full(*_given: Any, **_more: Any) -> None:
+        raise OSError(28, "No space left on device", "x")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as end:
+        tool(f"encoder={tmp_path}/run", f"output={tmp_path}/out")
+    assert exits.verdict(end.value).code == exits.DISK
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_tool_tells_its_keys(capsys: pytest.CaptureFixture[str]):
+    tool("--help")
+    said = capsys.readouterr().out
+    for key in ("encoder", "format", "output", "image_size", "classifier", "init_share"):
+        assert f"  {key}  (" in said

@@ -1,0 +1,521 @@
+"""Weights of every known origin come in: what their own programs compute from a file is what load_encoder computes."""
+
+import json
+import os
+import pickle
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from scipy import ndimage
+
+from ssl_vit import config, load_encoder
+from ssl_vit.encoders import weights
+from ssl_vit.encoders.timm_zoo import TimmZoo
+from ssl_vit.encoders.vit import Vit
+from ssl_vit.exits import DATA, Refusal
+from ssl_vit.recipe import Finetune, Pretrain
+from tests.encoders import foreign_weights as foreign
+from tests.encoders.foreign_weights import DEPTH, HEADS, MLP, PATCH, SIDE, TIMM, WIDTH, image, loud
+
+HF: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
+HF |= {"intermediate_size": MLP, "image_size": SIDE, "patch_size": PATCH}
+
+
+def vit(name: str = "vit_base_patch16_224", seed: int = 0, **arguments: Any) -> Any:
+    return loud(timm.create_model(name, **TIMM | arguments), seed)
+
+
+@torch.no_grad()
+def same(ours: Any, theirs: Any, height: int = SIDE, width: int = SIDE, atol: float = 1e-5) -> None:
+    """Equal tokens, for an image of noise, of an encoder and timm's model."""
+    one = image(height, width, channels=ours.channels)
+    want = theirs.forward_features(ours.normalise(one))
+    assert want.std() > 0.3
+    torch.testing.assert_close(ours(one), want, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "more"),
+    [
+        ({}, "vit_base_patch16_224", {}),
+        ({"classes": 0, "pre_logits": False}, "vit_base_patch16_224", {}),
+        ({"stem": (3, 4, 9), "side": 32}, "vit_base_r50_s16_224", {"img_size": 32}),
+        ({"stem": (3, 4, 6, 3), "side": 64}, "vit_large_r50_s32_224", {"img_size": 64}),
+    ],
+    ids=["head", "trunk", "r50 3-4-9", "r50 3-4-6-3"],
+)
+def test_googles_file_gives_what_timm_makes_of_it(tmp_path: Path, how, name, more):
+    foreign.write_google(tmp_path / "w.npz", **how)
+    arguments = {key: value for key, value in (TIMM | more).items() if "stem" not in how or key != "patch_size"}
+    theirs: Any = timm.create_model(name, **arguments).eval()
+    theirs.load_pretrained(str(tmp_path / "w.npz"))
+    ours: Any = load_encoder(tmp_path / "w.npz")
+    side = how.get("side", SIDE)
+    same(ours, theirs, side, side)
+    assert (ours.config.kind, ours.config.numbers) == ("vit", (WIDTH, DEPTH, HEADS, MLP))
+    assert (ours.config.pool, ours.config.mean, ours.config.stem) == (
+        "class",
+        (0.5,),
+        "r50" if "stem" in how else "patch",
+    )
+
+
+def test_googles_file_without_a_class_token(tmp_path: Path):
+    """As with gap: as many positions as patches; timm's loader asks for a class token, so its tensors are put in."""
+    foreign.write_google(tmp_path / "gap.npz", token=False, pre_logits=False)
+    with_token = foreign.google(token=True, pre_logits=False)
+    bare = foreign.google(token=False, pre_logits=False)
+    np.savez(tmp_path / "w.npz", **{**with_token, **{k: v for k, v in bare.items() if "pos_embedding" not in k}})  # type: ignore[arg-type]
+    theirs: Any = timm.create_model("vit_base_patch16_224", **TIMM).eval()
+    theirs.load_pretrained(str(tmp_path / "w.npz"))
+    theirs.cls_token, theirs.pos_embed = (
+        None,
+        torch.nn.Parameter(torch.from_numpy(bare["Transformer/posembed_input/pos_embedding"])),
+    )
+    theirs.num_prefix_tokens = 0
+    ours: Any = load_encoder(tmp_path / "gap.npz")
+    same(ours, theirs)
+    assert (ours.prefix, ours.config.pool, ours(image()).shape) == (0, "mean", (2, 16, WIDTH))
+
+
+@pytest.mark.parametrize("size", [24, 8, (16, 32)])
+def test_at_another_resolution_googles_positions_are_what_the_authors_zoom_makes(tmp_path: Path, size):
+    arrays = foreign.write_google(tmp_path / "w.npz")
+    source, tensors = weights.read(str(tmp_path / "w.npz"))
+    encoder = source.model_copy(update={"image": size}).build()
+    report = weights.fill(encoder, source, tensors, "w.npz")
+    assert report.resized == ["pos_embed"]
+    table = arrays["Transformer/posembed_input/pos_embedding"][0]
+    rows, columns = encoder.grid
+    grid = table[1:].reshape(4, 4, WIDTH)
+    zoomed = ndimage.zoom(grid, (rows / 4, columns / 4, 1), order=1).reshape(rows * columns, WIDTH)
+    found = encoder.pos_embed.detach().numpy()[0]  # type: ignore[union-attr]
+    np.testing.assert_allclose(found, np.concatenate([table[:1], zoomed]), atol=1e-6)
+    theirs = vit(img_size=encoder.config.image_hw)
+    theirs.load_state_dict(encoder.state_dict())
+    same(encoder.eval(), theirs, *encoder.config.image_hw)
+
+
+def saved(model: Any, folder: Path, mean: Any = (0.2, 0.3, 0.4)) -> Any:
+    """A model of Hugging Face's in a folder, with the preparation of its images."""
+    loud(model).save_pretrained(folder)
+    said = {"size": {"height": SIDE, "width": SIDE}, "image_mean": list(mean), "image_std": [0.2, 0.25, 0.3]}
+    transformers.ViTImageProcessor(**said).save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def same_as_hugging_face(ours: Any, theirs: Any, **options: Any) -> None:
+    one = image()
+    want = theirs(ours.normalise(one), **options).last_hidden_state
+    assert want.std() > 0.3
+    torch.testing.assert_close(ours(one), want, atol=1e-4, rtol=0)  # its epsilon is 1e-12, the authors' 1e-6
+
+
+@pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling"])
+def test_hugging_faces_folder(tmp_path: Path, kind):
+    model = getattr(transformers, kind)(transformers.ViTConfig(**HF, encoder_stride=PATCH))
+    theirs = saved(model, tmp_path)
+    ours = load_encoder(tmp_path)
+    same_as_hugging_face(ours, theirs if kind == "ViTModel" else theirs.vit)
+    assert ours.config.numbers == (WIDTH, DEPTH, HEADS, MLP)  # type: ignore[union-attr]
+    assert (ours.config.mean, ours.config.std) == ((0.2, 0.3, 0.4), (0.2, 0.25, 0.3))
+    on_disk = load_file(tmp_path / "model.safetensors")
+    assert any("encoder.layer.0.attention.attention.query.weight" in name for name in on_disk)  # transformers 5 as well
+
+
+def test_hugging_faces_autoencoder(tmp_path: Path):
+    small = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    made = transformers.ViTMAEConfig(**HF, **small, decoder_intermediate_size=64, mask_ratio=0.0)
+    theirs = saved(transformers.ViTMAEForPreTraining(made), tmp_path)
+    ours = load_encoder(tmp_path)
+    patches = torch.arange(16, dtype=torch.float32).expand(
+        2, 16
+    )  # the noise that orders them: none is left out or moved
+    same_as_hugging_face(ours, theirs.vit, noise=patches)
+
+
+@pytest.mark.parametrize("prefix", ["", "vit."])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_the_hubs_old_names_in_either_file(tmp_path: Path, name, prefix):
+    theirs = vit()
+    tensors = dict(foreign.old_hub_names(foreign.plain(theirs), prefix))
+    tensors |= {
+        f"{prefix}pooler.dense.weight": torch.ones(WIDTH, WIDTH),
+        f"{prefix}pooler.dense.bias": torch.ones(WIDTH),
+    }
+    config = {"model_type": "vit", "hidden_act": "gelu", "image_size": SIDE, "num_attention_heads": HEADS}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if name.endswith("bin"):
+        torch.save(tensors, tmp_path / name)
+    else:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / name)
+    for source in (tmp_path, tmp_path / name):
+        same(load_encoder(source), theirs)
+
+
+def test_names_that_transformers_has_in_memory(tmp_path: Path):
+    theirs = loud(transformers.ViTModel(transformers.ViTConfig(**HF)))
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    theirs.config.save_pretrained(tmp_path)
+    same_as_hugging_face(load_encoder(tmp_path), theirs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "gelu_new"},
+        {"hidden_act": "quick_gelu"},
+        {"model_type": "deit"},
+        {"model_type": "dinov2"},
+        {"model_type": "vit_msn"},
+        {"layer_norm_eps": 1e-3},
+        {"qkv_bias": False},
+    ],
+    ids=str,
+)
+def test_what_is_no_plain_vit_of_hugging_faces_is_refused(tmp_path: Path, change):
+    saved(transformers.ViTModel(transformers.ViTConfig(**HF)), tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (key, value), *_ = change.items()
+    with pytest.raises(Refusal, match=f"{key}={value}.* is another model than a plain ViT") as end:
+        load_encoder(tmp_path)
+    assert end.value.code == DATA
+
+
+def test_an_image_processor_that_does_not_normalise(tmp_path: Path):
+    saved(transformers.ViTModel(transformers.ViTConfig(**HF)), tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({"do_normalize": False, "image_mean": [0.2] * 3, "image_std": [0.2] * 3}))
+    assert (load_encoder(tmp_path).config.mean, load_encoder(tmp_path).config.std) == ((0.0,), (1.0,))
+    path.write_text(json.dumps({"image_mean": 0.3, "image_std": 0.4}))
+    assert (load_encoder(tmp_path).config.mean, load_encoder(tmp_path).config.std) == ((0.3,), (0.4,))
+
+
+NARROW = {"embed_dim": 64, "num_heads": 1}
+"""What MAE's and DINO's files, which do not tell heads, are taken for at this width: one head for each 64."""
+
+
+def narrow(seed: int = 0) -> Any:
+    return vit(seed=seed, **NARROW, mlp_ratio=4)
+
+
+def test_maes_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(foreign, "WIDTH", 64)
+    theirs = narrow()
+    torch.save(foreign.mae(theirs), tmp_path / "mae.pth")
+    source, tensors = weights.read(str(tmp_path / "mae.pth"))
+    encoder = source.build().eval()
+    report = weights.fill(encoder, source, tensors, "mae.pth")
+    same(encoder, theirs)
+    assert report.missing == report.unlike == report.resized == []
+    assert {name.split(".")[0].split("_")[0] for name in report.left} == {"mask", "decoder"}
+
+
+def test_maes_fine_tuned_file_is_another_model(tmp_path: Path):
+    """Its norm follows the mean over the patches, and there is none before: tokens would be unlike anything trained."""
+    theirs = vit(global_pool="avg", num_classes=7)
+    tensors = theirs.state_dict()
+    assert "fc_norm.weight" in tensors
+    assert "norm.weight" not in tensors
+    torch.save({"model": tensors}, tmp_path / "w.pth")
+    with pytest.raises(Refusal, match=r"2 tensors missing \(norm\.weight, norm\.bias"):
+        load_encoder(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["full checkpoint", "backbone"])
+def test_dinos_files(tmp_path: Path, whole, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(foreign, "WIDTH", 64)
+    theirs = narrow()
+    torch.save(foreign.dino(theirs, narrow(seed=1)) if whole else foreign.plain(theirs), tmp_path / "dino.pth")
+    source, tensors = weights.read(str(tmp_path / "dino.pth"))
+    encoder = source.build().eval()
+    report = weights.fill(encoder, source, tensors, "dino.pth")
+    same(encoder, theirs)  # of the teacher
+    assert bool(report.left) == whole
+    assert all(name.startswith("head.") for name in report.left)
+
+
+def timm_folder(folder: Path, name: str, **arguments: Any) -> Any:
+    """A model as timm writes it for its hub; returns what timm itself opens there."""
+    folder.mkdir(exist_ok=True)
+    model = loud(timm.create_model(name, **arguments))
+    given = {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}}
+    timm.models.save_for_hf(model, str(folder), given, arguments, safe_serialization=True)
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["timm:local-dir", "folder"])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit_tiny_patch16_224", {**TIMM, "embed_dim": 96, "num_heads": 4}),
+        ("vit_tiny_patch16_224", {"img_size": 32, "depth": 1, "embed_dim": 96}),  # heads: those of its name
+        ("vit_tiny_patch16_224", {"img_size": (16, 48), "depth": 1}),
+        ("vit_base_patch16_gap_224", {"img_size": 32, "depth": 1, "embed_dim": 96}),  # 16 heads: no shape tells
+        ("vit_base_r50_s16_224", {"img_size": 32, "depth": 1, "embed_dim": 96}),
+        ("test_vit", {"img_size": 32, "num_classes": 3}),
+        ("vit_base_patch16_siglip_gap_224", {"img_size": 32, "depth": 1, "embed_dim": 96}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(str(one) for one in value.values()),
+)
+def test_timms_plain_folders_become_our_own_vit(tmp_path: Path, name, arguments, local):
+    theirs = timm_folder(tmp_path, name, **arguments)
+    config, tensors = weights.read(f"timm:local-dir:{tmp_path}" if local else str(tmp_path))
+    assert isinstance(config, Vit)
+    assert config.numbers[2] == theirs.blocks[0].attn.num_heads
+    assert (config.pool == "class") == (theirs.global_pool == "token")
+    encoder = config.build().eval()
+    weights.fill(encoder, config, tensors, name)
+    same(encoder, theirs, *config.image_hw)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_xsmall_patch16_clip_224",  # pre-norm
+        "test_vit2",  # layer scale, a register, pooling before the norm
+        "test_vit3",  # layer scale, registers without positions, attention pooling
+        "test_convnext",
+        "test_resnet",
+    ],
+)
+def test_other_models_are_taken_as_timms(tmp_path: Path, name):
+    side = 32
+    arguments: dict[str, Any] = (
+        {"img_size": side, "num_classes": 4} if "vit" in name or "deit" in name else {"num_classes": 4}
+    )
+    theirs = timm_folder(tmp_path, name, **arguments)
+    config, tensors = weights.read(str(tmp_path))
+    assert isinstance(config, TimmZoo)
+    encoder = config.build().eval()
+    report = weights.fill(encoder, config, tensors, name, share=0.999)
+    assert report.share == 1
+    with torch.no_grad():
+        want = encoder._tokens(theirs.forward_features(encoder.normalise(image(*config.image_hw))))
+        torch.testing.assert_close(encoder(image(*config.image_hw)), want, atol=1e-5 * float(want.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"act_layer": "quick_gelu"},
+        {"act_layer": "gelu_tanh"},
+        {"init_values": 0.1},
+        {"qk_norm": True},
+        {"reg_tokens": 2},
+        {"pre_norm": True},
+        {"no_embed_class": True},
+        {"class_token": False, "global_pool": "map"},
+        {"global_pool": "avg", "fc_norm": True},
+        {"qkv_bias": False},
+        {"block_fn": "no such"},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_arguments_that_make_another_model_are_never_taken_for_a_plain_vit(tmp_path: Path, change):
+    """The shapes may be a plain ViT's; by name alone timm would not build them again, so they are refused."""
+    if "no such" in change.values():
+        timm_folder(tmp_path, "vit_tiny_patch16_224", **TIMM)
+        content = json.loads((tmp_path / "config.json").read_text())
+        content["model_args"] |= change
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    else:
+        timm_folder(tmp_path, "vit_tiny_patch16_224", **TIMM | change)
+    with pytest.raises(Refusal) as end:
+        load_encoder(tmp_path)
+    assert end.value.code == DATA
+    assert "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"init_values": 0.1},
+        {"qk_norm": True},
+        {"reg_tokens": 2},
+        {"pre_norm": True},
+        {"no_embed_class": True},
+        {"qkv_bias": False},
+        {"dynamic_img_size": True, "global_pool": "avg", "fc_norm": True},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_a_bare_file_of_another_model_is_refused(tmp_path: Path, change):
+    torch.save(vit(**TIMM | change).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(Refusal) as end:
+        load_encoder(tmp_path / "w.pth")
+    assert end.value.code == DATA
+
+
+def test_a_timm_model_whose_weights_cannot_be_had(monkeypatch: pytest.MonkeyPatch):
+    def offline(*_given: Any, **_more: Any) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(Refusal, match=r"cannot be had .*Network is unreachable.*give a local file") as end:
+        weights.read("timm:vit_tiny_patch16_224.augreg_in21k")
+    assert end.value.code == DATA
+
+
+def test_without_timm_its_names_that_say_it_all_are_read_and_others_named(tmp_path: Path, monkeypatch):
+    theirs = timm_folder(tmp_path / "plain", "vit_tiny_patch16_224", **TIMM)
+    timm_folder(tmp_path / "other", "test_vit", img_size=32)
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    same(load_encoder(tmp_path / "plain"), theirs)
+    with pytest.raises(Refusal, match=r"only timm knows what test_vit is; pip install"):
+        load_encoder(tmp_path / "other")
+
+
+# --- the report
+
+
+def sources(folder: Path) -> dict[str, Path]:
+    """A file of each origin."""
+    foreign.write_google(folder / "google.npz")
+    saved(transformers.ViTForImageClassification(transformers.ViTConfig(**HF)), folder / "hf")
+    return {"google": folder / "google.npz", "hf": folder / "hf"}
+
+
+def test_the_report_says_what_became_of_every_tensor(tmp_path: Path):
+    given = sources(tmp_path)
+    source, tensors = weights.read(str(given["google"]))
+    del tensors["norm.bias"]
+    tensors["blocks.0.mlp.fc1.bias"] = torch.zeros(3)
+    encoder = source.model_copy(update={"image": 24}).build()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    with pytest.raises(Refusal) as end:
+        weights.fill(encoder, source, tensors, "w.npz")
+    assert str(end.value) == (
+        "w.npz: does not fit the encoder: 1 tensors missing (norm.bias ...); "
+        "1 tensors of another shape (blocks.0.mlp.fc1.bias ...)"
+    )
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    total = sum(value.numel() for value in before.values())
+    share = (total - WIDTH - MLP) / total
+    with pytest.raises(Refusal, match=rf"\({share:.1%} of it can be filled, init_share={share + 1e-6:g}"):
+        weights.fill(encoder, source, tensors, "w.npz", share + 1e-6)
+    report = weights.fill(encoder, source, tensors, "w.npz", share - 1e-6)
+    assert str(report) == (
+        f"w.npz: {share:.1%} of the encoder; {len(before) - 2} matched, 1 resized (pos_embed), 1 of another shape "
+        "(blocks.0.mlp.fc1.bias), 1 missing (norm.bias), "
+        "4 left over (pre_logits.weight, pre_logits.bias, head.weight ...)"
+    )
+    random = {name for name, value in encoder.state_dict().items() if torch.equal(value, before[name])}
+    assert random == {"norm.bias", "blocks.0.mlp.fc1.bias"}  # these alone stay as they were drawn
+
+
+@pytest.mark.parametrize("schema", [Pretrain, Finetune])
+def test_what_a_training_says_of_its_source(tmp_path: Path, schema, capsys: pytest.CaptureFixture[str]):
+    from ssl_vit import recipe
+
+    given = sources(tmp_path)
+    for origin, path in given.items():
+        words = [f"init={path}", "data.train=x", "data.image_size=24", "init_share=0.9"]
+        parsed, tensors, source = recipe.resolve(config.parse(schema, words, recipe.FOLDER))
+        model = recipe.build(parsed, 3, tensors, source, say=print)
+        said = capsys.readouterr().out
+        assert said.startswith(
+            f"{path}: 100.0% of the encoder; {len(model.encoder.state_dict())} matched, 1 resized (pos_embed), "
+        )
+        assert ("left over (pre_logits.weight, pre_logits.bias" in said) == (origin == "google")
+        assert ("2 left over (classifier." in said) == (origin == "hf")
+        assert model.encoder.grid == (6, 6)
+
+
+# --- damaged and foreign files
+
+
+def flipped(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x10
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["w.npz", "w.safetensors", "w.pth"])
+def test_a_file_that_was_cut_short_is_refused_wherever_it_was(tmp_path: Path, name):
+    write(tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    for share in (0.0, 0.01, 0.3, 0.9, 0.9999):
+        (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
+        refused(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["w.npz", "w.safetensors"])
+def test_flipped_bits_are_refused_or_are_in_the_numbers(tmp_path: Path, name):
+    """Zip has a checksum of every array. Safetensors has none: what flips outside of its header cannot be told."""
+    write(tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    places = range(100, len(whole), len(whole) // 40) if name == "w.npz" else range(0, 2000, 41)
+    changed = 0
+    for place in places:
+        (tmp_path / name).write_bytes(whole)
+        flipped(tmp_path / name, place)
+        with suppress(Refusal):
+            load_encoder(tmp_path / name)
+            continue
+        refused(tmp_path / name)
+        changed += 1
+    assert changed > 0.8 * len(places)  # the rest hit what nobody reads, such as a time in the zip
+
+
+def test_numbers_that_are_none_are_refused(tmp_path: Path):
+    tensors = foreign.plain(narrow())
+    for name, value in (
+        ("norm.bias", torch.full((64,), float("nan"))),
+        ("norm.weight", torch.ones(64, dtype=torch.int32)),
+    ):
+        save_file({**tensors, name: value}, tmp_path / "w.safetensors")
+        with pytest.raises(Refusal, match=rf"{name} has numbers that are not finite, or whole numbers"):
+            load_encoder(tmp_path / "w.safetensors")
+
+
+def write(path: Path) -> None:
+    if path.suffix == ".npz":
+        foreign.write_google(path)
+    elif path.suffix == ".pth":
+        torch.save(foreign.plain(narrow()), path)
+    else:
+        save_file(foreign.plain(narrow()), path)
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(Refusal) as end:
+        load_encoder(path)
+    assert end.value.code == DATA
+    assert path.name in str(end.value)
+    assert "\n" not in str(end.value)
+    return str(end.value)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch canary",)
+
+
+def test_no_pickle_of_any_kind_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    arrays = foreign.google()
+    arrays["cls"] = np.array([Evil()], dtype=object)
+    np.savez(tmp_path / "object.npz", **arrays)  # type: ignore[arg-type]
+    np.save(tmp_path / "array.npy", arrays["cls"])
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    for name in ("pickle.npz", "pickle.pth", "pickle.bin", "pickle.safetensors"):
+        (tmp_path / name).write_bytes(pickle.dumps({"model": Evil()}))
+    checkpoint = foreign.dino(vit(), vit(seed=1))
+    checkpoint["args"].hook = Evil()
+    torch.save(checkpoint, tmp_path / "args.pth")
+    torch.save({"teacher": {"x": Evil()}}, tmp_path / "teacher.pth")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "teacher.pth").rename(tmp_path / "folder" / "pytorch_model.bin")
+    for path in [*tmp_path.glob("*.*"), tmp_path / "folder" / "pytorch_model.bin"]:
+        refused(path)
+    assert not list(tmp_path.rglob("canary"))

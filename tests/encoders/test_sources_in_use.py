@@ -1,0 +1,73 @@
+"""Foreign weights in the tools: fine-tuned, judged and predicted with, each in a process of its own."""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+from ssl_vit import load_encoder
+from tests.encoders import foreign_weights as foreign
+from tests.encoders.foreign_weights import loud
+from tests.evaluate.test_predict import read
+from tests.frozen import find, refused, results, run_tool
+
+QUIET = ["data.workers=0", "batch=4", "micro_batch=4", "tracker=none", "steps=2", "log_every=1", "save_every=2"]
+QUIET += ["optim.warmup_steps=0", "optim.lr=0.001", "seed=0"]
+
+
+def on(shards: Path, run: Path) -> list[str]:
+    return [*QUIET, f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}"]
+
+
+def test_googles_file_is_fine_tuned_at_another_size(shards: Path, tmp_path: Path):
+    foreign.write_google(tmp_path / "w.npz")
+    words = [*on(shards, tmp_path / "run"), f"init={tmp_path}/w.npz", "data.image_size=24"]
+    said = run_tool("finetune", words, tmp_path)
+    line = next(line for line in said.splitlines() if "of the encoder" in line)
+    assert line.endswith(
+        "w.npz: 100.0% of the encoder; 30 matched, 1 resized (pos_embed), "
+        "4 left over (pre_logits.weight, pre_logits.bias, head.weight ...)"
+    )
+    tuned = load_encoder(tmp_path / "run")
+    assert tuned.grid == (6, 6)
+    start = load_encoder(tmp_path / "w.npz").state_dict()["blocks.0.mlp.fc1.weight"]
+    moved = (tuned.state_dict()["blocks.0.mlp.fc1.weight"] - start).abs().max()
+    assert 0 < moved < 0.1  # from where the file left it, two steps on
+    damaged = (tmp_path / "w.npz").read_bytes()[:-100]
+    (tmp_path / "cut.npz").write_bytes(damaged)
+    cut = [*on(shards, tmp_path / "other"), f"init={tmp_path}/cut.npz", "data.image_size=24"]
+    assert "cut.npz" in refused("finetune", cut, tmp_path)
+
+
+def test_hugging_faces_folder_is_judged_frozen(shards: Path, tmp_path: Path):
+    numbers = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80}
+    loud(transformers.ViTModel(transformers.ViTConfig(**numbers, image_size=16, patch_size=4))).save_pretrained(
+        tmp_path / "hf"
+    )
+    words = [f"encoder={tmp_path}/hf", f"data.train={shards}/train", f"data.val={shards}/val", f"run={tmp_path}/run"]
+    words += ["few_shot.shots=1,2", "linear.l2=0.01", "metrics.bootstrap=20", "random=false", "batch=3"]
+    run_tool("evaluate", [*words, "data.workers=0"], tmp_path)
+    found = results(tmp_path / "run")
+    assert found["encoder"] == f"{tmp_path}/hf"
+    assert find(found, "classes") == ["blue", "green", "red"]
+
+
+def test_a_bit_is_pretrained_fine_tuned_and_predicts(squares: Path, shards: Path, tmp_path: Path):
+    words = [*on(shards, tmp_path / "pre"), "encoder.kind=bit", "encoder.pool=mean", "head.kind=classifier"]
+    run_tool("pretrain", [*words, "data.image_size=32"], tmp_path)
+    content = json.loads((tmp_path / "pre" / "encoder" / "config.json").read_text())
+    assert content["architecture"] == "resnetv2_50x1_bit"
+    tune = [*on(shards, tmp_path / "fine"), f"init={tmp_path}/pre", "data.image_size=32"]
+    said = run_tool("finetune", tune, tmp_path)
+    assert "100.0% of the encoder" in said
+    run_tool("predict", [f"encoder={tmp_path}/fine", f"input={squares}", f"output={tmp_path}/out.csv"], tmp_path)
+    columns, rows = read(tmp_path / "out.csv")
+    assert columns == [f"{what}{i}" if i else "file" for what, i in (("file", 0),)] + [
+        f"{what}{i}" for i in (1, 2, 3) for what in ("top", "score")
+    ]
+    assert len(rows) == 36
+    assert all(row[0] in ("blue", "green", "red") for row in rows.values())
+    masked = [*on(shards, tmp_path / "masked"), f"init={tmp_path}/pre", "data.image_size=32"]
+    assert "replaces patch embeddings" in refused("pretrain", masked, tmp_path)
+    assert not torch.isnan(load_encoder(tmp_path / "fine").state_dict()["model.stem.conv.weight"]).any()
