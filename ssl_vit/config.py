@@ -56,6 +56,8 @@ def _shape(text: str, annotation: Any) -> Any:
     members = _members(annotation)
     if type(None) in members and text.lower() in ("none", "null", ""):
         return None
+    for choices in (get_args(m) for m in members if get_origin(m) is Literal):
+        return next((choice for choice in choices if str(choice) == text), text)  # pydantic takes no "50" for 50
     if any(get_origin(m) is tuple for m in members) and (int not in members or "," in text):
         parts = re.split(r",(?![^{]*\})", text.strip("[]() "))  # `{a,b}` in a file name is one name's
         return [part.strip() for part in parts if part.strip()]

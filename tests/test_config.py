@@ -1,6 +1,7 @@
 """Text becomes typed, and what is wrong is said in one line."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -154,3 +155,12 @@ def test_the_keys_are_these(schema):
 
 def test_python_values_do_as_well_as_text():
     assert Vit(size="S", patch=8, image=(32, 64)).grid == (4, 8)
+
+
+def test_a_choice_of_numbers_is_made_in_text(tmp_path: Path):
+    class Deep(config.Config):
+        depth: Literal[50, 101] = 50
+
+    assert config.parse(Deep, ["depth=101"], tmp_path).depth == 101
+    with pytest.raises(Refusal, match=r"depth: '51': it should be 50 or 101"):
+        config.parse(Deep, ["depth=51"], tmp_path)

@@ -118,12 +118,6 @@ BIT_RULE = {  # paper.md 3.2: steps, warm-up, drops, pixels, share of a crop's s
 }
 
 
-def broken(name: str) -> Any:
-    text = (recipe.FOLDER / f"{name}.yaml").read_text()
-    wrong = pytest.mark.xfail(strict=True, reason="text is not taken for a Literal of numbers: encoder.depth of BiT")
-    return pytest.param(name, marks=wrong if "kind: bit\n  depth" in text else ())
-
-
 def read(name: str, *more: str) -> Any:
     schema = Finetune if name.startswith("finetune") else Pretrain
     return config.parse(schema, [f"recipe={name}", *more], recipe.FOLDER)
@@ -149,7 +143,7 @@ def test_all_of_table_3_is_there():
     assert sorted(ROWS) == sorted(path.stem for path in recipe.FOLDER.glob("supervised_*.yaml"))
 
 
-@pytest.mark.parametrize("name", [*map(broken, ROWS)])
+@pytest.mark.parametrize("name", ROWS)
 def test_supervised_pretraining_is_table_3s(name: str):
     encoder, epochs, lr, *expected = ROWS[name]
     data = name.rpartition("_")[2]
@@ -167,7 +161,7 @@ def test_supervised_pretraining_is_table_3s(name: str):
     assert table(" ".join(expected)) in opening(name)
 
 
-@pytest.mark.parametrize("name", [*map(broken, LONGER)])
+@pytest.mark.parametrize("name", LONGER)
 def test_other_lengths_are_overrides(name: str):
     epochs, expected = LONGER[name]
     (words,) = overrides(name)
@@ -206,7 +200,7 @@ def test_all_of_table_8_is_there():
     assert sorted(POSITIONS) == sorted(path.stem for path in recipe.FOLDER.glob("positions_*.yaml"))
 
 
-@pytest.mark.parametrize("name", [*map(broken, OPTIMIZERS)])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_are_table_7s(name: str):
     """SGD's settings are BiT's (arXiv 1912.11370, 3.3), cut from 40 epochs to 7."""
     adam, *expected = OPTIMIZERS[name]
@@ -232,7 +226,7 @@ def test_a_shape_moves_on_its_line_alone(name: str):
     assert made.encoder.numbers[0] % 16 == 0
 
 
-@pytest.mark.parametrize("name", [*map(broken, DATASIZES)])
+@pytest.mark.parametrize("name", DATASIZES)
 def test_data_sizes_are_the_papers(name: str):
     made = read(name)
     same_but(name, DATASIZES[name], {"data", "online", "best"})
@@ -244,9 +238,7 @@ def test_data_sizes_are_the_papers(name: str):
     assert "has a figure only, no number" in opening(name)
 
 
-@pytest.mark.parametrize(
-    "name", [*POSITIONS, *SHAPES, *map(broken, DATASIZES), "axial_vit_b16", "axial_vit_b32", "axial_resnet50"]
-)
+@pytest.mark.parametrize("name", [*POSITIONS, *SHAPES, *DATASIZES, "axial_vit_b16", "axial_vit_b32", "axial_resnet50"])
 def test_a_study_is_judged_by_5_shot_on_imagenet(name: str):
     """Of 65,000 images, as the authors' later evaluator has it (paper.md 5.1), whenever it evaluates."""
     made = read(name)

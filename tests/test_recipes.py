@@ -47,13 +47,6 @@ CLASSES = 3
 CENTERS = 8  # of the codebooks here
 
 
-def cases(names: list[str]) -> list[Any]:
-    """Recipes to go through, and what is known to be wrong with some."""
-    text = {name: (recipe.FOLDER / f"{name}.yaml").read_text() for name in names}
-    wrong = pytest.mark.xfail(strict=True, reason="text is not taken for a Literal of numbers: encoder.depth of BiT")
-    return [pytest.param(name, marks=wrong if "kind: bit\n  depth" in text[name] else ()) for name in names]
-
-
 def schema(name: str) -> type[Pretrain] | type[Finetune]:
     return Finetune if name.startswith(("finetune", "vtab")) else Pretrain
 
@@ -108,7 +101,7 @@ def blind(head: Any) -> float | None:
     return math.log(CLASSES)
 
 
-@pytest.mark.parametrize("name", cases(TRAINING))
+@pytest.mark.parametrize("name", TRAINING)
 def test_a_recipe_builds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """At full size, on the meta device."""
     built: list[Any] = []
@@ -123,7 +116,7 @@ def test_a_recipe_builds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "accelerate launch" in opening(name)
 
 
-@pytest.mark.parametrize("name", cases(TRAINING))
+@pytest.mark.parametrize("name", TRAINING)
 def test_a_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Two steps, because the first moves nothing below a layer that starts at zero."""
     monkeypatch.setitem(timm_zoo.LAYERS, 50, (1, 1, 1, 1))
@@ -161,7 +154,7 @@ def test_a_recipe_judges(name: str):
     assert f"tools/evaluate.py recipe={name}" in opening(name)
 
 
-@pytest.mark.parametrize("name", cases(TRAINING))
+@pytest.mark.parametrize("name", TRAINING)
 def test_the_commands_of_a_recipe_are_taken(name: str):
     """The one at its top, and what it says in backticks to give besides, is known to the tool it is for."""
     text = re.sub(r"\\\n\s*", " ", opening(name))
@@ -181,7 +174,7 @@ def test_the_commands_of_a_recipe_are_taken(name: str):
                 recipe.resolve(other)
 
 
-@pytest.mark.parametrize("name", cases(PAPERS))
+@pytest.mark.parametrize("name", PAPERS)
 def test_a_recipe_of_the_paper_says_what_it_costs_and_what_to_expect(name: str):
     text = " ".join(opening(name).split())
     assert "Hardware: not run here." in text

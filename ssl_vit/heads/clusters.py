@@ -40,7 +40,8 @@ def read(path: str, encoder: Encoder) -> Tensor:
         with safe_open(path, framework="pt") as file:
             centers = file.get_tensor("centers")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"head.codebook={path}: cannot be read as a codebook ({error})") from error
+        cure = "tools/fit_clusters.py makes one from shards"
+        raise ValueError(f"head.codebook={path}: cannot be read as a codebook ({error}); {cure}") from error
     sizes = {encoder.channels, encoder.channels * encoder.stride**2}
     if centers.ndim != 2 or centers.shape[1] not in sizes or not centers.isfinite().all():
         raise ValueError(f"head.codebook={path}: is not of colours, nor of patches of {encoder.stride} pixels")
