@@ -122,7 +122,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], bool]] = {
     "other heads": ({"num_heads": 4}, True),
     "a norm after pooling": ({"global_pool": "avg"}, False),
     "registers": ({"reg_tokens": 2}, False),
-    "no class token": ({"class_token": False, "global_pool": "avg", "fc_norm": False}, False),
+    "no class token": ({"class_token": False, "global_pool": "avg", "fc_norm": False}, True),
     "layer scale": ({"init_values": 1e-3}, False),
     "no bias": ({"qkv_bias": False}, False),
     "maximum of the patches": ({"global_pool": "max", "fc_norm": False}, False),
