@@ -386,7 +386,7 @@ def test_positions_of_another_size_are_baked_in(tmp_path: Path, capsys: pytest.C
     assert [height, width] == [int(one) for one in (size.split(",") * 2)[:2]]
     same(resized(encoder, (height, width)), again, 1e-5)
     table = encoder.pos_embed.detach().numpy()[0]
-    zoomed = ndimage.zoom(table[1:].reshape(4, 4, 48), (height / 16, width / 16, 1), order=1)
+    zoomed: Any = ndimage.zoom(table[1:].reshape(4, 4, 48), (height / 16, width / 16, 1), order=1)
     np.testing.assert_allclose(
         again.pos_embed.detach().numpy()[0], np.concatenate([table[:1], zoomed.reshape(-1, 48)]), atol=1e-6
     )

@@ -95,7 +95,7 @@ def test_at_another_resolution_googles_positions_are_what_the_authors_zoom_makes
     table = arrays["Transformer/posembed_input/pos_embedding"][0]
     rows, columns = encoder.grid
     grid = table[1:].reshape(4, 4, WIDTH)
-    zoomed = ndimage.zoom(grid, (rows / 4, columns / 4, 1), order=1).reshape(rows * columns, WIDTH)
+    zoomed: Any = ndimage.zoom(grid, (rows / 4, columns / 4, 1), order=1).reshape(rows * columns, WIDTH)
     found = encoder.pos_embed.detach().numpy()[0]  # type: ignore[union-attr]
     np.testing.assert_allclose(found, np.concatenate([table[:1], zoomed]), atol=1e-6)
     theirs = vit(img_size=encoder.config.image_hw)
@@ -200,7 +200,7 @@ def test_an_image_processor_that_does_not_normalise(tmp_path: Path):
     assert (load_encoder(tmp_path).config.mean, load_encoder(tmp_path).config.std) == ((0.3,), (0.4,))
 
 
-NARROW = {"embed_dim": 64, "num_heads": 1}
+NARROW: dict[str, Any] = {"embed_dim": 64, "num_heads": 1}
 """What MAE's and DINO's files, which do not tell heads, are taken for at this width: one head for each 64."""
 
 
