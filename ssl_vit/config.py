@@ -179,7 +179,11 @@ def _sentence(error: Any, tree: Tree, schema: type[Config]) -> str:
     kind = error["type"]
     path = _path(error["loc"], tree, kind == "missing")
     if kind == "extra_forbidden":
-        return f"unknown key {path}{_nearest(path, [key for key, _ in keys(schema)])}"
+        known = [key for key, _ in keys(schema)]
+        group = path.rpartition(".")[0]
+        if path in known:  # of another kind
+            return f"{group}.kind={_kind(tree.get(group), [group], schema)} has no key {path}"
+        return f"unknown key {path}{_nearest(path, known)}"
     if kind == "union_tag_invalid":
         return f"{path}.kind: '{error['ctx']['tag']}' is not one of {error['ctx']['expected_tags']}"
     if kind == "value_error":

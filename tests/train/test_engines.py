@@ -115,7 +115,7 @@ SGD = ["optim.kind=sgd", "optim.lr=0.01", "optim.clip=none"]
 ENCODERS = {  # what each asks of an engine: a root's parameter inside of blocks, other blocks, blocks in another module
     "relative": ["encoder.positions=relative", "encoder.positions_at=shared"],
     "axial": ["encoder.kind=axial", "encoder.positions=2d", "encoder.positions_at=every", *ACCUMULATED],
-    "bit": ["encoder.kind=bit", "head.kind=classifier"],
+    "hybrid": ["encoder.stem=r50", "encoder.patch=16", "data.image_size=32"],
 }
 AVERAGED = ["average=0.9", "optim.layer_decay=0.7", "encoder.pool=mean"]
 
@@ -130,7 +130,7 @@ def worked(shards: Path, by_launch_file, tmp_path_factory: pytest.TempPathFactor
         told = {"engine": engine, "words": words(shards, folder / name, *more), "poisoned": poisoned}
         jobs.append({**told, "zero": {**CUT.get(engine, {}), **zero}})
 
-    for engine in ENGINES[:0]:
+    for engine in ENGINES:
         job(f"accumulated-{engine}", engine, *ACCUMULATED)
         job(f"halves-{engine}", engine, *HALVES)
         job(f"sgd-{engine}", engine, *SGD)
