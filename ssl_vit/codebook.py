@@ -11,7 +11,7 @@ from ssl_vit.data.samples import Data
 from ssl_vit.data.sequential import Tars
 from ssl_vit.data.stream import Share, TrainingStream, parts
 from ssl_vit.durable import sha256, write_bytes
-from ssl_vit.exits import DATA, MISMATCH, USAGE, Refusal
+from ssl_vit.exits import CANNOT_CREATE, DATA, MISMATCH, USAGE, Refusal
 from ssl_vit.heads import clusters
 from ssl_vit.heads.clusters import Space
 
@@ -40,6 +40,10 @@ def fit(options: FitClusters) -> str:
     """Fit and write a codebook; says what it made."""
     if options.data.train is None:
         raise Refusal(USAGE, "data.train: it must be given: a folder of shards, or of images")
+    try:
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(CANNOT_CREATE, f"output={options.output}: {error.strerror}; name another file") from error
     train = recipe.found(options, options.data.train, "train")
     assert not isinstance(train, Tars)
     points = drawn(options, TrainingStream(train, options.data, options.seed, TOGETHER), train.samples)

@@ -92,4 +92,4 @@ def read_out(tokens: Tensor, pool: str, prefix: int) -> Tensor:
 
 def count_parameters(module: nn.Module) -> int:
     """How many numbers a module learns."""
-    return sum(p.numel() for p in module.parameters())
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

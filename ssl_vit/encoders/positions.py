@@ -84,8 +84,8 @@ def resize_offsets(offsets: Tensor, old: Grid, new: Grid) -> Tensor:
         return offsets
     (h, w), (rows, columns) = old, new
     offset = torch.arange(-(rows * columns - 1), rows * columns)
-    down = torch.div(2 * offset + columns, 2 * columns, rounding_mode="floor") * (rows > 1)
-    right = offset - down * columns  # from -columns / 2 to columns / 2
+    down = torch.div(2 * offset + columns, 2 * columns, rounding_mode="floor").clamp(1 - rows, rows - 1)
+    right = offset - down * columns  # from -columns / 2 to columns / 2, on to the corners beyond the first and last row
     y = down * (h - 1) / max(1, rows - 1)
     x = right * (w - 1) / max(1, columns - 1)
     made = torch.zeros(len(offset), offsets.shape[1])

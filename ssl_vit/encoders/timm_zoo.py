@@ -21,7 +21,11 @@ EPS = 1e-8  # of the weight standardisation, timm's for released BiT weights
 
 
 class TimmZoo(Pixels):
-    """Any model of timm, by its name; its weights come with init=timm:NAME."""
+    """Any model of timm, by its name; its weights come with init=timm:NAME.
+
+    Tokens are those of `forward_features`. Some models (BEiT, EVA-02) have their last norm behind the pooling, as a
+    part of their head: there tokens, and their mean, come without it.
+    """
 
     kind: Literal["timm"] = "timm"
     name: str = Field(default="vit_base_patch16_224", min_length=1, description="timm's name of the model")
@@ -137,12 +141,15 @@ class TimmEncoder(Normalised):
         super().__init__(config)
         self.config = config
         self.model = config.create()
-        with torch.device("meta"):
+        with torch.device("meta"), torch.enable_grad():
             twin, seen = config.create().eval(), []
             if hasattr(twin, "patch_embed"):
                 twin.patch_embed.register_forward_hook(lambda _module, _given, made: seen.append(made))
-            with torch.no_grad():
+            try:
                 made = twin.forward_features(torch.empty(1, config.channels, *config.image_hw))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                size = " x ".join(map(str, config.image_hw))
+                raise ValueError(f"timm's {config.title} takes no image of {size}: {error}") from error
         if not isinstance(made, Tensor) or made.ndim not in (3, 4):
             raise ValueError(f"timm's {config.title} gives neither tokens nor a feature map")
         self.width = int(self.model.num_features)
@@ -160,10 +167,19 @@ class TimmEncoder(Normalised):
         if made.ndim == 3 and self.grid[0] * self.grid[1] != made.shape[1] - self.prefix:
             raise ValueError(f"timm's {config.title}: its tokens are no grid of patches")
         self.stride = -(-height // self.grid[0])
-        patches = seen[0] if seen else None
+        patch = getattr(getattr(twin, "patch_embed", None), "patch_size", None)
+        if made.ndim == 3 and isinstance(patch, tuple) and (height % patch[0] or side % patch[1]) and patch[0] > 1:
+            raise ValueError(
+                f"timm's {config.title} cuts patches of {patch[0]} x {patch[1]}; {height} x {side} leaves some"
+            )
+        with torch.enable_grad():
+            made.sum().backward()  # what no token comes from, as timm's pooling, learns nothing: DDP would wait
+        for name, parameter in twin.named_parameters():
+            self.model.get_parameter(name).requires_grad_(parameter.grad is not None)
+        patches = _listed(seen[0]) if seen and isinstance(seen[0], Tensor) else None
         self.maskable = (
             made.ndim == 3
-            and isinstance(patches, Tensor)
+            and patches is not None
             and patches.shape[1:] == (made.shape[1] - self.prefix, self.width)
             and (self.stride * self.grid[0], self.stride * self.grid[1]) == (height, side)
         )
@@ -174,7 +190,9 @@ class TimmEncoder(Normalised):
             self.model.patch_embed.register_forward_hook(self._edited)
 
     def _edited(self, _module: nn.Module, _given: Any, patches: Tensor) -> Tensor:
-        return patches if self._edit is None else self._edit(patches)
+        if self._edit is None:
+            return patches
+        return self._edit(_listed(patches)).view(patches.shape)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -227,3 +245,8 @@ class TimmEncoder(Normalised):
         if made.ndim == 3:
             return made
         return made.flatten(1, 2) if self.channels_last else made.flatten(2).transpose(1, 2)
+
+
+def _listed(patches: Tensor) -> Tensor:
+    """Patches [B, N, D] of what timm's patch embedding gives, which is a map [B, h, w, D] where any size may come."""
+    return patches.flatten(1, 2) if patches.ndim == 4 else patches

@@ -3,6 +3,7 @@
 iBOT (Table 20) found clusters of raw patches better than 3-bit colours. `tools/fit_clusters.py` fits them on shards.
 """
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +52,8 @@ def read(path: str, encoder: Encoder) -> Tensor:
 def write(path: Path, centers: Tensor, said: dict[str, str]) -> None:
     """Write centres [K, d] and what they were made of."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"centers": centers.float().contiguous()}, path, metadata=said)
+    facts = {"codebook": json.dumps(said)}  # in one key: of several safetensors writes any first
+    save_file({"centers": centers.float().contiguous()}, path, metadata=facts)
 
 
 def vectors(image: Tensor, patch: int, space: Space) -> Tensor:

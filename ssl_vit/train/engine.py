@@ -35,6 +35,7 @@ class Engine:
         self.model, self._prepared = accelerator.prepare(model, self.optimizer)
         # as they are now: FSDP2 puts gathered ones into the modules from a forward pass to its backward pass
         self.parameters = dict(model.named_parameters())
+        self.learned = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self._fused = self._can_fuse()
         self._restore(state)
 
@@ -71,7 +72,7 @@ class Engine:
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the optimizer's state, whole, by parameter; called by all processes together."""
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.learned.items():
             for key in self.keys:
                 yield f"{name}/{key}", self._entry(parameter, key)
 
@@ -92,7 +93,7 @@ class Engine:
 
     def _restore(self, state: Tensors) -> None:
         """Fill the optimizer's state, with zeros where `state` has none; rates and decays are the recipe's."""
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.learned.items():
             entry = self.optimizer.state[parameter] = zeros(parameter, self.keys)
             for key in self.keys if state else ():
                 entry[key].copy_(share_of(state[f"{name}/{key}"], entry[key]))
@@ -123,8 +124,12 @@ class Zero(Engine):
         return self._zero.fp32_partitioned_groups_flat if three else self._zero.single_partition_of_fp32_groups
 
     def _parameter(self, parameter: nn.Parameter) -> Any:
+        import deepspeed  # type: ignore
         from deepspeed.utils import safe_get_full_fp32_param  # type: ignore
 
+        if not parameter.requires_grad:  # what learns nothing is in no flat part
+            with deepspeed.zero.GatheredParameters([parameter]):
+                return parameter.detach().clone()
         return safe_get_full_fp32_param(parameter)
 
     def _entry(self, parameter: nn.Parameter, key: str) -> Any:
@@ -144,7 +149,7 @@ class Zero(Engine):
                 entry["step"].copy_(step)
         if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 find the parts by this
             self._zero._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self.parameters.items() if state else ():
+        for name, parameter in self.learned.items() if state else ():
             for key in self.keys:
                 if key != "step":
                     safe_set_full_optimizer_state(parameter, state[f"{name}/{key}"].to(parameter.device), key)

@@ -132,7 +132,11 @@ def layer_of(name: str, blocks: int) -> int:
     """A parameter's layer: 0 below the blocks, 1 to `blocks` in them, above them one more."""
     if name.startswith("encoder.blocks."):
         return int(name.split(".")[2]) + 1
-    return 0 if name.startswith(("encoder.patch_embed.", "encoder.cls_token", "encoder.pos_embed")) else blocks + 1
+    return (
+        0
+        if name.startswith(("encoder.patch_embed.", "encoder.cls_token", "encoder.pos_embed", "encoder.offsets"))
+        else blocks + 1
+    )
 
 
 def is_kernel(name: str, parameter: nn.Parameter) -> bool:

@@ -28,12 +28,12 @@ FREE |= {"fresh", "allow_change", "on_save_error", "check_every", "verify_step"}
 FREE_GROUPS = ("device.", "metrics.", "benchmark.", "online.")
 # keys that change the training, not what was trained so far: they may change where allow_change names them
 SAFE = {"steps", "precision", "spike", "encoder.dropout", "data.crop_area", "data.flip"}
-SAFE |= {f"optim.{name}" for name in ("lr", "warmup_steps", "schedule", "weight_decay", "clip", "betas")}
+SAFE |= {f"optim.{name}" for name in ("lr", "warmup_steps", "schedule", "drops", "weight_decay", "clip", "betas")}
 
 BEAT = 5.0  # seconds between two signs of life of a run's holder
 MADE = ("checkpoints", "metrics.jsonl", "numerics.jsonl", "tensorboard", "encoder", "results.json", "recipe.yaml")
 MADE += ("reconstruction.png", "exit.json", "bad_samples-*.jsonl", "sweep", "seed-*", "classifier", "report")
-MADE += ("report.*", "predictions.*", ".predictions-*.npz", "per_class.csv", "confusion.csv")
+MADE += ("codebook.safetensors", "report.*", "predictions.*", ".predictions-*.npz", "per_class.csv", "confusion.csv")
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 

@@ -509,15 +509,12 @@ def test_tables_are_resized_corner_to_corner(kind, at):
         torch.testing.assert_close(whole(table)[1:], linear(NEW))
 
 
-CORNERS = pytest.mark.xfail(strict=True, reason="resize_offsets takes a corner's step for one row too many")
-
-
 @pytest.mark.parametrize("at", ["stem", "every", "shared"])
 @pytest.mark.parametrize(
     "new",
     [
-        pytest.param(NEW, marks=CORNERS),
-        pytest.param((7, 7), marks=CORNERS),
+        NEW,
+        (7, 7),
         (2, 3),
         (3, 9),
     ],
@@ -662,7 +659,6 @@ def test_resnets_are_the_papers(depth, widen, blocks, gmac):
     ("name", "part"),
     [("test_vit3", "attn_pool"), ("vit_relpos_small_patch16_224", "fc_norm"), ("test_convnext", "norm")],
 )
-@pytest.mark.xfail(strict=True, reason="parts of timm's head stay in the encoder and get no gradient: DDP waits for it")
 def test_no_part_of_timms_head_is_left_to_train(name, part):
     encoder = made(TimmZoo(name=name, image=32))
     encoder(images(encoder.config)).square().sum().backward()
@@ -670,7 +666,6 @@ def test_no_part_of_timms_head_is_left_to_train(name, part):
     assert missed == set(), part
 
 
-@pytest.mark.xfail(strict=True, reason="timm's dynamic_img_size patch embedding gives [B, rows, columns, D]")
 @pytest.mark.parametrize("name", ["test_vit", "test_vit4"])
 def test_timms_vits_with_patches_as_a_map_are_maskable(name):
     encoder = made(TimmZoo(name=name, image=(32, 48))).eval()
@@ -680,7 +675,6 @@ def test_timms_vits_with_patches_as_a_map_are_maskable(name):
     assert torch.equal(blank[0], blank[1])
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="timm's own assertion comes through, exit code 70")
 def test_a_size_that_timm_cannot_cut_is_refused():
     given = ["encoder.kind=timm", "encoder.name=test_vit", "data.image_size=56", "head.kind=classifier"]
     with pytest.raises(Refusal) as end:

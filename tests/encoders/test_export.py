@@ -188,9 +188,9 @@ def test_files_of_an_export_are_readable_by_all_and_replace_what_was_there(tmp_p
 def test_hugging_face_opens_its_folder(tmp_path: Path, kind):
     encoder = source(tmp_path, KINDS[kind])
     tool(f"encoder={tmp_path}/run", f"output={tmp_path}/out", "format=hf")
-    theirs, report = transformers.ViTModel.from_pretrained(
-        tmp_path / "out", add_pooling_layer=False, output_loading_info=True
-    )
+    options: dict[str, Any] = {"add_pooling_layer": False, "output_loading_info": True}
+    made: Any = transformers.ViTModel.from_pretrained(tmp_path / "out", **options)
+    theirs, report = made
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     same(encoder, lambda one: theirs.eval()(encoder.normalise(one)).last_hidden_state, 1e-5)
     again = load_encoder(tmp_path / "out")
@@ -254,7 +254,7 @@ def check_onnx(folder: Path, given: dict[str, Any], classes: int) -> None:
         features = read_out(want, encoder.pool, encoder.prefix)
         right = features @ head.weight.T + head.bias if head else features
         for found, value in ((tokens, want), (result, right)):
-            np.testing.assert_allclose(found, value, atol=5e-4 * float(value.abs().max()), rtol=0)
+            np.testing.assert_allclose(np.asarray(found), value, atol=5e-4 * float(value.abs().max()), rtol=0)
     assert (folder / "model.onnx").stat().st_size > 4 * sum(one.numel() for one in encoder.parameters())
     logging.disable(logging.NOTSET)
 
@@ -297,7 +297,7 @@ def test_the_tool_writes_onnx_with_a_classifier(tmp_path: Path, capsys: pytest.C
     (found,) = session.run(["logits"], {"image": image(24, 24).numpy()})
     with torch.no_grad():
         want = larger(image(24, 24))[:, 0] @ head.weight.T + head.bias
-    np.testing.assert_allclose(found, want, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(found), want, atol=1e-4)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.onnx"]
 
 
@@ -357,7 +357,8 @@ def test_a_classifier_where_none_can_go(tmp_path: Path):
 def test_googles_linear_classifier_is_taken(tmp_path: Path):
     arrays = foreign.write_google(tmp_path / "w.npz", pre_logits=False)
     encoder, head = classified.read_classifier(str(tmp_path / "w.npz"))
-    theirs: Any = timm.create_model("vit_base_patch16_224", **foreign.TIMM | {"num_classes": 5}).eval()
+    numbers: dict[str, Any] = foreign.TIMM | {"num_classes": 5}
+    theirs: Any = timm.create_model("vit_base_patch16_224", **numbers).eval()
     theirs.load_pretrained(str(tmp_path / "w.npz"))
     with torch.no_grad():
         found = encoder(image())[:, 0] @ head.weight.T + head.bias
@@ -386,7 +387,8 @@ def test_positions_of_another_size_are_baked_in(tmp_path: Path, capsys: pytest.C
     assert [height, width] == [int(one) for one in (size.split(",") * 2)[:2]]
     same(resized(encoder, (height, width)), again, 1e-5)
     table = encoder.pos_embed.detach().numpy()[0]
-    zoomed: Any = ndimage.zoom(table[1:].reshape(4, 4, 48), (height / 16, width / 16, 1), order=1)
+    old: Any = table[1:].reshape(4, 4, 48)
+    zoomed = np.asarray(ndimage.zoom(old, (height / 16, width / 16, 1), order=1))
     np.testing.assert_allclose(
         again.pos_embed.detach().numpy()[0], np.concatenate([table[:1], zoomed.reshape(-1, 48)]), atol=1e-6
     )

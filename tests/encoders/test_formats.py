@@ -95,7 +95,7 @@ def test_at_another_resolution_googles_positions_are_what_the_authors_zoom_makes
     table = arrays["Transformer/posembed_input/pos_embedding"][0]
     rows, columns = encoder.grid
     grid = table[1:].reshape(4, 4, WIDTH)
-    zoomed: Any = ndimage.zoom(grid, (rows / 4, columns / 4, 1), order=1).reshape(rows * columns, WIDTH)
+    zoomed = np.asarray(ndimage.zoom(grid, (rows / 4, columns / 4, 1), order=1)).reshape(rows * columns, WIDTH)
     found = encoder.pos_embed.detach().numpy()[0]  # type: ignore[union-attr]
     np.testing.assert_allclose(found, np.concatenate([table[:1], zoomed]), atol=1e-6)
     theirs = vit(img_size=encoder.config.image_hw)
@@ -132,7 +132,11 @@ def test_hugging_faces_folder(tmp_path: Path, kind):
 
 
 def test_hugging_faces_autoencoder(tmp_path: Path):
-    small = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    small: dict[str, Any] = {
+        "decoder_hidden_size": 32,
+        "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 2,
+    }
     made = transformers.ViTMAEConfig(**HF, **small, decoder_intermediate_size=64, mask_ratio=0.0)
     theirs = saved(transformers.ViTMAEForPreTraining(made), tmp_path)
     ours = load_encoder(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,12 @@ def test_googles_file_is_fine_tuned_at_another_size(shards: Path, tmp_path: Path
 
 
 def test_hugging_faces_folder_is_judged_frozen(shards: Path, tmp_path: Path):
-    numbers = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80}
+    numbers: dict[str, Any] = {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 80,
+    }
     loud(transformers.ViTModel(transformers.ViTConfig(**numbers, image_size=16, patch_size=4))).save_pretrained(
         tmp_path / "hf"
     )

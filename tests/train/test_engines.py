@@ -30,7 +30,8 @@ WORDS = ["steps=20", "log_every=1", "save_every=10", "eval_every=10", "optim.lr=
 
 def words(shards: Path, run: Path, *more: str) -> list[str]:
     data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", "tracker=none"]
-    return [*TINY, *WORDS, *data, *more]
+    own = "encoder.kind=timm" in more
+    return [*(word for word in TINY if not (own and word.startswith("encoder."))), *WORDS, *data, *more]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -115,7 +116,11 @@ SGD = ["optim.kind=sgd", "optim.lr=0.01", "optim.clip=none"]
 ENCODERS = {  # what each asks of an engine: a root's parameter inside of blocks, other blocks, blocks in another module
     "relative": ["encoder.positions=relative", "encoder.positions_at=shared"],
     "axial": ["encoder.kind=axial", "encoder.positions=2d", "encoder.positions_at=every", *ACCUMULATED],
-    "hybrid": ["encoder.stem=r50", "encoder.patch=16", "data.image_size=32"],
+    "timm": [
+        "encoder.kind=timm",
+        "encoder.name=test_vit3",
+        "data.image_size=32",
+    ],  # some of whose parameters learn nothing
 }
 AVERAGED = ["average=0.9", "optim.layer_decay=0.7", "encoder.pool=mean"]
 
