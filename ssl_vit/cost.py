@@ -67,8 +67,9 @@ def counted_macs(config: Encoder) -> int:
     """Multiply-accumulates an image as torch counts them, without computing anything; all taps of a convolution."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    encoder = skeleton(config)  # before anything is counted: some are tried while they are built
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        skeleton(config)(torch.empty(1, config.channels, *config.image_hw, dtype=torch.uint8))
+        encoder(torch.empty(1, config.channels, *config.image_hw, dtype=torch.uint8))
     return counter.get_total_flops() // 2
 
 

@@ -18,7 +18,7 @@ from ssl_vit.encoders import Encoder, positions, weights
 from ssl_vit.encoders.axial import Axial, AxialResnet
 from ssl_vit.encoders.timm_zoo import Bit, TimmZoo
 from ssl_vit.encoders.vit import Vit
-from ssl_vit.exits import DATA, USAGE, Refusal
+from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.heads import Head
 from ssl_vit.heads.masked import Masked
 from ssl_vit.model import count_parameters, read_out
@@ -736,12 +736,3 @@ def test_relative_positions_of_an_axial_resnet_act():
             whole_, moved = attention(x), attention(given)
             moved_back = whole_[:, :, order] if part is attention.columns else whole_[:, :, :, order]
             torch.testing.assert_close(moved, moved_back, atol=1e-5, rtol=1e-4)
-
-
-def test_an_axial_resnet_of_another_size_is_refused():
-    small, large = FEATURES["axial_resnet"], AxialResnet(image=(96, 96))
-    tensors = {name.removeprefix("model."): value for name, value in made(small).state_dict().items()}
-    assert weights.fill(small.build(), small, tensors, "here").share == 1
-    with pytest.raises(Refusal, match="16 tensors of another shape") as end:
-        weights.fill(large.build(), small, tensors, "here")
-    assert end.value.code == DATA
