@@ -40,10 +40,13 @@ def fit(options: FitClusters) -> str:
     """Fit and write a codebook; says what it made."""
     if options.data.train is None:
         raise Refusal(USAGE, "data.train: it must be given: a folder of shards, or of images")
+    output = Path(options.output)
     try:
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refusal(CANNOT_CREATE, f"output={options.output}: {error.strerror}; name another file") from error
+        raise Refusal(CANNOT_CREATE, f"output={output}: {error.strerror}; name another file") from error
+    if output.is_dir():
+        raise Refusal(CANNOT_CREATE, f"output={output}: is a folder; name a file in it")
     train = recipe.found(options, options.data.train, "train")
     assert not isinstance(train, Tars)
     points = drawn(options, TrainingStream(train, options.data, options.seed, TOGETHER), train.samples)
@@ -54,7 +57,7 @@ def fit(options: FitClusters) -> str:
     share = found.bincount(minlength=options.clusters).double() / len(found)
     entropy = float(-(share * share.clamp(min=1e-12).log()).sum())
     said = {"space": options.space, "patch": str(options.patch), "seed": str(options.seed), "data": train.identity}
-    clusters.write(Path(options.output), centers, said)
+    clusters.write(output, centers, said)
     error = float((points - centers[found]).square().mean() / (points - points.mean(0)).square().mean())
     return (
         f"{options.output}: {options.clusters} clusters of {len(points):,} {options.space} vectors; they leave "

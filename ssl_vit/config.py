@@ -25,7 +25,7 @@ MAX_BYTES = 1 << 20  # a recipe is a page of text; more is a mistake or an attac
 class Config(BaseModel):
     """A frozen set of keys; unknown ones are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -115,7 +115,7 @@ def _load(name: str, folder: Path) -> Tree:
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise Refusal(USAGE, f"no recipe {path}; there are {', '.join(known)}{_nearest(name, known)}")
+        raise Refusal(USAGE, f"no recipe {path}{_nearest(name, known) or '; there are ' + ', '.join(known)}")
     if path.stat().st_size > MAX_BYTES:
         raise Refusal(USAGE, f"recipe {path} is larger than {MAX_BYTES} bytes")
     try:

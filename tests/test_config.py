@@ -164,3 +164,15 @@ def test_a_choice_of_numbers_is_made_in_text(tmp_path: Path):
     assert config.parse(Deep, ["depth=101"], tmp_path).depth == 101
     with pytest.raises(Refusal, match=r"depth: '51': it should be 50 or 101"):
         config.parse(Deep, ["depth=51"], tmp_path)
+
+
+@pytest.mark.parametrize("argument", ["optim.lr=nan", "optim.lr=inf", "head.ratio=nan"])
+def test_a_number_is_finite(argument: str):
+    with pytest.raises(Refusal, match=argument.split("=")[0]) as end:
+        pretrain(argument)
+    assert end.value.code == USAGE
+
+
+def test_a_recipe_that_is_nearly_one_is_named():
+    with pytest.raises(Refusal, match=r"no recipe .*; did you mean mpp_vit_b16\?$"):
+        pretrain("recipe=mpp_vit_b61")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ssl_vit import cost
-from ssl_vit.encoders import Axial, Bit, Vit
+from ssl_vit.encoders import Axial, Bit, TimmZoo, Vit
 from ssl_vit.exits import Refusal
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
@@ -113,3 +113,10 @@ def test_a_recipes_cost_is_printed(capsys: pytest.CaptureFixture[str]):
         assert part in text
     with pytest.raises(Refusal, match="no recipe"):
         benchmark.main(["models", "recipe=nope"])
+    with pytest.raises(Refusal, match=r"^unknown key foo$"):
+        benchmark.main(["models", "recipe=finetune_imagenet", "foo=1"])
+
+
+def test_a_map_of_one_position_is_counted_through_batch_norm():
+    """Whose layers refuse to train on a single value."""
+    assert cost.counted_macs(TimmZoo(name="resnet18", image=32)) > 0

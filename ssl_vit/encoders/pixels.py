@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ssl_vit.config import Config
 
 Pool = Literal["class", "mean"]
+NO_CLASS_TOKEN = "there is no class token to read out; set encoder.pool=mean"
 
 
 class Pixels(Config):

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssl_vit.encoders.pixels import Normalised, Pixels, Pool
+from ssl_vit.encoders.pixels import NO_CLASS_TOKEN, Normalised, Pixels, Pool
+from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.model import Edit
 
 LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}  # bottlenecks of a stage
@@ -184,8 +185,9 @@ class TimmEncoder(Normalised):
             and (self.stride * self.grid[0], self.stride * self.grid[1]) == (height, side)
         )
         if config.pool == "class" and not self.prefix:
-            raise ValueError("there is no class token to read out; set encoder.pool=mean")
+            raise ValueError(NO_CLASS_TOKEN)
         self._edit: Edit | None = None
+        self._recomputes = False
         if self.maskable:
             self.model.patch_embed.register_forward_hook(self._edited)
 
@@ -209,12 +211,17 @@ class TimmEncoder(Normalised):
     @property
     def activation_checkpointing(self) -> bool:
         """In training, keep each block's input only and compute the rest again."""
-        return bool(getattr(self.model, "grad_checkpointing", False))
+        return self._recomputes
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, wanted: bool) -> None:
-        if wanted or self.activation_checkpointing:
-            self.model.set_grad_checkpointing(wanted)
+        if wanted != self._recomputes:  # some models refuse to be asked at all
+            try:
+                self.model.set_grad_checkpointing(wanted)
+            except (AssertionError, AttributeError) as error:
+                text = f"activation_checkpointing: timm's {self.config.title} has none; leave it out"
+                raise Refusal(USAGE, text) from error
+            self._recomputes = wanted
 
     def forward(self, image: Tensor, edit: Edit | None = None, select: Tensor | None = None) -> Tensor:
         """See `ssl_vit.model.Encoder`; raises ValueError where the image is not the size the encoder was built for."""

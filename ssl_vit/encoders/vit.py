@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssl_vit.encoders import positions
-from ssl_vit.encoders.pixels import Normalised, Pixels
+from ssl_vit.encoders.pixels import NO_CLASS_TOKEN, Normalised, Pixels
 from ssl_vit.model import Edit
 
 # width, depth, heads, MLP width: paper Table 1 for B, L, H; the authors' released code for Ti and S
@@ -61,7 +61,7 @@ class Transformer(Pixels):
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
         if self.pool == "class" and not self.prefix:
-            raise ValueError("there is no class token to read out; set pool=mean")
+            raise ValueError(NO_CLASS_TOKEN)
         return self
 
     @property
@@ -98,7 +98,9 @@ class Transformer(Pixels):
         return self.positions_at or ("every" if self.positions == "relative" else "stem")
 
     def check(self) -> None:
-        """Raises ValueError where patches do not tile the image."""
+        """Raises ValueError where patches do not tile the image, or what is read out is not there."""
+        if self.pool == "class" and not self.prefix:  # again: a config that was altered by a copy is not validated
+            raise ValueError(NO_CLASS_TOKEN)
         height, width = self.image_hw
         if height % self.patch or width % self.patch or 0 in self.grid:
             near = " x ".join(str(max(1, round(side / self.patch)) * self.patch) for side in self.image_hw)

@@ -246,7 +246,7 @@ def fill(encoder: AnyEncoder, config: Encoder, weights: Weights, source: str, sh
             "of another shape": report.unlike,
             "that it has no place for": strange,
         }
-        text = "; ".join(f"{len(n)} tensors {kind} ({', '.join(n[:3])} ...)" for kind, n in kinds.items() if n)
+        text = "; ".join(f"{len(names)} tensors {kind} ({listed(names)})" for kind, names in kinds.items() if names)
         found = "" if share == 1 else f" ({report.share:.1%} of it can be filled, init_share={share:g})"
         raise Refusal(DATA, f"{source}: does not fit the encoder{found}: {text}")
     for name in report.matched:

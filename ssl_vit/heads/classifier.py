@@ -21,7 +21,6 @@ class Classifier(Config):
     loss: Literal["softmax", "sigmoid"] = Field(
         default="softmax", description="cross-entropy: softmax, or a sigmoid a class"
     )
-
     bias: float = Field(default=0.0, description="start of the last bias; -10 in the authors' ImageNet-21k models")
 
     def build(self, encoder: Encoder, classes: int) -> "ClassificationHead":

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssl_vit.durable import write_bytes
 from ssl_vit.heads.masked import ColorHead, Masked
 from ssl_vit.model import Encoder
 
@@ -41,7 +42,7 @@ def read(path: str, encoder: Encoder) -> Tensor:
         with safe_open(path, framework="pt") as file:
             centers = file.get_tensor("centers")
     except (OSError, SafetensorError) as error:
-        cure = "tools/fit_clusters.py makes one from shards"
+        cure = "tools/fit_clusters.py makes one from shards, and a run keeps a copy, codebook.safetensors"
         raise ValueError(f"head.codebook={path}: cannot be read as a codebook ({error}); {cure}") from error
     sizes = {encoder.channels, encoder.channels * encoder.stride**2}
     if centers.ndim != 2 or centers.shape[1] not in sizes or not centers.isfinite().all():
@@ -50,10 +51,10 @@ def read(path: str, encoder: Encoder) -> Tensor:
 
 
 def write(path: Path, centers: Tensor, said: dict[str, str]) -> None:
-    """Write centres [K, d] and what they were made of."""
+    """Write centres [K, d] and what they were made of, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"codebook": json.dumps(said)}  # in one key: of several safetensors writes any first
-    save_file({"centers": centers.float().contiguous()}, path, metadata=facts)
+    write_bytes(path, save({"centers": centers.float().contiguous()}, metadata=facts))
 
 
 def vectors(image: Tensor, patch: int, space: Space) -> Tensor:

@@ -85,8 +85,9 @@ def draw_blocks(
     """
     rows, columns = grid
     patches, fates = rows * columns, counts(rows * columns, ratio, mix)
-    random = device_words(seed, 2 * patches + 3 * BLOCKS)
-    which, top, left = (random[:, 2 * patches :] & (1 << 62) - 1).unflatten(1, (3, BLOCKS)).unbind(1)
+    parts = [patches, patches, 3 * BLOCKS, patches]
+    order_words, others, places, fate_words = device_words(seed, sum(parts)).split(parts, dim=1)
+    which, top, left = (places & (1 << 62) - 1).unflatten(1, (3, BLOCKS)).unbind(1)
     height, width = shapes[which % len(shapes)].unbind(2)
     top, left = (side[:, :, None] for side in (top % (rows - height + 1), left % (columns - width + 1)))
     row, column = torch.arange(rows, device=seed.device), torch.arange(columns, device=seed.device)
@@ -94,10 +95,11 @@ def draw_blocks(
     in_columns = (column >= left) & (column < left + width[:, :, None])
     number = torch.arange(BLOCKS, device=seed.device)[None, :, None, None]
     first = torch.where(in_rows[:, :, :, None] & in_columns[:, :, None, :], number, BLOCKS).amin(1).flatten(1)
-    order = random[:, :patches].argsort(dim=1, stable=True)
+    order = order_words.argsort(dim=1, stable=True)
     covered = order.gather(1, first.gather(1, order).argsort(dim=1, stable=True))[:, : sum(fates)]
-    index = covered.gather(1, random.gather(1, covered).argsort(dim=1, stable=True))
-    return _fated(index, random[:, patches : 2 * patches], patches, fates)
+    # words of its own: those of `order` are small in what the cut left of the last rectangle
+    index = covered.gather(1, fate_words.gather(1, covered).argsort(dim=1, stable=True))
+    return _fated(index, others, patches, fates)
 
 
 def block_shapes(grid: tuple[int, int], corrupted: int) -> list[tuple[int, int]]:

@@ -25,6 +25,7 @@ FREE = {"log_every", "save_every", "eval_every", "keep", "tracker", "quiet", "dr
 FREE |= {"micro_batch", "activation_checkpointing", "timeout", "data.workers", "data.train", "data.val"}
 FREE |= {"data.cache", "data.cache_gb", "data.verify", "data.max_bad", "data.timeout"}
 FREE |= {"fresh", "allow_change", "on_save_error", "check_every", "verify_step"}
+FREE |= {"head.codebook"}  # where it lies: ssl_vit.codebook compares what is in it
 FREE_GROUPS = ("device.", "metrics.", "benchmark.", "online.")
 # keys that change the training, not what was trained so far: they may change where allow_change names them
 SAFE = {"steps", "precision", "spike", "encoder.dropout", "data.crop_area", "data.flip"}

@@ -736,3 +736,15 @@ def test_relative_positions_of_an_axial_resnet_act():
             whole_, moved = attention(x), attention(given)
             moved_back = whole_[:, :, order] if part is attention.columns else whole_[:, :, :, order]
             torch.testing.assert_close(moved, moved_back, atol=1e-5, rtol=1e-4)
+
+
+def test_timms_models_recompute_or_say_that_they_cannot():
+    with torch.device("meta"):
+        able, unable = Bit(image=64).build(), TimmZoo(name="dla34", image=64).build()
+    for wanted in (True, False):
+        able.activation_checkpointing = wanted
+        assert able.activation_checkpointing == wanted
+        assert {stage.grad_checkpointing for stage in able.model.stages} == {wanted}
+    unable.activation_checkpointing = False
+    with pytest.raises(Refusal, match="dla34 has none"):
+        unable.activation_checkpointing = True

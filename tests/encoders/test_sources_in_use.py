@@ -8,7 +8,10 @@ import pytest
 import torch
 import transformers
 
-from ssl_vit import load_encoder
+from ssl_vit import config, load_encoder, recipe
+from ssl_vit.encoders import Vit
+from ssl_vit.encoders.export import export
+from ssl_vit.exits import USAGE, Refusal
 from tests.encoders import foreign_weights as foreign
 from tests.encoders.foreign_weights import loud
 from tests.evaluate.test_predict import read
@@ -77,3 +80,12 @@ def test_a_bit_is_pretrained_fine_tuned_and_predicts(squares: Path, shards: Path
     masked = [*on(shards, tmp_path / "masked"), f"init={tmp_path}/pre", "data.image_size=32"]
     assert "replaces patch embeddings" in refused("pretrain", masked, tmp_path)
     assert not torch.isnan(load_encoder(tmp_path / "fine").state_dict()["model.stem.conv.weight"]).any()
+
+
+def test_a_class_token_that_the_source_lacks_is_not_read_out(tmp_path: Path):
+    """The first patch would be taken for it."""
+    export(Vit(size="Ti", depth=1, patch=8, image=16, class_token=False, pool="mean").build(), tmp_path)
+    words = [f"init={tmp_path}", "data.image_size=16", "encoder.pool=class"]
+    with pytest.raises(Refusal, match=r"no class token to read out; set encoder\.pool=mean") as end:
+        recipe.resolve(config.parse(recipe.Finetune, words, recipe.FOLDER))
+    assert end.value.code == USAGE

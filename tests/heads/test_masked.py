@@ -272,6 +272,17 @@ def check(plan: Corruption, patches: int, fates: tuple[int, int, int]) -> None:
     assert int(plan.source.max()) < patches
 
 
+def test_fates_fall_alike_on_the_rectangle_that_was_cut():
+    """Rows of 8 until 12 patches are covered: half of the second row; it is masked as often as the first."""
+    plan = draw_blocks(torch.arange(4000), (8, 8), torch.tensor([[1, 8]]), 12 / 64, (0.5, 0.25, 0.25))
+    row = plan.index // 8
+    covered = torch.nn.functional.one_hot(row, 8).sum(1)
+    assert covered.sort(1).values.unique(dim=0).tolist() == [[0, 0, 0, 0, 0, 0, 4, 8]]
+    cut = covered.gather(1, row) == 4
+    assert float((plan.fate == MASK)[cut].float().mean()) == pytest.approx(0.5, abs=0.02)
+    assert float((plan.fate == SWAP)[cut].float().mean()) == pytest.approx(0.25, abs=0.02)
+
+
 @pytest.mark.parametrize("mix", [PAPER, (1.0, 0.0, 0.0), (0.4, 0.4, 0.2)])
 def test_units_are_corrupted_as_one(mix):
     """C8.3: SimMIM's 30 of 49 units, 120 of 196 patches; a unit's patches share their fate and swap with one unit."""
@@ -632,10 +643,11 @@ def test_a_codebook_fitted_again_is_the_same_file(tmp_path: Path):
     assert len({(tmp_path / str(number)).read_bytes() for number in range(6)}) == 1
 
 
-def test_a_file_that_cannot_be_written_is_refused(shards: Path):
-    with pytest.raises(Refusal) as end:
-        fit(shards, Path("/proc/none/file"))
-    assert end.value.code == CANNOT_CREATE
+def test_a_file_that_cannot_be_written_is_refused(shards: Path, tmp_path: Path):
+    for place in (Path("/proc/none/file"), tmp_path):
+        with pytest.raises(Refusal, match="output=") as end:
+            fit(shards, place)
+        assert end.value.code == CANNOT_CREATE
 
 
 class StopAfter:
@@ -681,10 +693,10 @@ def test_a_run_keeps_its_codebook(shards: Path, tmp_path: Path, monkeypatch, fre
         pretrain(shards, tmp_path / "run", "head.kind=clusters", f"head.codebook={other}")
     assert end.value.code == MISMATCH
     assert copy.read_bytes() == first
-    Path(given).write_bytes(first)
+    Path(given).unlink()  # the copy does in its place
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    pretrain(shards, tmp_path / "run", *words_)
+    pretrain(shards, tmp_path / "run", "head.kind=clusters", f"head.codebook={copy}")
     ends = [rows(tmp_path / name)[-1]["loss"] for name in ("straight", "run")]
     assert ends[0] == ends[1]
     assert rows(tmp_path / "run")[-1]["uniform"] == math.log(7)
