@@ -99,7 +99,7 @@ def _say(end: Refusal) -> None:
 
 
 def leave(end: Refusal) -> NoReturn:
-    """End the process here and now, from any thread: what waits for a lost peer would keep it (pitfalls.md T38)."""
+    """End the process here and now, from any thread: what waits for a lost peer would keep it for minutes."""
     _say(end)
     sys.stdout.flush()
     os._exit(end.code)

@@ -120,3 +120,10 @@ def test_a_recipes_cost_is_printed(capsys: pytest.CaptureFixture[str]):
 def test_a_map_of_one_position_is_counted_through_batch_norm():
     """Whose layers refuse to train on a single value."""
     assert cost.counted_macs(TimmZoo(name="resnet18", image=32)) > 0
+
+
+def test_a_codebook_that_is_still_to_be_fitted_does_not_stand_in_the_way(capsys: pytest.CaptureFixture[str]):
+    assert import_module("benchmark").main(["models", "recipe=mpp_clusters"]) == 0
+    text = capsys.readouterr().out
+    assert "that of 4,096 clusters" in text
+    assert f"clusters: {4096 * 769 + 768:,} parameters" in text

@@ -1,7 +1,9 @@
 """What every encoder of the paper costs, beside the paper's own numbers and timm's: nothing is trained or timed."""
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +13,10 @@ from ssl_vit import config, cost, recipe
 from ssl_vit.config import Config
 from ssl_vit.encoders import Axial, AxialResnet, Bit, Encoder, TimmZoo, Vit
 from ssl_vit.exits import Refusal
+from ssl_vit.heads import clusters
 from ssl_vit.model import count_parameters
 
+CLUSTERS = 4096  # of a codebook that is still to be fitted, as in mpp_clusters
 JFT = 303e6  # images (paper 4.1)
 Row = dict[str, Any]
 
@@ -120,10 +124,16 @@ def of_recipe(arguments: list[str]) -> str:
             made = config.parse(recipe.Finetune, arguments, recipe.FOLDER)
         except Refusal as other:  # the kind of recipe that it is meant as has less to say
             raise min(refusal, other, key=lambda one: len(one.message)) from None
-    made, _, _ = recipe.resolve(made)
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(made.head, clusters.Clusters) and not Path(made.head.codebook or "").is_file():
+            print(f"there is no head.codebook yet: its head's cost is that of {CLUSTERS:,} clusters")
+            file = Path(folder) / "codebook.safetensors"
+            clusters.write(file, torch.zeros(CLUSTERS, made.encoder.channels), {})
+            made = made.model_copy(update={"head": made.head.model_copy(update={"codebook": str(file)})})
+        made, _, _ = recipe.resolve(made)
+        with torch.device("meta"):
+            head = made.head.build(cost.skeleton(made.encoder), 1000)
     encoder = cost.skeleton(made.encoder)
-    with torch.device("meta"):
-        head = made.head.build(encoder, 1000)
     macs = cost.encoder_macs(made.encoder)
     sizes = {
         (bf16, again): cost.activation_bytes(made.encoder, bf16, again) / 1e6

@@ -159,7 +159,7 @@ class Attention(nn.Module):
         offsets = shared if self.offsets is None else self.offsets
         if offsets is None:
             x = F.scaled_dot_product_attention(q, k, v)
-        else:  # written out: fused kernels take a mask slowly, and some wrongly (pitfalls.md T11)
+        else:  # written out: fused kernels take a mask slowly, and cuDNN some wrongly (pytorch#196678)
             logits = q @ k.transpose(2, 3) + positions.relative_logits(q, offsets, self.prefix)
             x = (logits.float() / math.sqrt(q.shape[3])).softmax(3).to(v.dtype) @ v
         return self.proj(x.transpose(1, 2).reshape(b, t, d))
