@@ -119,6 +119,9 @@ def hugging_face(encoder: AnyEncoder, folder: Path) -> None:
     `ViTModel.from_pretrained(FOLDER, add_pooling_layer=False)` gives the same tokens as `last_hidden_state`.
     """
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     encoder, config = plain(encoder), encoder.config
     reasons = {
