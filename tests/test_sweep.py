@@ -247,7 +247,7 @@ SHORT = ["sweep.lr=0.3", "seeds=1"]
         (["sweep.fraction=0.001"], 65, "sweep.fraction=0.001 of 48 images leaves a part empty"),
         (["sweep.lr=0.1,0.1"], 64, "sweep.lr: a rate is there twice"),
         (["sweep.lr=-0.1"], 64, "sweep.lr: learning rates are numbers from 0 on"),
-        (["sweep.lr=nan"], 64, "sweep.lr: learning rates are numbers from 0 on"),
+        (["sweep.lr=nan"], 64, "sweep.lr: 'nan': it should be a finite number"),
         (["sweep.fraction=1"], 64, "sweep.fraction: '1'"),
         (["seeds=0"], 64, "seeds: '0'"),
         (["data.val=none"], 64, "data.val: it must be given"),
