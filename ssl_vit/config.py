@@ -261,7 +261,14 @@ def _type(annotation: Any) -> str:
 
 def dump(config: Config) -> str:
     """The whole object as YAML that `parse` reads back to the same object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_kind_first(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+
+
+def _kind_first(tree: Any) -> Any:
+    """A tree in which each group opens with its `kind`."""
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _kind_first(tree[key]) for key in sorted(tree, key=lambda key: key != "kind")}
 
 
 def differences(old: Tree, new: Tree) -> list[str]:

@@ -31,7 +31,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     path = {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(worker, env=os.environ | path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    return {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/found.json")}
+    ends = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/found.json")}
+    for rank in (rank for ranks in ends.values() for rank in ranks):
+        lines = rank["stderr"].splitlines(keepends=True)  # torch says so where the machine's resolver is slow
+        rank["stderr"] = "".join(line for line in lines if "hostname of the client socket cannot be" not in line)
+    return ends
 
 
 def bad_end(rank: dict[str, Any], line: str) -> None:
