@@ -51,14 +51,21 @@ class Pixels(Config):
 class Normalised(nn.Module):
     """Has the mean and the deviation of a config as buffers, which are no part of the weights."""
 
+    config: Any
     mean: Tensor
     std: Tensor
 
     def __init__(self, config: Pixels):
         super().__init__()
+        self.config = config
         self.channels, self.pool = config.channels, config.pool
         self.register_buffer("mean", torch.tensor(config.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, -1, 1, 1), persistent=False)
+
+    def check_size(self, image: Tensor) -> None:
+        """Raises ValueError where an image is not of the size that the encoder was built for."""
+        if tuple(image.shape[2:]) != self.config.image_hw:
+            raise ValueError(f"image is {tuple(image.shape[2:])}, the encoder takes {self.config.image_hw}")
 
     def normalise(self, image: Tensor) -> Tensor:
         """image uint8 [B, C, H, W] -> pixels float [B, C, H, W]; [-1, 1] with the default mean and std."""

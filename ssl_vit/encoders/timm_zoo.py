@@ -140,7 +140,6 @@ class TimmEncoder(Normalised):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self.config = config
         self.model = config.create()
         with torch.device("meta"), torch.enable_grad():
             twin, seen = config.create().eval(), []
@@ -225,8 +224,7 @@ class TimmEncoder(Normalised):
 
     def forward(self, image: Tensor, edit: Edit | None = None, select: Tensor | None = None) -> Tensor:
         """See `ssl_vit.model.Encoder`; raises ValueError where the image is not the size the encoder was built for."""
-        if tuple(image.shape[2:]) != self.config.image_hw:
-            raise ValueError(f"image is {tuple(image.shape[2:])}, the encoder takes {self.config.image_hw}")
+        self.check_size(image)
         if edit is not None and not self.maskable:
             raise ValueError("this encoder has no patch embeddings to edit")
         self._edit = edit

@@ -243,7 +243,6 @@ class VitEncoder(Normalised):
     def __init__(self, config: Transformer):
         super().__init__(config)
         width, _, _, _ = config.numbers
-        self.config = config
         self.width, self.stride, self.grid, self.prefix = width, config.patch, config.grid, config.prefix
         self.patch_embed = self._patches()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if self.prefix else None
@@ -337,8 +336,7 @@ class VitEncoder(Normalised):
 
     def embed(self, image: Tensor, edit: Edit | None = None) -> Tensor:
         """What enters the first block."""
-        if tuple(image.shape[2:]) != self.config.image_hw:
-            raise ValueError(f"image is {tuple(image.shape[2:])}, the encoder takes {self.config.image_hw}")
+        self.check_size(image)
         x = self.patch_embed(self.normalise(image))
         if edit is not None:
             x = edit(x)

@@ -36,6 +36,7 @@ from ssl_vit.heads.patch_pixels import PatchPixels
 from ssl_vit.recipe import Pretrain
 from ssl_vit.train import loop
 from tests.conftest import TINY
+from tests.train.test_loop import StopAfter, fresh_accelerate, rows  # noqa: F401
 
 PAPER = (0.8, 0.1, 0.1)
 SIDE, PATCH = 16, 4  # a grid of 4 x 4
@@ -515,23 +516,9 @@ def test_a_panel_shows_what_it_says(kind, way, tmp_path):
 # runs
 
 
-@pytest.fixture
-def fresh_accelerate():
-    """Accelerate keeps its state in the process; each run here is a start of its own."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-
-
 def pretrain(data: Path, run: Path, *arguments: str) -> int:
     given = [*TINY, f"data.train={data}/train", f"run={run}", "tracker=none", "steps=6", "log_every=2", "save_every=3"]
     return session.run(config.parse(Pretrain, [*given, *arguments], recipe.FOLDER))
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -549,7 +536,7 @@ def black(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-def test_a_collapse_is_told_once(black: Path, shards: Path, tmp_path: Path, capsys, fresh_accelerate):
+def test_a_collapse_is_told_once(black: Path, shards: Path, tmp_path: Path, capsys):
     pretrain(black, tmp_path / "black")
     said = [line for line in capsys.readouterr().out.splitlines() if "the same label" in line]
     assert len(said) == 1
@@ -557,7 +544,7 @@ def test_a_collapse_is_told_once(black: Path, shards: Path, tmp_path: Path, caps
     assert [row["top_label"] for row in rows(tmp_path / "black")] == [1, 1, 1]
 
 
-def test_no_collapse_is_told_of_colours(shards: Path, tmp_path: Path, capsys, fresh_accelerate):
+def test_no_collapse_is_told_of_colours(shards: Path, tmp_path: Path, capsys):
     pretrain(shards, tmp_path)
     assert "the same label" not in capsys.readouterr().out
     assert all(row["top_label"] < 0.9 for row in rows(tmp_path))
@@ -650,21 +637,7 @@ def test_a_file_that_cannot_be_written_is_refused(shards: Path, tmp_path: Path):
         assert end.value.code == CANNOT_CREATE
 
 
-class StopAfter:
-    """Stands in for the signals: asks to stop once `steps` steps were taken."""
-
-    def __init__(self, steps: int):
-        self.left = steps
-
-    def agreed(self, now: bool = False) -> bool:
-        self.left -= not now
-        return self.left == 0
-
-    def close(self) -> None:
-        pass
-
-
-def test_a_run_keeps_its_codebook(shards: Path, tmp_path: Path, monkeypatch, fresh_accelerate):
+def test_a_run_keeps_its_codebook(shards: Path, tmp_path: Path, monkeypatch):
     """It is copied into the run, which goes on bit for bit with it and with no other."""
     from accelerate.state import AcceleratorState, GradientState
 
@@ -702,7 +675,7 @@ def test_a_run_keeps_its_codebook(shards: Path, tmp_path: Path, monkeypatch, fre
     assert rows(tmp_path / "run")[-1]["uniform"] == math.log(7)
 
 
-def test_a_fresh_start_may_have_another_codebook(shards: Path, tmp_path: Path, fresh_accelerate):
+def test_a_fresh_start_may_have_another_codebook(shards: Path, tmp_path: Path):
     from accelerate.state import AcceleratorState, GradientState
 
     given, other = codebook_of(tmp_path / "a", "patch"), codebook_of(tmp_path / "b", "patch", seed=3)
@@ -722,7 +695,7 @@ def test_a_fresh_start_may_have_another_codebook(shards: Path, tmp_path: Path, f
         (lambda path: clusters.write(path, torch.full((7, 48), float("nan")), {}), "nor of patches of 4 pixels"),
     ],
 )
-def test_a_codebook_of_something_else_is_refused(make_file, message, shards: Path, tmp_path: Path, fresh_accelerate):
+def test_a_codebook_of_something_else_is_refused(make_file, message, shards: Path, tmp_path: Path):
     make_file(tmp_path / "file")
     with pytest.raises(Refusal, match=message) as end:
         pretrain(shards, tmp_path / "run", "head.kind=clusters", f"head.codebook={tmp_path / 'file'}")
