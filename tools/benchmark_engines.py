@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from racing import Rounds, Row, between, images
 from torch import nn
 
 from ssl_vit import cost, recipe
@@ -29,26 +29,21 @@ from ssl_vit.train.window import Window
 
 WARM_UP = 3  # steps
 BARE = "bare DDP"
-Row = dict[str, Any]
 
 
-class EngineBenchmark(recipe.Pretrain):
+class Options(Rounds, recipe.Pretrain):
     """A recipe, and how to measure it."""
 
-    rounds: int = Field(default=5, ge=1, description="interleaved rounds")
-    round_steps: int = Field(default=10, ge=1, description="steps of each engine in a round")
-    output: str = Field(default="runs/benchmark", description="folder for the JSON")
 
-
-def benchmark_engines(made: EngineBenchmark, images: Callable[..., Batch]) -> list[Row]:
-    """Rows for every engine, the same on all processes; `images` makes a batch."""
+def measure(made: Options) -> list[Row]:
+    """Rows for every engine, the same on all processes."""
     if "LOCAL_RANK" not in os.environ:
         raise Refusal(USAGE, "engines: start it as torchrun --nproc_per_node GPUS tools/benchmark.py engines ...")
     made, _, _ = recipe.resolve(made)  # type: ignore[assignment]
     turns: dict[str, list[tuple[float, float, float]]] = {who: [] for who in ("ddp", BARE, *cost.ENGINES[1:])}
     for _ in range(made.rounds):
         for who, found in turns.items():
-            found.append(turn(who, made, images))
+            found.append(turn(who, made))
     bare = [seconds for seconds, _, _ in turns[BARE]]
     rows: list[Row] = []
     for who, found in turns.items():
@@ -63,7 +58,7 @@ def benchmark_engines(made: EngineBenchmark, images: Callable[..., Batch]) -> li
     return rows
 
 
-def turn(who: Any, made: EngineBenchmark, images: Callable[..., Batch]) -> tuple[float, float, float]:
+def turn(who: Any, made: Options) -> tuple[float, float, float]:
     """Seconds a step, the loss of the last one (a mean over processes), and the peak of GPU memory in GiB."""
     environment.choose("ddp" if who == BARE else who)
     accelerator = launch.start(made.asked(made.optim.clip, environment.world()), "none", Path(made.output))
@@ -96,7 +91,7 @@ def turn(who: Any, made: EngineBenchmark, images: Callable[..., Batch]) -> tuple
     return seconds, float(loss) / environment.world(), peak
 
 
-def ours(accelerator: Any, made: EngineBenchmark, model: Model, batch: Batch) -> Callable[[], object]:
+def ours(accelerator: Any, made: Options, model: Model, batch: Batch) -> Callable[[], object]:
     """The loop's own step, by the engine that was chosen."""
     built = engine.prepare(accelerator, model, made.optim, {})
     task = Task(model, stream=None, optim=made.optim)  # type: ignore[arg-type]  # a step asks no stream
@@ -104,7 +99,7 @@ def ours(accelerator: Any, made: EngineBenchmark, model: Model, batch: Batch) ->
     return lambda: update(accelerator, made, task, built, batches, window, 0)
 
 
-def bare(model: Model, batch: Batch, made: EngineBenchmark) -> Callable[[], None]:
+def bare(model: Model, batch: Batch, made: Options) -> Callable[[], None]:
     """torch's own, with nothing around it."""
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = made.optim.build(model)
@@ -136,7 +131,7 @@ def table(rows: list[Row]) -> str:
     """The rows for reading."""
     lines = [rows[0]["case"], f"{'':<10}{'images/s':>10}{'ratio':>8}{'spread':>14}{'loss':>10}{'peak GiB':>10}"]
     for row in rows:
-        spread = "-".join(f"{value:.2f}" for value in row["ratio_spread"])
+        spread = between(row["ratio_spread"])
         peak = f"{row['peak_gib']:.2f}" if row["peak_gib"] else ""
         speed = f"{row['images_per_second']:10.1f}{row['ratio']:8.2f}{spread:>14}"
         lines.append(f"{row['who']:<10}{speed}{row['loss']:10.5f}{peak:>10}")

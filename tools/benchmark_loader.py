@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import simplejpeg
 import torch
 from PIL import Image
 from pydantic import Field
+from racing import Row, Seconds, between, race, speed
 
 from ssl_vit.config import Config
 from ssl_vit.data import augment, decode, listing, manifest
@@ -33,10 +33,9 @@ from ssl_vit.data.write import NOTES, Job, read, write_shard
 
 BATCH = 64
 USUAL = "webdataset + Pillow + torchvision"  # to normalised floats, as its tutorials do
-Row = dict[str, Any]
 
 
-class LoaderBenchmark(Config):
+class Options(Config):
     """What to measure on."""
 
     images: str = Field(description="folder of images, or a tar of one")
@@ -45,7 +44,7 @@ class LoaderBenchmark(Config):
     output: str = Field(default="runs/benchmark", description="folder for the JSON")
 
 
-def benchmark_loader(options: LoaderBenchmark) -> list[Row]:
+def measure(options: Options) -> list[Row]:
     """Rows for the images as they are and for the same shrunk to a short side of 256, and for the conversion."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +70,7 @@ def unpacked(given: Path, folder: Path) -> Path:
     return folder
 
 
-def loading(made: Manifest, case: str, options: LoaderBenchmark) -> list[Row]:
+def loading(made: Manifest, case: str, options: Options) -> list[Row]:
     """Rows of the whole loader, of its stages, of the choices for the crop's resize."""
     config = Data(image_size=options.image_size, workers=0)
     samples = Samples(made, config, seed=0, training=True)
@@ -105,7 +104,7 @@ def loading(made: Manifest, case: str, options: LoaderBenchmark) -> list[Row]:
         "stage collate": collate,
     }
     resizing = {f"resize {who}": partial(each, how, pixels, boxes) for who, how in choices.items()}
-    seconds = race({**whole, **stages, **resizing}, options.rounds)
+    seconds = race({**whole, **stages, **resizing}, options.rounds, warm_up=1, clock=time.process_time)
     rows = [row("loader", case, who, len(keys), seconds, USUAL if who in whole else None) for who in seconds]
     wanted = [np.asarray(pillow(image, box, size)) for image, box in zip(pixels, boxes, strict=True)]
     for who, how in choices.items():
@@ -175,7 +174,7 @@ def usual(made: Manifest, side: int, floats: bool) -> Callable[[], None]:
     return run
 
 
-def converting(images: Path, folder: Path, options: LoaderBenchmark) -> list[Row]:
+def converting(images: Path, folder: Path, options: Options) -> list[Row]:
     """Rows of the conversion beside the check of the images alone: in CPU time of a core, and in time by processes."""
     found = listing.read(images, 0.0)
     names = [name for part in found.splits.values() for name in part]
@@ -193,7 +192,7 @@ def converting(images: Path, folder: Path, options: LoaderBenchmark) -> list[Row
         "its check at an eighth of the size": lambda: [decode.check(read(images / s.path, s)) for s in sources],
         "conversion": shard,
     }
-    seconds = race(contestants, options.rounds)
+    seconds = race(contestants, options.rounds, warm_up=1, clock=time.process_time)
     rows = [row("conversion", "full size, a core", who, len(names), seconds, bare) for who in seconds]
 
     def all_of_it(workers: int) -> None:
@@ -205,36 +204,14 @@ def converting(images: Path, folder: Path, options: LoaderBenchmark) -> list[Row
         convert(given)
 
     by_count = {f"{n} processes": partial(all_of_it, n) for n in (1, 2)}
-    wall = race(by_count, options.rounds, clock=time.perf_counter)
+    wall = race(by_count, options.rounds, warm_up=1)
     return rows + [row("conversion", "full size, wall clock", who, len(names), wall, "1 processes") for who in wall]
 
 
-def race(
-    contestants: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.process_time
-) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round; they take turns, after one round to warm up."""
-    times: dict[str, list[float]] = {who: [] for who in contestants}
-    for number in range(rounds + 1):
-        for who, run in contestants.items():
-            began = clock()
-            run()
-            if number:
-                times[who].append(clock() - began)
-    return times
-
-
-def row(benchmark: str, case: str, who: str, images: int, seconds: dict[str, list[float]], rival: str | None) -> Row:
-    """One line of the table; `ratio` is the speed over the rival's, within each round."""
-    ratios = sorted(b / a for a, b in zip(seconds[who], seconds[rival], strict=True)) if rival else None
-    return {
-        "benchmark": benchmark,
-        "case": case,
-        "who": who,
-        "images_per_second": round(images / median(seconds[who]), 1),
-        "milliseconds": round(median(seconds[who]) / images * 1e3, 4),
-        "ratio": round(median(ratios), 3) if ratios else None,
-        "ratio_spread": [round(ratios[0], 3), round(ratios[-1], 3)] if ratios else None,
-    }
+def row(benchmark: str, case: str, who: str, images: int, seconds: Seconds, rival: str | None) -> Row:
+    """One line of the table; `ratio` is the speed over the rival's, within each round, `milliseconds` an image's."""
+    row = {"benchmark": benchmark, "case": case, "who": who, **speed(seconds, who, images, rival)}
+    return row | {"milliseconds": round(row["milliseconds"] / images, 4)}
 
 
 def table(rows: list[Row]) -> str:
@@ -244,7 +221,7 @@ def table(rows: list[Row]) -> str:
         if not number or (r["benchmark"], r["case"]) != (rows[number - 1]["benchmark"], rows[number - 1]["case"]):
             heading = f"{r['benchmark']}, {r['case']}"
             lines.append(f"\n{heading:<44}{'images/s':>10}{'ms':>9}{'ratio':>8}{'spread':>14}")
-        spread = "-".join(f"{value:.2f}" for value in r["ratio_spread"] or ())
+        spread = between(r["ratio_spread"])
         ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
         off = f"   {r['mean_absolute_difference']} levels off Pillow" if "mean_absolute_difference" in r else ""
         lines.append(

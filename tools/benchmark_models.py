@@ -21,7 +21,7 @@ JFT = 303e6  # images (paper 4.1)
 Row = dict[str, Any]
 
 
-class ModelsBenchmark(Config):
+class Options(Config):
     """What is shown, and where the table goes."""
 
     activations: bool = Field(default=True, description="the memory of activations, which takes most of the time")
@@ -65,7 +65,7 @@ WRONG = (("R50+ViT-L/16", 7),)  # 859 contradicts the table's own 1668 for twice
 LOOSER = {"ViT-B/32": 0.02}  # others: 1 %
 
 
-def benchmark_models(options: ModelsBenchmark) -> Iterator[Row]:
+def measure(options: Options) -> Iterator[Row]:
     """A row for every encoder, and for every number of epochs that Table 6 has of it."""
     for case in CASES:
         encoder = case.encoder

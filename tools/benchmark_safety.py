@@ -31,7 +31,7 @@ PARTS: dict[str, tuple[Any, str]] = {
 }
 
 
-class SafetyBenchmark(recipe.Pretrain):
+class Options(recipe.Pretrain):
     """A recipe, which runs for `steps` steps; its checkpoints cut them into measurements."""
 
     output: str = Field(default="runs/benchmark", description="folder for the JSON")
@@ -61,7 +61,7 @@ class Clock:
         return run
 
 
-def benchmark_safety(made: SafetyBenchmark) -> list[dict[str, Any]]:
+def measure(made: Options) -> list[dict[str, Any]]:
     """A row for each part, and one for all of them."""
     if made.steps < 3 * made.save_every:
         raise Refusal(USAGE, f"steps={made.steps}: at least three times save_every={made.save_every}")
