@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ssl_vit.encoders import positions
 from ssl_vit.encoders.pixels import Pixels, Pool
 from ssl_vit.encoders.timm_zoo import Bit, TimmEncoder
-from ssl_vit.encoders.vit import Attention, Transformer, VitEncoder
+from ssl_vit.encoders.vit import Attention, Transformer, VitEncoder, at
 
 
 class Axial(Transformer):
@@ -39,12 +39,13 @@ class AxialAttention(Attention):
     grid: tuple[int, int]
     columns: bool
 
-    def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, shared: Tensor | None = None, select: Tensor | None = None) -> Tensor:
         x = x.unflatten(1, self.grid)
         x = x.transpose(1, 2) if self.columns else x
         lines = x.shape[:2]
         x = super().forward(x.flatten(0, 1), shared).unflatten(0, lines)
-        return (x.transpose(1, 2) if self.columns else x).flatten(1, 2)
+        x = (x.transpose(1, 2) if self.columns else x).flatten(1, 2)
+        return x if select is None else at(x, select)
 
 
 class AxialEncoder(VitEncoder):

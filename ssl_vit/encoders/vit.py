@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssl_vit.encoders import positions
+from ssl_vit.encoders.linear import Linear, linear
 from ssl_vit.encoders.pixels import NO_CLASS_TOKEN, Normalised, Pixels
 from ssl_vit.model import Edit
 
@@ -140,29 +141,53 @@ class Vit(Transformer):
         return VitEncoder(self)
 
 
+class Qkv(Linear):
+    """tokens [B, T, D] -> queries, keys and values, each [B, heads, T, D / heads]; queries [B, heads, S, ...] of some.
+
+    `select` int64 [B, S] names the tokens that ask.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, 3 * width)
+        self.heads = heads
+
+    def forward(self, x: Tensor, select: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        if select is None:
+            return self._parts(linear(x, self.weight, self.bias))
+        d = x.shape[2]
+        (query, rest), (query_bias, rest_bias) = self.weight.split([d, 2 * d]), self.bias.split([d, 2 * d])
+        (q,) = self._parts(linear(at(x, select), query, query_bias))
+        return q, *self._parts(linear(x, rest, rest_bias))
+
+    def _parts(self, made: Tensor) -> tuple[Tensor, ...]:
+        """[B, T, n D] -> n times [B, heads, T, D / heads]."""
+        return made.unflatten(2, (-1, self.heads, self.in_features // self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (paper appendix A), [B, T, D] -> [B, T, D].
 
-    `offsets` [2N - 1, D / heads] are relative positions, the block's own or those that all blocks share.
+    `offsets` [2N - 1, D / heads] are relative positions, the block's own or those that all blocks share. With `select`
+    int64 [B, S] only these tokens ask, and all answer: [B, S, D].
     """
 
     def __init__(self, width: int, heads: int, prefix: int = 1, offsets: nn.Parameter | None = None):
         super().__init__()
         self.heads, self.prefix = heads, prefix
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Qkv(width, heads)
+        self.proj = Linear(width, width)
         self.offsets = offsets
 
-    def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
-        b, t, d = x.shape
-        q, k, v = self.qkv(x).reshape(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+    def forward(self, x: Tensor, shared: Tensor | None = None, select: Tensor | None = None) -> Tensor:
         offsets = shared if self.offsets is None else self.offsets
         if offsets is None:
-            x = F.scaled_dot_product_attention(q, k, v)
+            made = F.scaled_dot_product_attention(*self.qkv(x, select))
         else:  # written out: fused kernels take a mask slowly, and cuDNN some wrongly (pytorch#196678)
+            q, k, v = self.qkv(x)
             logits = q @ k.transpose(2, 3) + positions.relative_logits(q, offsets, self.prefix)
-            x = (logits.float() / math.sqrt(q.shape[3])).softmax(3).to(v.dtype) @ v
-        return self.proj(x.transpose(1, 2).reshape(b, t, d))
+            made = (logits.float() / math.sqrt(q.shape[3])).softmax(3).to(v.dtype) @ v
+        made = self.proj(made.transpose(1, 2).flatten(2))
+        return made if select is None or offsets is None else at(made, select)
 
 
 class Mlp(nn.Module):
@@ -170,8 +195,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int, dropout: float):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
         self.drop1 = nn.Dropout(dropout)
         self.drop2 = nn.Dropout(dropout)
 
@@ -194,7 +219,10 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-LN transformer block: attention, then MLP, each with its residual; before them its positions, if any."""
+    """A pre-LN transformer block: attention, then MLP, each with its residual; before them its positions, if any.
+
+    With `select` int64 [B, S] it gives these tokens only, [B, S, D]: the same as of all, for less work.
+    """
 
     def __init__(
         self,
@@ -214,11 +242,17 @@ class Block(nn.Module):
         self.mlp = Mlp(width, mlp, dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor | None = None, select: Tensor | None = None) -> Tensor:
         if self.pos is not None:
             x = x + self.pos()
-        x = x + self.drop_path(self.drop(self.attn(self.norm1(x), offsets)))
+        made = self.attn(self.norm1(x), offsets, select)
+        x = (x if select is None else at(x, select)) + self.drop_path(self.drop(made))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def at(x: Tensor, select: Tensor) -> Tensor:
+    """Of x [B, T, D] the tokens that `select` [B, S] names, [B, S, D]."""
+    return x.gather(1, select[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 class PatchEmbed(nn.Module):
@@ -319,11 +353,10 @@ class VitEncoder(Normalised):
     def forward(self, image: Tensor, edit: Edit | None = None, select: Tensor | None = None) -> Tensor:
         """See `ssl_vit.model.Encoder`; raises ValueError where the image is not the size the encoder was built for."""
         x = self.embed(image, edit)
-        for block in self.blocks:
+        *others, last = self.blocks
+        for block in others:
             x = self.through(block, x)
-        if select is not None:
-            x = x.gather(1, select[:, :, None].expand(-1, -1, x.shape[2]))
-        return self.norm(x)
+        return self.norm(self.through(last, x, select))  # no later block asks for the other tokens
 
     def layers(self, image: Tensor, numbers: Collection[int]) -> dict[int, Tensor]:
         """The tokens [B, T, D] after the blocks of these numbers, from 1, each through the final norm."""
@@ -344,13 +377,13 @@ class VitEncoder(Normalised):
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # len(x) would fix it in an export
         return self.pos_drop(self._placed(x) if self.config.where == "stem" else x)
 
-    def through(self, block: nn.Module, x: Tensor) -> Tensor:
-        """Tokens through a block, with what all blocks share."""
+    def through(self, block: nn.Module, x: Tensor, select: Tensor | None = None) -> Tensor:
+        """Tokens through a block, with what all blocks share; only those of `select` come out."""
         if self.config.where == "shared":
             x = self._placed(x)
         if self.activation_checkpointing and self.training:
-            return checkpoint(block, x, self.offsets, use_reentrant=False)
-        return block(x, self.offsets)
+            return checkpoint(block, x, self.offsets, select, use_reentrant=False)
+        return block(x, self.offsets, select)
 
     def _placed(self, x: Tensor) -> Tensor:
         table = self.pos_embed() if isinstance(self.pos_embed, nn.Module) else self.pos_embed

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_vit.config import Config
+from ssl_vit.encoders.linear import Linear
 from ssl_vit.model import Batch, Encoder, Output, mean_over, pooled
 
 
@@ -26,8 +27,8 @@ class Classifier(Config):
     def build(self, encoder: Encoder, classes: int) -> "ClassificationHead":
         """The head for an encoder and a number of classes."""
         hidden = self.hidden or encoder.width
-        last = nn.Linear(hidden, classes)
-        layers = nn.Sequential(nn.Linear(encoder.width, hidden), nn.Tanh(), last)
+        last = Linear(hidden, classes)
+        layers = nn.Sequential(Linear(encoder.width, hidden), nn.Tanh(), last)
         made = ClassificationHead(layers, self.loss)
         nn.init.constant_(last.bias, self.bias)
         return made

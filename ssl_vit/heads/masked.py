@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ssl_vit.config import Config
+from ssl_vit.encoders.linear import Linear
 from ssl_vit.heads import corruption
 from ssl_vit.heads.panel import grid, outline
 from ssl_vit.model import Batch, Encoder, Output, mean_over
@@ -69,7 +70,7 @@ class MaskedHead(nn.Module):
         self.config, self.grid, self.patch = config, encoder.grid, encoder.stride
         self.macs = sum(config.counts(encoder.grid)) * encoder.width * outputs  # multiply-accumulates an image
         self.mask_token = nn.Parameter(torch.randn(encoder.width) * 0.02)
-        self.linear = nn.Linear(encoder.width, outputs)
+        self.linear = Linear(encoder.width, outputs)
         nn.init.zeros_(self.linear.weight)  # so that the first loss is ln 512 exactly
         nn.init.zeros_(self.linear.bias)
         shapes = corruption.block_shapes(encoder.grid, sum(config.counts(encoder.grid)))

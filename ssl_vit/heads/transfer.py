@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_vit.config import Config
+from ssl_vit.encoders.linear import Linear
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.heads.classifier import ClassificationHead
 from ssl_vit.model import Encoder
@@ -29,7 +30,7 @@ class Transfer(Config):
     def build(self, encoder: Encoder, classes: int) -> ClassificationHead:
         """The head for an encoder and a number of classes; its first loss is ln(classes) exactly."""
         mix = Mix(self, classes) if self.mixup or self.cutmix else None
-        return ClassificationHead(nn.Sequential(nn.Linear(encoder.width, classes)), "softmax", self.smoothing, mix)
+        return ClassificationHead(nn.Sequential(Linear(encoder.width, classes)), "softmax", self.smoothing, mix)
 
 
 class Mix:
