@@ -1,7 +1,7 @@
 """Measure side by side: tools/benchmark.py NAME [recipe=NAME] [key=value ...]; NAME --help lists its keys.
 
-Each is one process in which the contestants take turns; medians, ratios within a round and their spread; a table, and the
-same as JSON. Rivals take part where they are installed (pip install 'ssl_vit[benchmark]').
+Each is one process in which the contestants take turns; medians, ratios within a round and their spread; a table and
+JSON. Rivals take part where they are installed (pip install 'ssl_vit[benchmark]').
 
 step        a training step: ours, our levers one by one, timm's and Hugging Face's, the matrix products alone;
             preset=cpu or preset=gpu measures all that docs/performance.md has of such a machine

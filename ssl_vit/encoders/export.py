@@ -149,13 +149,13 @@ def hugging_face(encoder: AnyEncoder, folder: Path) -> None:
         hidden_dropout_prob=0.0,
     )
     model = ViTModel(made, add_pooling_layer=False)
-    model.load_state_dict(_as_hugging_face(tensors(encoder)))
+    model.load_state_dict(as_hugging_face(tensors(encoder)))
     model.save_pretrained(folder)
     mean, std = (list(one * (config.channels // len(one))) for one in (config.mean, config.std))
     ViTImageProcessor(size={"height": height, "width": side}, image_mean=mean, image_std=std).save_pretrained(folder)
 
 
-def _as_hugging_face(weights: Weights) -> Weights:
+def as_hugging_face(weights: Weights) -> Weights:
     """timm's names as transformers 5 has them in memory; it writes the ones of the hub."""
     made: Weights = {}
     for name, value in weights.items():
