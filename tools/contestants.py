@@ -1,7 +1,7 @@
 """Who takes part where a training step is measured: our loop's own, and rivals with our weights on the same batch.
 
-timm's ViT has our head, and so our mathematics. Hugging Face's `ViTForMaskedImageModeling` has its own, SimMIM's, a linear
-decoder to pixels and an L1 loss; its encoder is the same.
+timm's ViT has our head, and so our mathematics. Hugging Face's `ViTForMaskedImageModeling` has its own, SimMIM's, a
+linear decoder to pixels and an L1 loss; its encoder is the same.
 """
 
 import copy
@@ -55,7 +55,7 @@ def rivals(made: recipe.Recipe, model: Model, batch: Batch, compiled: bool = Fal
         theirs = partial(timm_model, copy.deepcopy(model).cpu())
         found |= _ways("timm", theirs, made, batch, compiled)
     if find_spec("transformers"):
-        theirs = partial(hugging_face, copy.deepcopy(model.encoder).cpu(), batch["image"].shape[0])
+        theirs = partial(HuggingFace, copy.deepcopy(model.encoder).cpu(), batch["image"].shape[0])
         found |= _ways("Hugging Face", theirs, made, batch, compiled)
     return found
 
@@ -112,13 +112,16 @@ def timm_model(model: Model) -> nn.Module:
 class TimmEncoder(nn.Module):
     """A timm ViT behind our encoder contract, composed of timm's own modules."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, encoder: VitEncoder):
         import timm
 
         super().__init__()
         vit: Vit = encoder.config
         width, depth, heads, mlp = vit.numbers
-        self.config, self.prefix, self.channels, self.normalise = vit, encoder.prefix, vit.channels, encoder.normalise
+        self.config, self.prefix, self.channels = vit, encoder.prefix, vit.channels
         self.vit: Any = timm.create_model(
             "vit_base_patch16_224",
             img_size=vit.image_hw,
@@ -144,15 +147,12 @@ class TimmEncoder(nn.Module):
         return x if select is None else at(x, select)
 
 
-def hugging_face(encoder: VitEncoder, images: int) -> "HuggingFace":
-    """Hugging Face's model of the same size, its encoder with the same weights."""
-    return HuggingFace(encoder, images)
-
-
 class HuggingFace(nn.Module):
     """`ViTForMaskedImageModeling`, half of the patches of each image masked."""
 
     masked: Tensor
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, encoder: VitEncoder, images: int):
         from transformers import ViTConfig, ViTForMaskedImageModeling
