@@ -1,9 +1,11 @@
-"""What the loop costs: fit() beside the bare step, from shards beside tensors: python tools/benchmark.py loop recipe=NAME
+"""What the loop costs: fit() beside the bare step, and from shards beside tensors in memory.
 
-The bare step is forward, backward, clipping and a fused AdamW on a batch on the device, by the same model outfitted alike.
-`fit() on tensors` is the whole loop with its counters, watches and rows, whose batches lie in memory; `fit() from shards`
-reads, decodes and crops them from data.train, or from noise of a short side of 256 pixels. Steps between two rows are
-timed, so no start and no checkpoint (`tools/benchmark.py safety` has those). Turns are taken by whole trainings.
+The bare step is forward, backward, clipping and a fused AdamW on a batch on the device, by the same model outfitted
+alike. `fit() on tensors` is the whole loop with its counters, watches and rows, whose batches lie in memory; `fit()
+from shards` reads, decodes and crops them from data.train, or from noise of a short side of 256 pixels. Timed are the
+steps between two rows, so no start and no checkpoint (`safety` has those). Turns are taken by whole trainings.
+
+`python tools/benchmark.py loop recipe=NAME data.train=SHARDS` runs it.
 """
 
 import copy
@@ -60,9 +62,9 @@ class InMemory:
 def measure(options: Options) -> Iterator[Row]:
     """A row each of the three."""
     made, tensors, source = recipe.resolve(options)
-    count = 2 * made.round_steps + 1  # the second row is of steps only: the last step's has the checkpoint in it
+    count = 2 * options.round_steps + 1  # the second row is of steps only: the last step's has the checkpoint in it
     made = made.model_copy(
-        update={"steps": count, "log_every": made.round_steps, "tracker": "none", "quiet": True, "save_every": count}
+        update={"steps": count, "log_every": options.round_steps, "tracker": "none", "quiet": True, "save_every": count}
     )
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -77,8 +79,8 @@ def measure(options: Options) -> Iterator[Row]:
         streams = {TENSORS: lambda: memory, SHARDS: lambda: recipe.streamed(data, made)}
         step = bare(made, model, batches, accelerator)
         seconds: dict[str, list[float]] = {who: [] for who in (BARE, *streams)}
-        for _ in range(made.rounds):
-            seconds[BARE].append(timed(step, made.round_steps, made.batch, device))
+        for _ in range(options.rounds):
+            seconds[BARE].append(timed(step, options.round_steps, made.batch, device))
             for who, stream in streams.items():
                 seconds[who].append(trained(made, model, stream(), folder / "run", accelerator))
     case = f"{made.encoder.title} {made.encoder.image_hw[0]}x{made.encoder.image_hw[1]} batch {made.batch}"

@@ -8,7 +8,9 @@ levers=true measures our step without each of its levers, one by one. preset=cpu
 docs/performance.md has of such a machine; preset=gpu where there is none tries itself at a small size.
 """
 
+import importlib
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -20,7 +22,7 @@ from products import products
 from pydantic import Field
 from racing import Rounds, Row, between, grid, images, race, wait
 
-from ssl_vit import config, recipe
+from ssl_vit import recipe
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.model import Model
@@ -41,39 +43,9 @@ def measure(options: Options) -> Iterable[Row]:
     """Rows of a step, or of all that a preset has."""
     if options.preset == "none":
         return of_recipe(options)
+    from presets import preset  # which measures steps, too
+
     return preset(options)
-
-
-CPU = ["data.image_size=32", "encoder.patch=4", "encoder.width=192", "encoder.depth=12", "encoder.heads=3"]
-TINY = ["data.image_size=32", "encoder.patch=8", "encoder.width=32", "encoder.depth=2", "encoder.heads=2", "batch=4"]
-STEPS = {
-    "cpu": [["recipe=mpp_demo", *CPU, "encoder.mlp=768", "batch=64"], ["recipe=mpp_flowers"], ["recipe=mpp_demo"]],
-    "gpu": [
-        ["recipe=mpp_vit_b16", f"encoder.size={size}", f"encoder.patch={patch}", f"batch={batch}"]
-        for size, patch, batch in (("B", 16, 256), ("L", 16, 128), ("S", 16, 512), ("H", 14, 64))
-    ],
-}
-
-
-def preset(options: Options) -> Iterator[Row]:
-    """The rows of a preset: what the machine can do, the steps, the loop; on a GPU attention first, memory last.
-
-    Keys of the command line go for every step.
-    """
-    small = options.preset == "gpu" and not on_gpu()
-    if small:
-        print("preset=gpu without a GPU: the same at a small size, to see that it works", flush=True)
-    steps = [["recipe=mpp_demo", *TINY]] if small else STEPS[options.preset]
-    given = {name: getattr(options, name) for name in options.model_fields_set - {"preset", "base"}}
-    of = [config.parse(Options, words, recipe.FOLDER).model_copy(update=given) for words in steps]
-    yield from rates(of[0])
-    if options.preset == "gpu":
-        yield from benchmark_attention.measure(attention_options(of[0]))
-    for number, one in enumerate(of):
-        yield from of_recipe(one.model_copy(update={"levers": number == 0}))
-    yield from benchmark_loop.measure(loop_options(of[0]))
-    if options.preset == "gpu":
-        yield from benchmark_memory.measure(memory_options(of[0], small))
 
 
 def of_recipe(options: Options) -> Iterator[Row]:
@@ -140,17 +112,25 @@ def alike(made: recipe.Recipe, model: Model, batch: dict[str, torch.Tensor]) -> 
 
 
 def table(rows: list[Row]) -> str:
-    """The rows for reading, one table a case."""
+    """The rows for reading, one table a case; of a preset, those of each benchmark as it has them."""
     tables = []
-    for case in dict.fromkeys(row["case"] for row in rows):
-        mine = [row for row in rows if row["case"] == case]
-        products = list(mine[0]["of_products"])
-        heads = [case, "images/s", "ratio", "spread", "TFLOP/s", "of peak", *products, "loss"]
-        lines = []
-        for row in mine:
-            shares = [f"{row['of_products'][name]:.2f}" for name in products]
-            loss = f"{row['first_loss']:.4f}" if "first_loss" in row else ""
-            speed = [f"{row['images_per_second']:.1f}", f"{row['ratio']:.2f}", between(row["ratio_spread"])]
-            lines.append([row["who"], *speed, f"{row['tflops']:.3f}", f"{row['of_peak']:.1%}", *shares, loss])
-        tables.append(grid(heads, lines))
+    for name in dict.fromkeys(row["benchmark"] for row in rows):
+        mine = [row for row in rows if row["benchmark"] == name]
+        if name != "step":
+            module = importlib.import_module("products" if name == "product" else f"benchmark_{name}")
+            tables.append(module.table(mine))
+        else:
+            tables += map(table_of, (list(of) for _, of in groupby(mine, lambda row: row["case"])))
     return "\n\n".join(tables)
+
+
+def table_of(rows: list[Row]) -> str:
+    """The rows of one case for reading."""
+    products = list(rows[0]["of_products"])
+    lines = []
+    for row in rows:
+        speed = [f"{row['images_per_second']:.1f}", f"{row['ratio']:.2f}", between(row["ratio_spread"])]
+        shares = [f"{row['of_products'][name]:.2f}" for name in products]
+        loss = f"{row['first_loss']:.4f}" if "first_loss" in row else ""
+        lines.append([row["who"], *speed, f"{row['tflops']:.3f}", f"{row['of_peak']:.1%}", *shares, loss])
+    return grid([rows[0]["case"], "images/s", "ratio", "spread", "TFLOP/s", "of peak", *products, "loss"], lines)

@@ -80,7 +80,7 @@ def simple(
     clip: float | None = 1.0,
     read: bool = False,
 ) -> Step:
-    """The plain loop of torch's tutorials, around a model that maps a batch to a loss, which is waited for to `read`."""
+    """The plain loop of torch's tutorials, around a model that maps a batch to a loss; with `read` it is waited for."""
 
     def step() -> object:
         optimizer.zero_grad()

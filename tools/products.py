@@ -5,7 +5,7 @@ from functools import partial
 from statistics import median
 
 import torch
-from racing import Row, race
+from racing import Row, grid, race
 from torch import Tensor
 
 from ssl_vit import recipe
@@ -99,3 +99,11 @@ def attention(made: recipe.Recipe) -> tuple[int, int, int]:
     assert isinstance(vit, Vit)
     width, _, heads, _ = vit.numbers
     return made.batch * heads, vit.prefix + vit.grid[0] * vit.grid[1], width // heads
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for reading."""
+    lines = [
+        [r["case"], r["who"], f"{r['tflops']:.3f}", "-".join(f"{one:.3f}" for one in r["tflops_spread"])] for r in rows
+    ]
+    return grid(["product of rows x in x out", "", "TFLOP/s", "spread"], lines)
