@@ -89,7 +89,7 @@ def simple(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), float("inf") if clip is None else clip)
         optimizer.step()
-        return loss.item() if read else loss
+        return loss.item() if read else loss.detach()
 
     return step
 
