@@ -66,6 +66,9 @@ def test_a_row_has_a_fit_a_round():
     assert (row["exponent"], row["exponent_spread"], row["formula"]) == (2, [1, 4], 3)
     assert (row["ratio"], row["ratio_spread"]) == (0.25, [round(4 / 64, 3), 4])  # from 2 to 8: 16 times, not 64
     assert row["values"] == [2, 4, 8, 16]
+    bent = {2: [3.0], 4: [3.0], 8: [24.0]}
+    ends = exponents.growth("size", "x", bent, lambda v: v + 8.0)
+    assert (ends["last_two"], ends["last_two_formula"]) == (3, round(float(np.log2(16 / 12)), 3))
     assert row["milliseconds"] == [4e3, 16e3, 64e3, 1e3]  # medians
     assert row["images_per_second"] == [5, 2.5, 1.25, 160]
     assert row["left_out"] == {"16": "too large", "32": "gone"}
@@ -73,12 +76,15 @@ def test_a_row_has_a_fit_a_round():
     assert (row["exponent"], row["formula"], row["ratio"], row["milliseconds"]) == (None, None, None, [1500])
 
 
-def macs(image: int = IMAGE, patch: int = PATCH, depth: int = DEPTH, width: int = WIDTH) -> int:
-    """Of an image, by hand: embedding, blocks with an MLP of 4 D on T = 1 + N tokens, the head on half of N."""
+def flops(image: int = IMAGE, patch: int = PATCH, depth: int = DEPTH, width: int = WIDTH) -> int:
+    """Of an image by hand, 2 a product forward and 4 back, but for the gradient of pixels.
+
+    Embedding; blocks with an MLP of 4 D on T = 1 + N tokens; the head on half of N.
+    """
     patches = (image // patch) ** 2
     tokens = patches + 1
     block = 4 * tokens * width**2 + 2 * tokens**2 * width + 8 * tokens * width**2
-    return patches * 3 * patch**2 * width + depth * block + patches // 2 * width * 512
+    return 4 * patches * 3 * patch**2 * width + 6 * depth * block + 6 * (patches // 2) * width * 512
 
 
 AXES = {"image": (16, 32, 48), "patch": (8, 4, 2), "depth": (1, 2, 5), "width": (16, 32, 64), "batch": (1, 4, 8)}
@@ -95,7 +101,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 @pytest.mark.parametrize("axis", AXES)
 def test_a_formula_is_the_one_by_hand(axis: str, steps: dict[str, dict[str, Any]]):
     row, values = steps[axis], AXES[axis]
-    costs = [macs() * value if axis == "batch" else macs(**{axis: value}) * BATCH for value in values]
+    costs = [flops() * value if axis == "batch" else flops(**{axis: value}) * BATCH for value in values]
     assert row["values"] == list(values)
     assert row["formula"] == pytest.approx(np.polyfit(np.log(values), np.log(costs), 1)[0], abs=1e-3)
     assert row["exponent_spread"][0] <= row["exponent"] <= row["exponent_spread"][1]
@@ -103,7 +109,7 @@ def test_a_formula_is_the_one_by_hand(axis: str, steps: dict[str, dict[str, Any]
         images = values[number] if axis == "batch" else BATCH
         seconds = row["milliseconds"][number] / 1e3
         assert row["images_per_second"][number] == pytest.approx(images / seconds, rel=1e-2)
-        assert row["tflops"][number] == pytest.approx(6 * cost / seconds / 1e12, rel=1e-2, abs=1e-4)
+        assert row["tflops"][number] == pytest.approx(cost / seconds / 1e12, rel=1e-2, abs=1e-4)
 
 
 def test_the_formulas_powers_are_those_of_a_large_model():
@@ -223,7 +229,7 @@ def test_the_axes_of_data(axis: str, key: str, tmp_path: Path, monkeypatch: pyte
     assert all(row["axis"] == axis and row["values"] == values for row in (start, plan, batch))
     assert (start["formula"], plan["formula"], batch["formula"]) == (None, 0, 0)
     assert all(row["exponent"] is not None for row in (start, plan, batch))
-    assert plan["milliseconds"][0] < batch["milliseconds"][0] < start["milliseconds"][0]
+    assert (start["images_per_second"], len(batch["images_per_second"])) == (None, 2)
 
 
 def test_a_set_that_cannot_be_read_is_no_measurement(tmp_path: Path):

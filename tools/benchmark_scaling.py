@@ -10,6 +10,7 @@ workers           images/s of the loader, beside as many times one worker's
 processes         a step of 1, 2, ... processes, each with the same images, under torchrun
 
 Exponents are fitted in each round by least squares on logarithms: their median, and the least and the most of them.
+FLOPs are those of the whole model, as in metrics.jsonl, although the last block computes some tokens only.
 """
 
 import gc
@@ -155,7 +156,7 @@ def built(made: Options, device: torch.device) -> tuple[Callable[[], object], in
 
 def table(rows: list[Row]) -> str:
     """The rows for reading: one a line, then what was left out, then memory."""
-    heads = ["", "values", "ms", "exponent", "of the rounds", "formula", "growth / formula"]
+    heads = ["", "values", "ms", "exponent", "of the rounds", "formula", "growth / formula", "last two", "formula"]
     lines, notes = [], []
     for row in rows:
         if row["axis"] == "time":
@@ -163,7 +164,8 @@ def table(rows: list[Row]) -> str:
             continue
         values = " ".join(f"{value:,}" for value in row["values"])
         times = " ".join(map(number, row["milliseconds"]))
-        fit = [f"{row[key]:.2f}" if row[key] is not None else "" for key in ("exponent", "formula", "ratio")]
+        keys = ("exponent", "formula", "ratio", "last_two", "last_two_formula")
+        fit = [f"{row[key]:.2f}" if row[key] is not None else "" for key in keys]
         spread = " to ".join(f"{value:.2f}" for value in row["exponent_spread"] or ())
         lines.append([f"{row['axis']}: {row['case']}", values, times, fit[0], spread, *fit[1:]])
         notes += [f"{row['axis']} {value}: {why}" for value, why in row["left_out"].items()]

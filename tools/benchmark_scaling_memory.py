@@ -81,10 +81,13 @@ def watched(made: "Options", place: Path) -> Course:
     model = recipe.build(made, max(1, len(shards.classes)))
 
     def beat(where: str) -> None:
+        if where == "the data of step 1":
+            gc.collect()
+            trim()  # before the loader's processes are forked
         if where == f"step {run.step + 1}" and run.step % max(1, steps // LOOKS) == 0:
+            trim()
             course.append((run.step, resident(), torch.cuda.memory_allocated() if on_gpu() else 0))
 
-    trim()
     task = Task(model, recipe.streamed(shards, made), made.optim, flops=recipe.flops(model))
     fit(run, accelerator, made, task, beat)
     accelerator.free_memory()
@@ -92,8 +95,7 @@ def watched(made: "Options", place: Path) -> Course:
 
 
 def trim() -> None:
-    """Give the free parts of the heap back to the system, where it can be asked (glibc): in them growth would hide."""
-    gc.collect()
+    """Have the heap give what is free in it back to the system, where that can be asked (glibc): growth would hide."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -32,7 +32,8 @@ def growth(
 
     `formula` is what a value should cost, in any unit, where that is known; `images` how many a step of it takes;
     `left_out` are values that are no part of the fit, measured or not, and why. `ratio` is what the cost grew by from
-    the first value to the last, beside what it should have by the formula.
+    the first value to the last, beside what it should have by the formula; `last_two` are the exponents between the
+    last two values alone, measured and by the formula, where what a step costs at any size weighs least.
     """
     left_out = left_out or {}
     shown, values = list(seconds), [value for value in seconds if value not in left_out]
@@ -40,6 +41,7 @@ def growth(
     said = [formula(value) for value in values] if formula else []
     rounds = list(zip(*(seconds[value] for value in values), strict=True))
     fits = sorted(fit for costs in rounds if (fit := exponent(values, costs)) is not None)
+    ends = [fit for costs in rounds if (fit := exponent(values[-2:], costs[-2:])) is not None]
     ratios = sorted(costs[-1] / costs[0] * said[0] / said[-1] for costs in rounds) if said and fits else None
     return {
         "benchmark": "scaling",
@@ -54,5 +56,7 @@ def growth(
         "exponent": round(median(fits), 3) if fits else None,
         "exponent_spread": [round(fits[0], 3), round(fits[-1], 3)] if fits else None,
         "formula": round(exponent(values, said) or 0.0, 3) if ratios else None,
+        "last_two": round(median(ends), 3) if ends else None,
+        "last_two_formula": round(exponent(values[-2:], said[-2:]) or 0.0, 3) if ratios else None,
         "left_out": {str(value): why for value, why in left_out.items()},
     }
