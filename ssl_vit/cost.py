@@ -113,6 +113,14 @@ def training_flops(macs: int) -> int:
     return 6 * macs
 
 
+def needless_flops(config: Encoder) -> int:
+    """Of these an image: the gradient for pixels, which nobody asks for, of an encoder that cuts patches from them."""
+    if not isinstance(config, Transformer) or getattr(config, "stem", "") == "r50":
+        return 0
+    rows, columns = config.grid
+    return 2 * rows * columns * config.channels * config.patch**2 * config.numbers[0]
+
+
 @remembered
 def blocks(config: Encoder) -> tuple[int, ...]:
     """The parameters of each block, which is what engines gather and what activation checkpointing computes again."""

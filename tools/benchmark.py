@@ -45,10 +45,14 @@ def main(arguments: list[str]) -> int:
         print(benchmark.of_recipe(rest))
         return 0
     options = config.parse(benchmark.Options, rest, recipe.FOLDER)
-    rows = list(benchmark.measure(options))
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(benchmark.table(rows))
-        store(rows, Path(options.output) / f"{name}.json")
+    rows, path = [], Path(options.output) / f"{name}.json"
+    first = os.environ.get("RANK", "0") == "0"
+    for row in benchmark.measure(options):
+        rows.append(row)
+        if first:
+            store(rows, path)  # so far: a benchmark of many minutes may be ended
+    if first:
+        print(f"{benchmark.table(rows)}\n\n{path}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Who takes part where a training step is measured: our loop's own, and rivals with our weights on the same batch.
 
-timm's ViT has our head, and so our mathematics. Hugging Face's `ViTForMaskedImageModeling` has its own, SimMIM's, a linear
-decoder to pixels and an L1 loss; its encoder is the same.
+timm's ViT has our head, and so our mathematics. Hugging Face's `ViTForMaskedImageModeling` has its own, SimMIM's, a
+linear decoder to pixels and an L1 loss; its encoder is the same.
 """
 
 import copy
@@ -55,7 +55,7 @@ def rivals(made: recipe.Recipe, model: Model, batch: Batch, compiled: bool = Fal
         theirs = partial(timm_model, copy.deepcopy(model).cpu())
         found |= _ways("timm", theirs, made, batch, compiled)
     if find_spec("transformers"):
-        theirs = partial(hugging_face, copy.deepcopy(model.encoder).cpu(), batch["image"].shape[0])
+        theirs = partial(HuggingFace, copy.deepcopy(model.encoder).cpu(), batch["image"].shape[0])
         found |= _ways("Hugging Face", theirs, made, batch, compiled)
     return found
 
@@ -65,32 +65,38 @@ def _ways(who: str, build: Callable[[], nn.Module], made: recipe.Recipe, batch: 
         model = build().to(batch["image"].device)
         if graph:
             model.compile()
-        return simple(model, batch, made, best)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=made.optim.lr, fused=True if best else None)
+        return simple(model, repeat(batch), optimizer, autocast(made, batch["image"].device), read=not best)
 
     ways = {who: partial(step, False, False), f"{who}, fused AdamW": partial(step, True, False)}
     return ways | ({f"{who}, compiled": partial(step, True, True)} if compiled else {})
 
 
-def simple(model: nn.Module, batch: Batch, made: recipe.Recipe, best: bool) -> Step:
-    """The plain loop of torch's tutorials, around a model that maps a batch to a loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=made.optim.lr, fused=True if best else None)
-    cast = autocast(made, batch)
+def simple(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    optimizer: torch.optim.Optimizer,
+    cast: Callable[[], AbstractContextManager[Any]],
+    clip: float | None = 1.0,
+    read: bool = False,
+) -> Step:
+    """The plain loop of torch's tutorials, around a model that maps a batch to a loss; with `read` it is waited for."""
 
-    def step() -> Tensor:
+    def step() -> object:
         optimizer.zero_grad()
         with cast():
-            loss = model(batch)
+            loss = model(next(batches))
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), float("inf") if clip is None else clip)
         optimizer.step()
-        return loss if best else loss.item()
+        return loss.item() if read else loss.detach()
 
     return step
 
 
-def autocast(made: recipe.Recipe, batch: Batch) -> Callable[[], AbstractContextManager[Any]]:
+def autocast(made: recipe.Recipe, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """bf16 where the recipe has it."""
-    return partial(torch.autocast, batch["image"].device.type, dtype=torch.bfloat16, enabled=uses_bf16(made.precision))
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=uses_bf16(made.precision))
 
 
 class Loss(nn.Module):
@@ -112,13 +118,16 @@ def timm_model(model: Model) -> nn.Module:
 class TimmEncoder(nn.Module):
     """A timm ViT behind our encoder contract, composed of timm's own modules."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, encoder: VitEncoder):
         import timm
 
         super().__init__()
         vit: Vit = encoder.config
         width, depth, heads, mlp = vit.numbers
-        self.config, self.prefix, self.channels, self.normalise = vit, encoder.prefix, vit.channels, encoder.normalise
+        self.config, self.prefix, self.channels = vit, encoder.prefix, vit.channels
         self.vit: Any = timm.create_model(
             "vit_base_patch16_224",
             img_size=vit.image_hw,
@@ -144,15 +153,12 @@ class TimmEncoder(nn.Module):
         return x if select is None else at(x, select)
 
 
-def hugging_face(encoder: VitEncoder, images: int) -> "HuggingFace":
-    """Hugging Face's model of the same size, its encoder with the same weights."""
-    return HuggingFace(encoder, images)
-
-
 class HuggingFace(nn.Module):
     """`ViTForMaskedImageModeling`, half of the patches of each image masked."""
 
     masked: Tensor
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, encoder: VitEncoder, images: int):
         from transformers import ViTConfig, ViTForMaskedImageModeling

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,7 +31,7 @@ class Rounds(Config):
 
 
 def race(
-    contestants: dict[str, Callable[[], object]],
+    contestants: Mapping[str, Callable[[], object]],
     rounds: int,
     steps: int = 1,
     device: torch.device | None = None,
@@ -122,4 +122,3 @@ def store(rows: list[Row], path: Path) -> None:
     """Write the rows with where they were measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, (json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n").encode())
-    print(f"\n{path}")

@@ -12,8 +12,8 @@ ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64
 class Linear(nn.Linear):
     """[..., in] -> [..., out]."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

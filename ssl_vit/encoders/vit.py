@@ -151,13 +151,15 @@ class Qkv(Linear):
         super().__init__(width, 3 * width)
         self.heads = heads
 
-    def forward(self, x: Tensor, select: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, input: Tensor, select: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         if select is None:
-            return self._parts(linear(x, self.weight, self.bias))
-        d = x.shape[2]
-        (query, rest), (query_bias, rest_bias) = self.weight.split([d, 2 * d]), self.bias.split([d, 2 * d])
-        (q,) = self._parts(linear(at(x, select), query, query_bias))
-        return q, *self._parts(linear(x, rest, rest_bias))
+            q, k, v = self._parts(linear(input, self.weight, self.bias))
+            return q, k, v
+        parts = [self.in_features, 2 * self.in_features]
+        (query, rest), (query_bias, rest_bias) = self.weight.split(parts), self.bias.split(parts)
+        (q,) = self._parts(linear(at(input, select), query, query_bias))
+        k, v = self._parts(linear(input, rest, rest_bias))
+        return q, k, v
 
     def _parts(self, made: Tensor) -> tuple[Tensor, ...]:
         """[B, T, n D] -> n times [B, heads, T, D / heads]."""
@@ -255,12 +257,25 @@ def at(x: Tensor, select: Tensor) -> Tensor:
     return x.gather(1, select[:, :, None].expand(-1, -1, x.shape[2]))
 
 
+class Cut(nn.Conv2d):
+    """A convolution whose stride is its kernel: pixels [B, C, H, W] -> [B, D, H / P, W / P]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.product(input) if input.is_cuda else super().forward(input)
+
+    def product(self, pixels: Tensor) -> Tensor:
+        """The same as one matrix product, which on a GPU needs no other order of channels and fuses what is before."""
+        side = self.stride[0]
+        cut = pixels.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(cut, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class PatchEmbed(nn.Module):
-    """Pixels [B, C, H, W] -> patches [B, N, D] in raster order: a convolution whose stride is its kernel."""
+    """Pixels [B, C, H, W] -> patches [B, N, D] in raster order."""
 
     def __init__(self, channels: int, patch: int, width: int):
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        self.proj = Cut(channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.proj(pixels).flatten(2).transpose(1, 2)
@@ -273,6 +288,7 @@ class VitEncoder(Normalised):
     inside = ""  # what precedes timm's names of its tensors
     maskable = True
     activation_checkpointing = False  # in training, keep each block's input only and compute the rest again
+    residual: torch.dtype | None = None  # what blocks add to (none: what they are given, fp32)
 
     def __init__(self, config: Transformer):
         super().__init__(config)
@@ -346,6 +362,12 @@ class VitEncoder(Normalised):
             nn.init.zeros_(embed.bias)
 
     @property
+    def attended(self) -> tuple[int, int, int]:
+        """Heads, tokens and the width of a head."""
+        heads = self.config.numbers[2]
+        return heads, self.prefix + self.grid[0] * self.grid[1], self.width // heads
+
+    @property
     def depth(self) -> int:
         """How many layers there are to take tokens from."""
         return len(self.blocks)
@@ -375,7 +397,8 @@ class VitEncoder(Normalised):
             x = edit(x)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # len(x) would fix it in an export
-        return self.pos_drop(self._placed(x) if self.config.where == "stem" else x)
+        x = self.pos_drop(self._placed(x) if self.config.where == "stem" else x)
+        return x if self.residual is None else x.to(self.residual)
 
     def through(self, block: nn.Module, x: Tensor, select: Tensor | None = None) -> Tensor:
         """Tokens through a block, with what all blocks share; only those of `select` come out."""

@@ -3,14 +3,26 @@
 import json
 import os
 import resource
+import time
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from ssl_vit.cost import Engine
 
+IMPORTED = time.monotonic()
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "bf16_residual"]
+
+
+def age() -> float:
+    """Seconds since this process began, imports and all."""
+    try:
+        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # ticks since the machine did
+    except (OSError, ValueError, IndexError):  # not Linux
+        return time.monotonic() - IMPORTED
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK")
 
 
 def world() -> int:
@@ -30,7 +42,7 @@ def on_gpu() -> bool:
 
 def uses_bf16(precision: Precision) -> bool:
     """Whether a model's forward runs under bf16 autocast: `auto` is bf16 on a GPU, fp32 on the CPU."""
-    return precision == "bf16" or (precision == "auto" and on_gpu())
+    return precision in ("bf16", "bf16_residual") or (precision == "auto" and on_gpu())
 
 
 def flag(name: str) -> bool:

@@ -19,6 +19,7 @@ import yaml
 
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.family import launcher_words
+from ssl_vit.train.attention import pin
 from ssl_vit.train.environment import flag, on_gpu, world
 from ssl_vit.train.plugins import Asked, agree, allow_fsdp_on_cpu, environment_claims, plugins
 
@@ -42,7 +43,7 @@ def start(asked: Asked, tracker: str, folder: Path) -> "Accelerator":
     agree(asked, environment_claims())
     # of names that torch is about to change, which accelerate and DeepSpeed use at every step
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|accelerate)\.")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN at ViT's lengths (pytorch#169849)
+    pin("auto")
     waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=asked.timeout + GRACE))
     if "LOCAL_RANK" in os.environ and not on_gpu():
         os.environ.setdefault("ACCELERATE_USE_CPU", "1")  # else accelerate would not see the other processes

@@ -17,18 +17,22 @@ from ssl_vit.config import Config
 from ssl_vit.counter import key
 from ssl_vit.data.sequential import SequentialStream
 from ssl_vit.data.stream import Share, TrainingStream
+from ssl_vit.encoders.vit import VitEncoder
 from ssl_vit.evaluate.accuracy import Evaluator
 from ssl_vit.exits import DISK, INTEGRITY, PREEMPTED, USAGE, Refusal
 from ssl_vit.model import Batch, Model
 from ssl_vit.train import checkpoint, optim
+from ssl_vit.train.attention import Attention, check_gradients, pin
 from ssl_vit.train.average import Average
 from ssl_vit.train.distributed import Beat, StopSignal, from_main, silent, together, total
 from ssl_vit.train.engine import Engine, prepare
-from ssl_vit.train.environment import Precision
+from ssl_vit.train.environment import Precision, age, on_gpu, uses_bf16
 from ssl_vit.train.numbers import NOTHING, LeftOut, NumberWatch, RollBack, Spike, check_replicas, unrepeatable
 from ssl_vit.train.optim import Optim, set_rate
 from ssl_vit.train.outfit import cuts_layers, outfit
+from ssl_vit.train.peak import Peak
 from ssl_vit.train.plugins import Asked
+from ssl_vit.train.profile import Profile
 from ssl_vit.train.run import Run
 from ssl_vit.train.state import on_main, resume
 from ssl_vit.train.tracker import Tracker, TrackerName, best_row, row_of
@@ -52,7 +56,15 @@ class Loop(Config):
     save_every: int = Field(default=1000, ge=1, description="steps between checkpoints")
     eval_every: int | None = Field(default=None, ge=1, description="steps between evaluations (none: at the end)")
     keep: int = Field(default=2, ge=1, description="checkpoints kept")
-    precision: Precision = Field(default="auto", description="auto is bf16 on a GPU, fp32 on CPU")
+    precision: Precision = Field(
+        default="auto",
+        description="auto is bf16 on a GPU, fp32 on CPU; bf16 is autocast, weights and what blocks add to stay fp32; "
+        "bf16_residual has blocks add in bf16 too",
+    )
+    attention: Attention = Field(
+        default="auto",
+        description="the kernel on a GPU: auto is flash, then efficient, then math",
+    )
     compile: bool | None = Field(
         default=None, description="torch.compile the encoder's blocks (none: on a GPU, but not under ZeRO-3)"
     )
@@ -85,6 +97,9 @@ class Loop(Config):
     )
     tracker: TrackerName = Field(default="tensorboard", description="where metrics go beside metrics.jsonl")
     quiet: bool = Field(default=False, description="no progress")
+    profile: bool = Field(
+        default=False, description="trace a few steps: a table and a trace for ui.perfetto.dev in the run's profile/"
+    )
 
     @field_validator("best")
     @classmethod
@@ -146,6 +161,8 @@ class Live:
     owed: bool  # the row of this step, with its evaluation where one is due, is still to be written
     saved: int  # the step of the newest checkpoint
     average: Average | None
+    peak: Peak
+    profile: Profile | None
     postponed: bool = False  # a checkpoint waits until it is clear whether the run goes back
 
     def best(self) -> int | None:
@@ -183,6 +200,10 @@ def fit(
     if loop.average is not None and cuts_layers(accelerator):
         raise Refusal(USAGE, "average: not under ZeRO-3, which cuts each weight; take zero2 or fsdp2", shared=True)
     model = task.model.to(accelerator.device)
+    pin(loop.attention)
+    if on_gpu() and isinstance(model.encoder, VitEncoder):
+        check_gradients(loop.attention, model.encoder.attended, accelerator.device, uses_bf16(loop.precision))
+    peak = Peak.of(accelerator.device, uses_bf16(loop.precision))
     outfit(model, accelerator, loop.precision, loop.compile, loop.activation_checkpointing)
     if loop.on_save_error == "stop":
         copies = 1 + optim.moments(task.optim) + (loop.average is not None)
@@ -201,7 +222,8 @@ def fit(
     numbers = NumberWatch(accelerator, run.folder, data.names, loop.spike, left_out, state.losses, state.skipped)
     stop = stop or StopSignal(accelerator)
     parts = run, accelerator, loop, task, beat, stop, engine, tracker, watch, numbers, state.window
-    live = Live(*parts, owed=state.owed, saved=run.step, average=average)
+    profile = Profile(run.folder / "profile") if loop.profile and accelerator.is_main_process else None
+    live = Live(*parts, owed=state.owed, saved=run.step, average=average, peak=peak, profile=profile)
     watch.resume(live.seen, *state.bad_samples)
     row: dict[str, Any] = {}
     began, first = time.monotonic(), run.step
@@ -209,6 +231,8 @@ def fit(
         while run.step < loop.steps or live.owed:
             if not live.owed:
                 advance(live, batches)
+                if run.step == first + 1:
+                    tracker.say(started(peak, loop))
             if live.owed:
                 done = max(1, run.step - first)
                 row = tell(live, (time.monotonic() - began) / done * (loop.steps - run.step))
@@ -216,7 +240,20 @@ def fit(
     finally:
         stop.close()
         tracker.close()
+        if profile is not None:
+            profile.close()
     return row
+
+
+def started(peak: Peak, loop: Loop) -> str:
+    """What to say when the first step of a start is done."""
+    kind = "bf16" if uses_bf16(loop.precision) else "fp32"
+    where = f"{torch.get_num_threads()} threads"
+    if on_gpu():
+        torch.cuda.synchronize()
+        where = f"{torch.cuda.get_device_name()}, attention {loop.attention}, cuDNN {torch.backends.cudnn.version()}"
+    text = f"{kind} on {where}, torch {torch.__version__}; a matrix product reaches {peak.measured / 1e12:.2f} TFLOP/s"
+    return f"first step {age():.1f} s after the start; {text}"
 
 
 def remaining(
@@ -254,6 +291,8 @@ def advance(live: Live, batches: Iterator[Batch]) -> None:
     if live.average is not None:
         live.average.update(run.step)
     live.tracker.advance()
+    if live.profile is not None:
+        live.profile.advance()
     inject.point("update", run.step)
     final = run.step == loop.steps
     live.owed = judged(loop, run.step) or run.step % loop.log_every == 0
@@ -303,7 +342,7 @@ def tell(live: Live, left: float) -> dict[str, Any]:
     """The row of metrics of this step, with its evaluation where one is due; `left` are seconds to the end."""
     run, loop, task = live.run, live.loop, live.task
     row: dict[str, Any] = {"step": run.step, "samples_seen": live.seen, "lr": task.optim.rate(run.step - 1, loop.steps)}
-    row |= live.window.report(live.accelerator, task.model.head.report, task.flops)
+    row |= live.window.report(live.accelerator, task.model.head.report, task.flops, live.peak)
     row["bad_samples"] = live.watch.total
     try:
         row |= evaluate(live) if judged(loop, run.step) else {}
@@ -346,24 +385,28 @@ def update(
 
     Returns this process's mean loss, and the global gradient norm.
     """
-    losses, norm = [], torch.zeros(())
+    losses, norm, phase = [], torch.zeros(()), window.clock.phase
     inject.point("batch", step + 1)
     for micro in range(accelerator.gradient_accumulation_steps):
         beat(f"the data of step {step + 1}")
         asked = time.monotonic()
-        batch = next(batches)
+        with phase("data"):
+            batch = next(batches)
         window.waited += time.monotonic() - asked
         window.images += len(batch["image"])
         torch.manual_seed(key(loop.seed, "dropout", step, micro, accelerator.process_index))
         with accelerator.accumulate(engine.model):
-            output = engine.model(batch)
+            with phase("forward"):
+                output = engine.model(batch)
             loss = inject.point("loss", number + 1, output.loss)
-            accelerator.backward(loss)
+            with phase("backward"):
+                accelerator.backward(loss)
             losses.append(loss.detach())
             window.add({**output.sums, "_weight": output.weight, "_digest": batch["seed"].sum()})
             if accelerator.sync_gradients:
                 inject.point("weights", step + 1, engine.parameters)
-                norm = engine.step(task.optim.clip)
+                with phase("update"):
+                    norm = engine.step(task.optim.clip)
                 fine = norm.isfinite()
                 safe = torch.where(fine, norm, torch.zeros_like(norm))
                 window.add({"_norm": safe, "_skipped": (~fine).float(), "_updates": torch.ones_like(norm)})
@@ -401,6 +444,11 @@ def save(live: Live, must: bool) -> None:
 
     Where the disk does not take it the run ends, or under on_save_error=continue goes on, unless it `must` be there.
     """
+    with live.window.clock.phase("checkpoint"):
+        _save(live, must)
+
+
+def _save(live: Live, must: bool) -> None:
     run, accelerator, step = live.run, live.accelerator, live.run.step
     live.beat(f"the checkpoint of step {step}")
     inject.point("save.begin", step)

@@ -25,6 +25,8 @@ def outfit(
     can = device == "cuda" and not cuts_layers(accelerator) and has_compiler()
     if can if compiled is None else compiled:
         compile_blocks(model)
+    if precision == "bf16_residual":
+        model.encoder.residual = torch.bfloat16
     if uses_bf16(precision):
         model.forward = torch.autocast(device, dtype=torch.bfloat16)(model.forward)
 
@@ -44,7 +46,9 @@ def has_compiler() -> bool:
 
 
 def compile_blocks(model: Model) -> None:
-    """Compile the encoder's blocks in place, before they are wrapped."""
+    """Compile the encoder's blocks in place, before they are wrapped, and what comes before them as one."""
     torch._dynamo.config.optimize_ddp = False  # it would cut each block at DDP's bucket edges
+    if hasattr(model.encoder, "embed"):
+        model.encoder.embed = torch.compile(model.encoder.embed)
     for block in getattr(model.encoder, "blocks", ()):
         block.compile()

@@ -39,6 +39,13 @@ class Tracker:
             if not quiet and not self._lines:
                 self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
+    def say(self, text: str) -> None:
+        """A line between the others, where there is progress to see."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self._lines:
+            print(text, file=sys.stderr, flush=True)
+
     def advance(self) -> None:
         """One step is done."""
         if self._bar is not None:

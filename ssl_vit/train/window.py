@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ssl_vit.counter import WORD
+from ssl_vit.train.clock import Clock
 from ssl_vit.train.distributed import total
+from ssl_vit.train.environment import memory
+from ssl_vit.train.peak import Peak
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,6 +29,7 @@ class Window:
     def __init__(self, sums: dict[str, Tensor] | None = None):
         self.sums: dict[str, Tensor] = sums or {}
         self.began = time.monotonic()
+        self.clock = Clock()
         self.waited = 0.0
         self.images = 0
 
@@ -37,8 +41,11 @@ class Window:
                 value = value.double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
-    def report(self, accelerator: "Accelerator", head: Report, flops: int) -> dict[str, Any]:
-        """The row of metrics of these sums: what the head reports of its own, then the loop's; `flops` an image."""
+    def report(self, accelerator: "Accelerator", head: Report, flops: int, peak: Peak) -> dict[str, Any]:
+        """The row of metrics of these sums: what the head reports of its own, then the loop's; `flops` an image.
+
+        Time and memory are this process's.
+        """
         sums = total(accelerator, self.sums)
         own = {name: sums.pop(name) for name in list(sums) if name.startswith("_")}
         seconds = time.monotonic() - self.began
@@ -49,7 +56,10 @@ class Window:
             "grad_norm": float(own["_norm"]) / max(1.0, updates - skipped),
             "images_per_second": round(speed, 2),
             "tflops": round(speed * flops / 1e12, 6),
+            **peak.shares(speed * flops / accelerator.num_processes),
             "data_wait": round(self.waited / seconds, 4),
+            **{f"time_{name}": round(share, 4) for name, share in self.clock.shares().items()},
+            "peak_memory_gib": round(memory()[0] / 2**30, 3),
             "skipped_updates": round(skipped / accelerator.num_processes),
             "samples_digest": f"{int(own['_digest']) & WORD:016x}",  # of the (epoch, sample) pairs, in any order
             "updates": round(updates / accelerator.num_processes),

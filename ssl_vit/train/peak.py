@@ -1,0 +1,63 @@
+"""What the machine could do: a large matrix product, measured, and what the data sheet promises."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ssl_vit.encoders.linear import linear
+
+TRIES = 3
+DATA_SHEET = {  # TFLOP/s, dense bf16, by what a GPU's name holds; the first that fits
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "GH200": 989,
+    "B200": 2250,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10": 125,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s of one device."""
+
+    measured: float
+    sheet: float | None
+
+    @classmethod
+    def of(cls, device: torch.device, half: bool) -> "Peak":
+        """Of this process's device, in the precision of training."""
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        return cls(measured(device, half), data_sheet(name, half))
+
+    def shares(self, rate: float) -> dict[str, float]:
+        """What share of them FLOP/s a device are: model FLOPs utilisation."""
+        found = {"mfu": round(rate / self.measured, 4)}
+        return found | ({"mfu_data_sheet": round(rate / self.sheet, 4)} if self.sheet else {})
+
+
+def data_sheet(name: str, half: bool) -> float | None:
+    """FLOP/s that NVIDIA promises of a GPU of a name; None for others, and in fp32."""
+    return next((1e12 * rate for part, rate in DATA_SHEET.items() if part in name), None) if half else None
+
+
+def measured(device: torch.device, half: bool) -> float:
+    """FLOP/s of the best of a few products of large square matrices, in the precision of training."""
+    side = 8192 if device.type == "cuda" else 1024  # 1.1 TFLOP, 2 GFLOP
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    best = float("inf")
+    with torch.no_grad():
+        for _ in range(1 + TRIES):  # the first one loads the library
+            began = time.perf_counter()
+            linear(a, a, None)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
