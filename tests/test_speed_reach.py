@@ -1,6 +1,7 @@
 """The benchmarks of attention, memory and inference, by the real command line at tiny sizes; no speed is judged."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -77,7 +78,9 @@ class Poisoned:
 def test_gradients_that_are_not_finite_never_win(
     after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
+    real = attention.race
     monkeypatch.setattr(attention, "pinned", {"flash": Poisoned(after), "math": no_scale}.__getitem__)
+    monkeypatch.setattr(attention, "race", lambda *given: real(*given) | {"flash": [1e-6]})  # however fast they are
     poisoned, wrong = attend(tmp_path, "17", "flash,math")
     assert not poisoned["finite"]
     assert (poisoned["gradient_error"] is None) == (after == 0)
@@ -130,6 +133,12 @@ def test_doubling_ends_at_the_most():
     assert list(memory.doubled(50, 50)) == [50]
     assert list(memory.doubled(128, 100)) == [100]  # after 64
     assert list(memory.doubled(128, 64)) == []
+
+
+def test_the_slope_is_of_batches_far_from_each_other():
+    peaks = {8: 18 * 10**6, 16: 26 * 10**6, 20: 10**9, 24: 34 * 10**6, 32: 58 * 10**6, 48: None}
+    assert memory.slope(peaks) == 2.0  # from 16 to 32
+    assert memory.slope({8: 1, 12: 2, 16: None}) is None
 
 
 def test_memory_is_measured_in_processes_that_a_limit_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -295,3 +304,21 @@ def test_an_encoder_for_which_memory_is_too_small_is_a_row_too(
     assert "no memory" in capsys.readouterr().out
     with pytest.raises(Refusal, match="encoders=R50x1: is timm's"):
         run(tmp_path, "inference", "encoders=R50x1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    "ACCELERATE_USE_CPU" in os.environ or not torch.cuda.is_available(), reason="needs a CUDA device and -m gpu"
+)
+@pytest.mark.filterwarnings("default")  # inductor's and cuDNN's own warnings are not ours
+def test_on_a_gpu_all_three_measure(tmp_path: Path):
+    rows = {row["who"]: row for row in attend(tmp_path, "197", "flash,efficient,cudnn,math,written out")}
+    for way in ("flash", "math", "written out"):
+        assert rows[way]["finite"]
+        assert max(rows[way]["output_error"], rows[way]["gradient_error"]) < 0.05
+    keys = [*SMALL, "batches=512,2048", "most=2048", "who=ssl_vit", "compile=false"]
+    ours, formula = run(tmp_path, "memory", "recipe=mpp_vit_b16", *keys)
+    assert ours["largest_batch"] == 2048
+    assert 0.8 * formula["mb_an_image"] < ours["mb_an_image"] < 1.5 * formula["mb_an_image"]
+    keys = ["encoders=Ti/16,R50x1", "sizes=64", "most=64", "rounds=1"]
+    assert all(row["largest_batch"] == 64 for row in run(tmp_path, "inference", *keys))

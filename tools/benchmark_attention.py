@@ -5,8 +5,8 @@ written out, softmax(q k^T / sqrt(d)) v. As in a block of ours, q, k and v are v
 which gradients go back, and heads are put side by side again; no mask is ever passed. They take turns; milliseconds are
 of a forward and a backward pass. TFLOP/s count two matrix products forward, 4 B H T^2 d FLOPs, and four backward, twice
 that; what a kernel computes again is not counted. Errors are the largest difference from attention written out in
-fp64, over the largest number there: of the output, and of the gradient to q, k or v that is worst. Finite are output
-and gradients, before and after the race: memory that was used before has made cuDNN's gradients NaN (pytorch#169849).
+fp64, over the largest number there: of the output, and of the gradient to q, k or v that is worst. Whether output and
+gradients are finite is looked at before the race and after it: at such lengths cuDNN's were not (pytorch#169849).
 
 `python tools/benchmark.py attention` runs it; tokens=197 batch=1024 heads=16 asks for another case.
 """

@@ -189,7 +189,7 @@ def capacity(config: Encoder, options: Options, most: int) -> Row:
         except RuntimeError as error:
             if batch == 1 and not lacks_memory(error):
                 raise
-            reasons[batch] = "memory" if lacks_memory(error) else str(error).splitlines()[0][:200]
+            reasons[batch] = "memory" if lacks_memory(error) else str(error).partition("\n")[0][:200]
         release()
         return batch not in reasons
 
