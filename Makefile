@@ -35,7 +35,7 @@ chaos: install
 
 gpu: install
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python tools/benchmark.py step recipe=mpp_vit_b16 batch=256
+	$(BIN)/python tools/benchmark.py step preset=gpu round_steps=30
 	$(BIN)/torchrun --standalone --nproc_per_node gpu tools/benchmark.py engines recipe=mpp_vit_b16 \
 		batch=512 micro_batch=64 rounds=2 round_steps=50
 

@@ -44,10 +44,12 @@ def preset(options: step.Options) -> Iterator[Row]:
     yield from rates(first, device, half, steps[0].rounds, steps[0].round_steps)
     yield from attention.measure(of(attention.Options, steps[0]).model_copy(update=heads(first)))
     for number, one in enumerate(steps):
-        yield from step.of_recipe(one.model_copy(update={"levers": number == 0}))
+        asked = {"levers": number == 0, "rivals": one.rivals and (number == 0 or not on_gpu())}
+        yield from step.of_recipe(one.model_copy(update=asked))
     yield from loop.measure(of(loop.Options, steps[0]))
     if options.preset == "gpu":
         batches = {"batches": (2, 4), "most": 4} if small else {"batches": (256, LARGEST), "most": LARGEST}
+        batches |= {"compiled_rivals": False}  # a minute for each batch of each
         yield from memory.measure(of(memory.Options, steps[0]).model_copy(update=batches))
 
 
