@@ -15,7 +15,6 @@ from tests.encoders.test_contract import CONFIGS, TINY, TRANSFORMERS, images, ma
 from tests.heads.test_masked import KINDS, WAYS, batch, make
 
 
-
 def gathered(tokens: Tensor, select: Tensor) -> Tensor:
     """Tokens [B, T, D] of select [B, S], by a plain loop."""
     return torch.stack([row[index] for row, index in zip(tokens, select, strict=True)])
