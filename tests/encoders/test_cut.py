@@ -1,4 +1,4 @@
-"""The patch embedding as a matrix product is the convolution; blocks that add in bf16 are near those that add in fp32."""
+"""The patch embedding as a matrix product is the convolution; a bf16 residual is near an fp32 one."""
 
 from typing import Any
 
@@ -60,9 +60,7 @@ def streams(encoder: Any, image: Tensor, residual: torch.dtype | None) -> tuple[
 
 
 LOST = pytest.mark.xfail(strict=True, reason="fp32 positions, added to bf16, make what blocks add to fp32 again")
-HALF = pytest.mark.xfail(
-    strict=True, reason="with nothing in fp32 at the stem, blocks add in bf16 under precision=bf16"
-)
+HALF = pytest.mark.xfail(strict=True, reason="nothing fp32 at the stem: bf16 adds in bf16")
 
 
 def cases(fault: pytest.MarkDecorator, names: set[str]) -> list[Any]:
