@@ -9,7 +9,8 @@ loop        fit() beside the bare step, and from shards beside tensors in memory
 loader      images/s of a core from shards to batches, beside webdataset + Pillow + torchvision
 attention   the ways to compute attention: time, finite gradients, error
 memory      peak memory by batch, and the largest batch that fits, beside the rivals'
-scaling     cost against image size, patch, depth, width, batch, samples, shards, workers, processes: fitted exponents
+scaling     cost against image size, patch, depth, width, batch, samples, shards, workers, processes: fitted exponents;
+            memory over time
 inference   images/s over input sizes at the best batch, and the largest batch that fits (paper, Figure 12)
 engines     under torchrun: the step of DDP, ZeRO and FSDP2 beside bare DDP
 safety      the share of a run's time that checkpoints and checks take
@@ -45,10 +46,14 @@ def main(arguments: list[str]) -> int:
         print(benchmark.of_recipe(rest))
         return 0
     options = config.parse(benchmark.Options, rest, recipe.FOLDER)
-    rows = list(benchmark.measure(options))
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(benchmark.table(rows))
-        store(rows, Path(options.output) / f"{name}.json")
+    rows, path = [], Path(options.output) / f"{name}.json"
+    first = os.environ.get("RANK", "0") == "0"
+    for row in benchmark.measure(options):
+        rows.append(row)
+        if first:
+            store(rows, path)  # so far: a benchmark of many minutes may be ended
+    if first:
+        print(f"{benchmark.table(rows)}\n\n{path}")
     return 0
 
 

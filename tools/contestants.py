@@ -65,32 +65,38 @@ def _ways(who: str, build: Callable[[], nn.Module], made: recipe.Recipe, batch: 
         model = build().to(batch["image"].device)
         if graph:
             model.compile()
-        return simple(model, batch, made, best)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=made.optim.lr, fused=True if best else None)
+        return simple(model, repeat(batch), optimizer, autocast(made, batch["image"].device), read=not best)
 
     ways = {who: partial(step, False, False), f"{who}, fused AdamW": partial(step, True, False)}
     return ways | ({f"{who}, compiled": partial(step, True, True)} if compiled else {})
 
 
-def simple(model: nn.Module, batch: Batch, made: recipe.Recipe, best: bool) -> Step:
-    """The plain loop of torch's tutorials, around a model that maps a batch to a loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=made.optim.lr, fused=True if best else None)
-    cast = autocast(made, batch)
+def simple(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    optimizer: torch.optim.Optimizer,
+    cast: Callable[[], AbstractContextManager[Any]],
+    clip: float | None = 1.0,
+    read: bool = False,
+) -> Step:
+    """The plain loop of torch's tutorials, around a model that maps a batch to a loss; with `read` it is waited for."""
 
-    def step() -> Tensor:
+    def step() -> object:
         optimizer.zero_grad()
         with cast():
-            loss = model(batch)
+            loss = model(next(batches))
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), float("inf") if clip is None else clip)
         optimizer.step()
-        return loss if best else loss.item()
+        return loss.item() if read else loss.detach()
 
     return step
 
 
-def autocast(made: recipe.Recipe, batch: Batch) -> Callable[[], AbstractContextManager[Any]]:
+def autocast(made: recipe.Recipe, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """bf16 where the recipe has it."""
-    return partial(torch.autocast, batch["image"].device.type, dtype=torch.bfloat16, enabled=uses_bf16(made.precision))
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=uses_bf16(made.precision))
 
 
 class Loss(nn.Module):

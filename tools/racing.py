@@ -122,4 +122,3 @@ def store(rows: list[Row], path: Path) -> None:
     """Write the rows with where they were measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, (json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n").encode())
-    print(f"\n{path}")

@@ -151,14 +151,14 @@ class Qkv(Linear):
         super().__init__(width, 3 * width)
         self.heads = heads
 
-    def forward(self, x: Tensor, select: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, input: Tensor, select: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         if select is None:
-            q, k, v = self._parts(linear(x, self.weight, self.bias))
+            q, k, v = self._parts(linear(input, self.weight, self.bias))
             return q, k, v
-        d = x.shape[2]
-        (query, rest), (query_bias, rest_bias) = self.weight.split([d, 2 * d]), self.bias.split([d, 2 * d])
-        (q,) = self._parts(linear(at(x, select), query, query_bias))
-        k, v = self._parts(linear(x, rest, rest_bias))
+        parts = [self.in_features, 2 * self.in_features]
+        (query, rest), (query_bias, rest_bias) = self.weight.split(parts), self.bias.split(parts)
+        (q,) = self._parts(linear(at(input, select), query, query_bias))
+        k, v = self._parts(linear(input, rest, rest_bias))
         return q, k, v
 
     def _parts(self, made: Tensor) -> tuple[Tensor, ...]:
