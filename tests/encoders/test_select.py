@@ -14,6 +14,8 @@ from ssl_vit.encoders.vit import Vit
 from tests.encoders.test_contract import CONFIGS, TINY, TRANSFORMERS, images, made
 from tests.heads.test_masked import KINDS, WAYS, batch, make
 
+SQUARE: dict[str, Any] = TINY | {"image": 16}
+
 
 def gathered(tokens: Tensor, select: Tensor) -> Tensor:
     """Tokens [B, T, D] of select [B, S], by a plain loop."""
@@ -92,14 +94,14 @@ def test_recomputation_changes_no_bit(name: str):
 
 
 def test_dropout_and_dropped_paths_act_on_selected_tokens():
-    config = Vit(**TINY | {"image": 16}, dropout=0.5)
+    config = Vit(**SQUARE, dropout=0.5)
     encoder, image, select = made(config).train(), images(config), torch.tensor([[3, 3, 9]] * 2)
     torch.manual_seed(0)
     tokens = encoder(image, select=select)
     assert tokens.isfinite().all()
     assert not torch.equal(tokens[:, 0], tokens[:, 1])  # of each selected token a mask of its own
     assert torch.equal(*(encoder.eval()(image, select=select)[:, i] for i in (0, 1)))
-    config = Vit(**TINY | {"image": 16}, drop_path=0.999999)  # the last block is left out
+    config = Vit(**SQUARE, drop_path=0.999999)  # the last block is left out
     encoder = made(config).train()
     with torch.no_grad():
         skipped = encoder.norm(encoder.blocks[0](encoder.embed(image)))
@@ -173,7 +175,7 @@ def test_the_last_block_of_b16_works_for_98_rows_only():
 
 
 def test_each_part_of_the_last_block_sees_only_what_is_asked_for():
-    config = Vit(**TINY | {"image": 16})
+    config = Vit(**SQUARE)
     encoder, image = made(config).eval(), images(config)
     rows: dict[str, int] = {}
     for name in ("attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
@@ -193,7 +195,7 @@ def test_attention_is_asked_by_the_selected_and_answered_by_all(monkeypatch: pyt
         return attend(q, k, v, *rest, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    config = Vit(**TINY | {"image": 16})
+    config = Vit(**SQUARE)
     made(config)(images(config), select=torch.tensor([[1, 2, 5]] * 2))
     assert seen == [(17, 17, 17, 0), (3, 17, 17, 0)]  # and no mask
 
