@@ -15,6 +15,7 @@ from ssl_vit import config, recipe, session
 from ssl_vit.exits import Refusal
 from ssl_vit.recipe import Pretrain
 from ssl_vit.train import loop, profile
+from ssl_vit.train.attention import pin
 from ssl_vit.train.clock import PHASES
 from ssl_vit.train.numbers import LeftOut, RollBack
 from tests.conftest import TINY
@@ -185,3 +186,16 @@ def test_going_back_is_no_new_start(
     monkeypatch.setattr(loop, "advance", once)
     assert pretrain(shards, tmp_path, "steps=12", "quiet=false") == 0
     assert len(starts(capsys.readouterr().err)) == 1
+
+
+NONE = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="torch has no such kernel on a CPU: a traceback")
+
+
+@pytest.mark.parametrize(
+    "kernel", ["flash", "math", pytest.param("efficient", marks=NONE), pytest.param("cudnn", marks=NONE)]
+)
+def test_a_kernel_of_a_gpu_does_not_stop_a_run_on_a_cpu(shards: Path, tmp_path: Path, kernel: str):
+    try:
+        assert pretrain(shards, tmp_path, "steps=1", f"attention={kernel}") == 0
+    finally:
+        pin("auto")
