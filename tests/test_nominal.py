@@ -1,0 +1,97 @@
+"""What the counters count: FLOPs of training on an image, by formula (reference: peers 6.2); and what --help loads."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssl_vit import cost, recipe
+from ssl_vit.encoders.axial import Axial
+from ssl_vit.encoders.timm_zoo import TimmZoo
+from ssl_vit.encoders.vit import Vit
+from ssl_vit.heads.mean_color import MeanColor
+from ssl_vit.model import Model
+
+ROOT = Path(__file__).parent.parent
+TABLE: dict[tuple[str, int], tuple[float, float]] = {  # GFLOP, and half a unit of its last place
+    ("Ti", 16): (7.52, 0.005),
+    ("S", 16): (27.59, 0.005),
+    ("B", 16): (105.38, 0.005),
+    ("L", 16): (369.3, 0.05),
+    ("H", 16): (763.9, 0.05),
+    ("H", 14): (1003.9, 0.05),
+}
+
+
+def flops(config: Any) -> int:
+    with torch.device("meta"):
+        encoder = config.build()
+    head = MeanColor().build(encoder, 0)
+    return recipe.flops(Model(encoder, head))
+
+
+@pytest.mark.parametrize(("size", "patch"), TABLE)
+def test_the_nominal_cost_of_an_image(size: Any, patch: int):
+    want, near = TABLE[size, patch]
+    assert flops(Vit(size=size, patch=patch)) / 1e9 == pytest.approx(want, abs=1.01 * near)
+
+
+def test_what_nobody_asks_for_is_the_gradient_of_pixels():
+    """Counted by torch: of a whole training step all but that, and but for the last block's other tokens."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = Vit(size="Ti", width=32, depth=2, heads=2, patch=4, image=(12, 20), channels=4)
+    with torch.device("meta"):
+        encoder: Any = config.build()
+    macs = cost.encoder_macs(config)
+    image = torch.zeros(1, 4, 12, 20, dtype=torch.uint8, device="meta")
+    found = []
+    for wanted in (True, False):
+        with FlopCounterMode(display=False) as counter:
+            patches = encoder.patch_embed.proj(encoder.normalise(image).requires_grad_(wanted))
+            patches.sum().backward()
+        found.append(counter.get_total_flops())
+    assert found[0] - found[1] == cost.needless_flops(config) == 2 * 15 * 4 * 16 * 32
+    with FlopCounterMode(display=False) as counter:
+        encoder(image).sum().backward()
+    assert counter.get_total_flops() == pytest.approx(cost.training_flops(macs) - cost.needless_flops(config), rel=0.03)
+
+
+def test_other_encoders_need_all_of_it():
+    with torch.device("meta"):
+        assert cost.needless_flops(Vit(size="B", patch=32, stem="r50")) == 0
+        assert cost.needless_flops(TimmZoo()) == 0
+    assert cost.needless_flops(Axial(size="B", patch=16)) == cost.needless_flops(Vit(size="B", patch=16)) > 0
+
+
+@pytest.mark.parametrize("tool", ["pretrain", "finetune", "evaluate"])
+def test_help_loads_nothing_heavy(tool: str):
+    """What takes long to import, beside torch: --help takes at most 1.5 times as long as `import torch`."""
+    code = (
+        "import sys, runpy\n"
+        "import torch\n"
+        "before = set(sys.modules)\n"
+        f"sys.argv = ['tools/{tool}.py', '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}), file=sys.stderr)\n"
+        "print(sorted(name for name in set(sys.modules) - before if name.startswith('torch.')), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    packages, parts = done.stderr.strip().splitlines()[-2:]
+    heavy = "accelerate timm torchvision webdataset tensorboard transformers deepspeed sklearn scipy pandas matplotlib "
+    heavy += "fsspec aiohttp onnx onnxruntime datasets huggingface_hub markdown"
+    assert [name for name in heavy.split() if f"'{name}'" in packages] == []
+    for name in (
+        "torch._dynamo",
+        "torch._inductor",
+        "torch.onnx",
+        "torch.distributed.tensor",
+        "torch.distributed.fsdp",
+    ):
+        assert f"'{name}'" not in parts, name
+    assert f"tools/{tool}.py" in done.stdout
