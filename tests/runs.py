@@ -12,10 +12,12 @@ from ssl_vit.data import manifest
 from ssl_vit.data.plan import Plan
 from ssl_vit.data.samples import Data
 from ssl_vit.train import checkpoint
+from ssl_vit.train.clock import PHASES
 from tests.conftest import TINY
 from tests.starts import Start
 
-SPEEDS = {"images_per_second", "tflops", "data_wait"}  # of the clock, not of the run
+SPEEDS = {"images_per_second", "tflops", "mfu", "mfu_data_sheet", "data_wait", "peak_memory_gib"}
+SPEEDS |= {f"time_{name}" for name in PHASES}  # of the clock, not of the run
 STEPS, BATCH = 30, 8
 RUN = [*TINY, f"steps={STEPS}", f"batch={BATCH}", "log_every=3", "eval_every=10", "tracker=none"]
 RUN += ["save_every=7", "keep=3", "optim.warmup_steps=2", "data.workers=1", "encoder.dropout=0.1"]

@@ -35,7 +35,7 @@ def fresh_accelerate() -> Iterator[None]:
     GradientState._reset_state()
 
 
-def built() -> tuple[Pretrain, Model, dict[str, torch.Tensor]]:
+def built() -> tuple[recipe.Recipe, Model, dict[str, torch.Tensor]]:
     made, tensors, source = recipe.resolve(config.parse(Pretrain, TINY, recipe.FOLDER))
     model = recipe.build(made, 1000, tensors, source)
     torch.nn.init.normal_(model.head.linear.weight, std=0.02)

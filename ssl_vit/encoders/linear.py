@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 ROWS, PRODUCTS = 256, 1 << 23  # below these, measured: what oneDNN spends on the order of a weight is not won back
+NUMBERS = 20_480  # up to so many in one image torch does not give its convolution to oneDNN
 
 
 class Linear(nn.Linear):
@@ -38,4 +39,4 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting():
         return False
     rows = x.numel() // max(1, x.shape[-1])
-    return rows >= ROWS and rows * weight.numel() >= PRODUCTS
+    return rows >= ROWS and x.numel() > NUMBERS and rows * weight.numel() >= PRODUCTS

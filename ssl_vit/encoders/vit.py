@@ -209,15 +209,18 @@ class Mlp(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016): in training a residual branch is dropped for a share of the images."""
 
+    kept: Tensor
+
     def __init__(self, share: float):
         super().__init__()
-        self.share = share
+        self.active = share > 0
+        # a buffer: as a number it would be a constant of its graph, and each block one of its own
+        self.register_buffer("kept", torch.tensor(1 - share), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.share:
+        if not self.training or not self.active:
             return x
-        kept = 1 - self.share
-        return x * (x.new_empty(len(x), 1, 1).bernoulli_(kept) / kept)
+        return x * (torch.bernoulli(self.kept.expand(len(x), 1, 1)).to(x.dtype) / self.kept)
 
 
 class Block(nn.Module):
@@ -246,7 +249,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor | None = None, select: Tensor | None = None) -> Tensor:
         if self.pos is not None:
-            x = x + self.pos()
+            x = (x + self.pos()).to(x.dtype)  # a table is fp32, also where blocks add in bf16
         made = self.attn(self.norm1(x), offsets, select)
         x = (x if select is None else at(x, select)) + self.drop_path(self.drop(made))
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -288,7 +291,7 @@ class VitEncoder(Normalised):
     inside = ""  # what precedes timm's names of its tensors
     maskable = True
     activation_checkpointing = False  # in training, keep each block's input only and compute the rest again
-    residual: torch.dtype | None = None  # what blocks add to (none: what they are given, fp32)
+    residual: torch.dtype | None = None  # what blocks add to (none: that of the weights, fp32)
 
     def __init__(self, config: Transformer):
         super().__init__(config)
@@ -398,12 +401,12 @@ class VitEncoder(Normalised):
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # len(x) would fix it in an export
         x = self.pos_drop(self._placed(x) if self.config.where == "stem" else x)
-        return x if self.residual is None else x.to(self.residual)
+        return x.to(self.residual or self.norm.weight.dtype)  # patches alone come out of autocast in bf16
 
     def through(self, block: nn.Module, x: Tensor, select: Tensor | None = None) -> Tensor:
         """Tokens through a block, with what all blocks share; only those of `select` come out."""
         if self.config.where == "shared":
-            x = self._placed(x)
+            x = self._placed(x).to(x.dtype)
         if self.activation_checkpointing and self.training:
             return checkpoint(block, x, self.offsets, select, use_reentrant=False)
         return block(x, self.offsets, select)

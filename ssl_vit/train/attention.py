@@ -26,17 +26,27 @@ def pin(attention: Attention) -> None:
         enable(name == attention or (attention == "auto" and name != "cudnn"))
 
 
-def check_gradients(attention: Attention, shape: tuple[int, int, int], device: torch.device, half: bool) -> None:
-    """Raise Refusal(USAGE) where a kernel cannot do heads, tokens and head width, or its gradients are not finite."""
+def check_gradients(
+    attention: Attention,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    half: bool,
+    images: int = IMAGES,
+    asking: int | None = None,
+) -> None:
+    """Raise Refusal(USAGE) where a kernel cannot do heads, tokens and head width, or its gradients are not finite.
+
+    `asking` tokens have queries (none: all), as in the last block.
+    """
     heads, tokens, width = shape
     made = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if half else torch.float32
 
-    def draw() -> Tensor:
-        size = IMAGES, tokens, heads, width
+    def draw(tokens: int) -> Tensor:
+        size = min(IMAGES, images), tokens, heads, width
         return torch.randn(size, generator=made, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
 
-    q, k, v = draw(), draw(), draw()
+    q, k, v = draw(asking or tokens), draw(tokens), draw(tokens)
     try:
         gradients = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).sum(), (q, k, v))
     except RuntimeError as error:

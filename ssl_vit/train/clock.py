@@ -19,18 +19,22 @@ class Clock:
 
     def __init__(self) -> None:
         self._marks: list[tuple[str, Any]] = [("", self._now())]
+        self._within = ["other"]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What happens within is this phase's; a profile's trace shows it by this name."""
-        self._marks.append(("other", self._now()))
-        with record_function(name):
-            yield
-        self._marks.append((name, self._now()))
+        self._marks.append((self._within[-1], self._now()))
+        self._within.append(name)
+        try:
+            with record_function(name):
+                yield
+        finally:
+            self._marks.append((self._within.pop(), self._now()))
 
     def shares(self) -> dict[str, float]:
         """The share of each phase of the time so far; waits for the device."""
-        self._marks.append(("other", self._now()))
+        self._marks.append((self._within[-1], self._now()))
         seconds: dict[str, float] = defaultdict(float)
         if on_gpu():
             self._marks[-1][1].synchronize()

@@ -17,19 +17,18 @@ from ssl_vit.config import Config
 from ssl_vit.counter import key
 from ssl_vit.data.sequential import SequentialStream
 from ssl_vit.data.stream import Share, TrainingStream
-from ssl_vit.encoders.vit import VitEncoder
 from ssl_vit.evaluate.accuracy import Evaluator
 from ssl_vit.exits import DISK, INTEGRITY, PREEMPTED, USAGE, Refusal
 from ssl_vit.model import Batch, Model
 from ssl_vit.train import checkpoint, optim
-from ssl_vit.train.attention import Attention, check_gradients, pin
+from ssl_vit.train.attention import Attention
 from ssl_vit.train.average import Average
 from ssl_vit.train.distributed import Beat, StopSignal, from_main, silent, together, total
 from ssl_vit.train.engine import Engine, prepare
 from ssl_vit.train.environment import Precision, age, on_gpu, uses_bf16
 from ssl_vit.train.numbers import NOTHING, LeftOut, NumberWatch, RollBack, Spike, check_replicas, unrepeatable
 from ssl_vit.train.optim import Optim, set_rate
-from ssl_vit.train.outfit import cuts_layers, outfit
+from ssl_vit.train.outfit import cuts_layers, outfit, pin_attention
 from ssl_vit.train.peak import Peak
 from ssl_vit.train.plugins import Asked
 from ssl_vit.train.profile import Profile
@@ -196,14 +195,14 @@ def fit(
     moments, state = resume(run, accelerator, loop.keep, task.model, task.stream.identity, loop.best)
     if run.step >= loop.steps and not state.owed:
         return row_of(run.folder, run.step) or {}
+    again = left_out.rollbacks > 0  # a roll-back's start, in a process that has told of itself
     left_out = state.left_out.and_also(left_out)
     if loop.average is not None and cuts_layers(accelerator):
         raise Refusal(USAGE, "average: not under ZeRO-3, which cuts each weight; take zero2 or fsdp2", shared=True)
     model = task.model.to(accelerator.device)
-    pin(loop.attention)
-    if on_gpu() and isinstance(model.encoder, VitEncoder):
-        check_gradients(loop.attention, model.encoder.attended, accelerator.device, uses_bf16(loop.precision))
-    peak = Peak.of(accelerator.device, uses_bf16(loop.precision))
+    half = uses_bf16(loop.precision)
+    pin_attention(loop.attention, model, accelerator.device, half, share.micro_batch)
+    peak = Peak.of(accelerator.device, half)
     outfit(model, accelerator, loop.precision, loop.compile, loop.activation_checkpointing)
     if loop.on_save_error == "stop":
         copies = 1 + optim.moments(task.optim) + (loop.average is not None)
@@ -222,7 +221,7 @@ def fit(
     numbers = NumberWatch(accelerator, run.folder, data.names, loop.spike, left_out, state.losses, state.skipped)
     stop = stop or StopSignal(accelerator)
     parts = run, accelerator, loop, task, beat, stop, engine, tracker, watch, numbers, state.window
-    profile = Profile(run.folder / "profile") if loop.profile and accelerator.is_main_process else None
+    profile = Profile(run.folder / "profile") if loop.profile and accelerator.is_main_process and not again else None
     live = Live(*parts, owed=state.owed, saved=run.step, average=average, peak=peak, profile=profile)
     watch.resume(live.seen, *state.bad_samples)
     row: dict[str, Any] = {}
@@ -231,7 +230,7 @@ def fit(
         while run.step < loop.steps or live.owed:
             if not live.owed:
                 advance(live, batches)
-                if run.step == first + 1:
+                if run.step == first + 1 and not again:
                     tracker.say(started(peak, loop))
             if live.owed:
                 done = max(1, run.step - first)

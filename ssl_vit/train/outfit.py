@@ -1,11 +1,16 @@
 """What is put on a model before an engine wraps it: recomputation, compiled blocks, autocast."""
 
 import shutil
+from types import MethodType
 from typing import TYPE_CHECKING
 
 import torch
 
+from ssl_vit.encoders.vit import Vit, VitEncoder
+from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.heads.masked import MaskedHead
 from ssl_vit.model import Model
+from ssl_vit.train.attention import Attention, check_gradients, pin
 from ssl_vit.train.environment import Precision, uses_bf16
 
 if TYPE_CHECKING:
@@ -26,9 +31,26 @@ def outfit(
     if can if compiled is None else compiled:
         compile_blocks(model)
     if precision == "bf16_residual":
+        if not hasattr(model.encoder, "residual"):
+            text = f"precision=bf16_residual: the blocks of {model.encoder.config.title} are not ours; take bf16"
+            raise Refusal(USAGE, text, shared=True)
         model.encoder.residual = torch.bfloat16
     if uses_bf16(precision):
         model.forward = torch.autocast(device, dtype=torch.bfloat16)(model.forward)
+
+
+def pin_attention(attention: Attention, model: Model, device: torch.device, half: bool, images: int) -> None:
+    """Pin the kernel; on a GPU see that its gradients are finite at a ViT's length, and at that of its last block.
+
+    There only corrupted tokens ask. Raises Refusal(USAGE).
+    """
+    pin(attention if device.type == "cuda" else "auto")  # of others a CPU has none
+    encoder, head = model.encoder, model.head
+    plain = isinstance(encoder, VitEncoder) and isinstance(encoder.config, Vit)
+    if device.type != "cuda" or not plain or encoder.config.positions == "relative":
+        return
+    for asking in {None, sum(head.config.counts(encoder.grid)) if isinstance(head, MaskedHead) else None}:
+        check_gradients(attention, encoder.attended, device, half, images, asking)
 
 
 def cuts_layers(accelerator: "Accelerator") -> bool:
@@ -49,6 +71,6 @@ def compile_blocks(model: Model) -> None:
     """Compile the encoder's blocks in place, before they are wrapped, and what comes before them as one."""
     torch._dynamo.config.optimize_ddp = False  # it would cut each block at DDP's bucket edges
     if hasattr(model.encoder, "embed"):
-        model.encoder.embed = torch.compile(model.encoder.embed)
+        model.encoder.embed = MethodType(torch.compile(type(model.encoder).embed), model.encoder)  # a copy's is its own
     for block in getattr(model.encoder, "blocks", ()):
         block.compile()

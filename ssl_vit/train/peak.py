@@ -1,5 +1,6 @@
 """What the machine could do: a large matrix product, measured, and what the data sheet promises."""
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -8,10 +9,11 @@ import torch
 from ssl_vit.encoders.linear import linear
 
 TRIES = 3
-DATA_SHEET = {  # TFLOP/s, dense bf16, by what a GPU's name holds; the first that fits
+DATA_SHEET = {  # TFLOP/s, dense bf16, by words of a GPU's name; the first that fits
     "H100 PCIe": 756,
     "H100 NVL": 835,
     "H100": 989,
+    "H200 NVL": 835,
     "H200": 989,
     "GH200": 989,
     "B200": 2250,
@@ -45,13 +47,16 @@ class Peak:
 
 def data_sheet(name: str, half: bool) -> float | None:
     """FLOP/s that NVIDIA promises of a GPU of a name; None for others, and in fp32."""
-    return next((1e12 * rate for part, rate in DATA_SHEET.items() if part in name), None) if half else None
+    if not half or "MIG" in name:  # which is a part of one
+        return None
+    return next((1e12 * rate for part, rate in DATA_SHEET.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def measured(device: torch.device, half: bool) -> float:
     """FLOP/s of the best of a few products of large square matrices, in the precision of training."""
     side = 8192 if device.type == "cuda" else 1024  # 1.1 TFLOP, 2 GFLOP
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    random = torch.Generator(device).manual_seed(0)  # its own: a training's numbers stay what they are
+    a = torch.randn(side, side, generator=random, device=device, dtype=torch.bfloat16 if half else torch.float32)
     best = float("inf")
     with torch.no_grad():
         for _ in range(1 + TRIES):  # the first one loads the library

@@ -33,11 +33,13 @@ class Profile:
 
     def close(self) -> None:
         """Write what was traced, if anything was: table.txt and trace.json.gz."""
-        if self._trace is None:
+        trace, self._trace, steps = self._trace, None, self._steps - FIRST
+        if trace is not None:
+            trace.stop()
+        if steps <= 0:
+            print(f"profile: nothing was traced, which begins after {FIRST} steps of a start", flush=True)
+        if trace is None or steps <= 0:
             return
-        trace, self._trace = self._trace, None
-        trace.stop()
-        steps = self._steps - FIRST
         self._folder.mkdir(exist_ok=True)
         trace.export_chrome_trace(str(self._folder / "trace.json.gz"))
         order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"

@@ -59,26 +59,13 @@ def streams(encoder: Any, image: Tensor, residual: torch.dtype | None) -> tuple[
     return tokens, kinds
 
 
-LOST = pytest.mark.xfail(strict=True, reason="fp32 positions, added to bf16, make what blocks add to fp32 again")
-HALF = pytest.mark.xfail(strict=True, reason="nothing fp32 at the stem: bf16 adds in bf16")
-
-
-def cases(fault: pytest.MarkDecorator, names: set[str]) -> list[Any]:
-    assert names < TRANSFORMERS.keys()
-    return [pytest.param(name, marks=fault if name in names else ()) for name in TRANSFORMERS]
-
-
-BARE = {name for name in TRANSFORMERS if ("relative" in name or "none" in name) and ("mean" in name or "axial" in name)}
-LATE = {name for name in TRANSFORMERS if ("every" in name or "shared" in name) and "relative" not in name}
-
-
-@pytest.mark.parametrize("name", cases(HALF, BARE))
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_blocks_add_in_fp32_under_autocast(name: str):
     _, kinds = streams(made(TRANSFORMERS[name]), images(TRANSFORMERS[name]), None)
     assert kinds == {torch.float32}
 
 
-@pytest.mark.parametrize("name", cases(LOST, LATE))
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_blocks_add_in_bf16_where_that_is_said(name: str):
     encoder, image = made(TRANSFORMERS[name]), images(TRANSFORMERS[name])
     plain, _ = streams(encoder, image, None)

@@ -134,7 +134,6 @@ def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):
 
 
 @needs_onednn
-@pytest.mark.xfail(strict=True, reason="the mean-colour head of width 64 at 256 to 320 rows: torch's slow kernel")
 def test_what_torch_would_not_give_to_onednn_is_not_made_a_convolution(monkeypatch: pytest.MonkeyPatch):
     """torch computes a convolution of one image of up to 20,480 numbers by a kernel that is far slower than MKL."""
     monkeypatch.undo()

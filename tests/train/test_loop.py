@@ -17,9 +17,11 @@ from ssl_vit.data.samples import Data
 from ssl_vit.exits import CANNOT_CREATE, DATA, MISMATCH, PREEMPTED, USAGE, Refusal
 from ssl_vit.recipe import Finetune, Pretrain
 from ssl_vit.train import loop
+from ssl_vit.train.clock import PHASES
 from tests.conftest import TINY, draw_squares
 
-SPEEDS = {"images_per_second", "tflops", "data_wait"}
+SPEEDS = {"images_per_second", "tflops", "mfu", "mfu_data_sheet", "data_wait", "peak_memory_gib"}
+SPEEDS |= {f"time_{name}" for name in PHASES}  # of the clock, not of the run
 
 
 @pytest.fixture(autouse=True)
