@@ -61,7 +61,7 @@ def test_a_value_means_the_same_on_the_command_line_and_in_a_file(argument, key,
         ("steps=0", "steps: '0': it should be greater than or equal to 1"),
         ("optim.lr=fast", "optim.lr: 'fast': give a number, like 1e-3"),
         ("data.flip=maybe", "data.flip: 'maybe': give true or false"),
-        ("precision=fp64", "precision: 'fp64': it should be 'auto', 'fp32' or 'bf16'"),
+        ("precision=fp64", "precision: 'fp64': it should be 'auto', 'fp32', 'bf16' or 'bf16_residual'"),
         ("head.kind=colour", "head.kind: 'colour' is not one of 'mean_color', 'patch_colors',"),
         ("head.mix=0.5,0.1,0.1", "head: mix (0.5, 0.1, 0.1) does not add up to 1"),
         ("data=x", "data: 'x': it is a group of keys, give one of them"),
@@ -126,7 +126,7 @@ def test_help_names_every_key_with_its_meaning():
 KEYS = """
 fresh allow_change on_save_error check_every verify_step spike data.timeout
 steps batch micro_batch seed log_every save_every eval_every keep precision compile tracker quiet run dry_run init
-activation_checkpointing timeout world device.tflops device.memory_gb device.gpus_per_node device.network_gbps
+activation_checkpointing attention profile timeout world device.tflops device.memory_gb device.gpus_per_node device.network_gbps
 device.cores device.storage_gbs
 data.train data.val data.image_size data.crop_area data.flip data.eval_crop data.subset data.workers data.lanes
 data.reader data.cache data.cache_gb data.verify data.max_bad

@@ -22,7 +22,16 @@ from ssl_vit.train.environment import restarted
 
 # keys that may change from start to start: what they steer leaves the weights as they are, or goes on from them
 FREE = {"log_every", "save_every", "eval_every", "keep", "tracker", "quiet", "dry_run", "compile", "run", "world"}
-FREE |= {"micro_batch", "activation_checkpointing", "timeout", "data.workers", "data.train", "data.val"}
+FREE |= {
+    "micro_batch",
+    "activation_checkpointing",
+    "attention",
+    "profile",
+    "timeout",
+    "data.workers",
+    "data.train",
+    "data.val",
+}
 FREE |= {"data.cache", "data.cache_gb", "data.verify", "data.max_bad", "data.timeout"}
 FREE |= {"fresh", "allow_change", "on_save_error", "check_every", "verify_step"}
 FREE |= {"head.codebook"}  # where it lies: ssl_vit.codebook compares what is in it
@@ -33,7 +42,7 @@ SAFE |= {f"optim.{name}" for name in ("lr", "warmup_steps", "schedule", "drops",
 
 BEAT = 5.0  # seconds between two signs of life of a run's holder
 MADE = ("checkpoints", "metrics.jsonl", "numerics.jsonl", "tensorboard", "encoder", "results.json", "recipe.yaml")
-MADE += ("reconstruction.png", "exit.json", "bad_samples-*.jsonl", "sweep", "seed-*", "classifier", "report")
+MADE += ("profile", "reconstruction.png", "exit.json", "bad_samples-*.jsonl", "sweep", "seed-*", "classifier", "report")
 MADE += ("codebook.safetensors", "report.*", "predictions.*", ".predictions-*.npz", "per_class.csv", "confusion.csv")
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
