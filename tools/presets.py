@@ -45,6 +45,7 @@ def preset(options: step.Options) -> Iterator[Row]:
     yield from attention.measure(of(attention.Options, steps[0]).model_copy(update=heads(first)))
     for number, one in enumerate(steps):
         asked = {"levers": number == 0, "rivals": one.rivals and (number == 0 or not on_gpu())}
+        asked |= {} if number == 0 else {"compiled": False}  # which takes minutes
         yield from step.of_recipe(one.model_copy(update=asked))
     yield from loop.measure(of(loop.Options, steps[0]))
     if options.preset == "gpu":
