@@ -27,6 +27,7 @@ from ssl_vit import cost
 from ssl_vit.encoders import Encoder, TimmZoo, Vit
 from ssl_vit.encoders.vit import Transformer
 from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.train.attention import pin
 from ssl_vit.train.environment import Precision, on_gpu, uses_bf16
 
 GROWTH = 1.05  # that a doubled batch has to bring
@@ -79,6 +80,7 @@ def measure(options: Options) -> Iterator[Row]:
     """Rows of ours, and of timm's where it has the same model, for every encoder and size."""
     if min(options.sizes) < 1:
         raise Refusal(USAGE, "sizes: give numbers above 0, such as 224,384")
+    pin("auto")  # as trainings have it
     found = [chosen(name) for name in options.encoders or (ON_GPU if on_gpu() else ON_CPU)]
     if missing := [case.encoder.title for case in found if needs_timm(case.encoder) and not has_timm()]:
         if options.encoders:

@@ -22,8 +22,10 @@ Change = Callable[[Model], None]
 def levers(made: recipe.Recipe, model: Model, batch: Batch, output: Path) -> Rivals:
     """What builds our step with one thing changed, by what that is."""
 
+    fresh = copy.deepcopy(model)  # the given one may have been compiled when these are built
+
     def step(change: Change | None = None, **keys: Any) -> Step:
-        mine, asked = copy.deepcopy(model), made.model_copy(update=keys)
+        mine, asked = copy.deepcopy(fresh), made.model_copy(update=keys)
         if change is not None:
             change(mine)
         return ours(asked, mine, batch, output)
