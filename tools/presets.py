@@ -31,14 +31,13 @@ LARGEST = 2048  # images of ViT-B/16 that are to fit
 def preset(options: step.Options) -> Iterator[Row]:
     """The products, attention, the steps, of the first one every lever and the loop; on a GPU memory at the end.
 
-    Keys of the command line go for all of them, but for the models. Where there is no GPU, preset=gpu tries itself.
+    Keys of the command line go for all of them, but for those of models and of data other than data.train. Where there is no GPU, preset=gpu tries itself.
     """
     small = options.preset == "gpu" and not on_gpu()
     if small:
         print("preset=gpu without a GPU: the same at a small size, to see that it works", flush=True)
-    given = {name: getattr(options, name) for name in options.model_fields_set - {"preset", "base"}}
     words = [["recipe=mpp_demo", *TINY]] if small else STEPS[options.preset]
-    steps = [config.parse(step.Options, one, recipe.FOLDER).model_copy(update=given) for one in words]
+    steps = [with_keys(options, config.parse(step.Options, one, recipe.FOLDER)) for one in words]
     first, _, _ = recipe.resolve(steps[0])
     half, device = uses_bf16(first.precision), torch.device("cuda" if on_gpu() else "cpu")
     yield from rates(first, device, half, steps[0].rounds, steps[0].round_steps)
@@ -52,6 +51,13 @@ def preset(options: step.Options) -> Iterator[Row]:
         batches = {"batches": (2, 4), "most": 4} if small else {"batches": (256, LARGEST), "most": LARGEST}
         batches |= {"compiled_rivals": False}  # a minute for each batch of each
         yield from memory.measure(of(memory.Options, steps[0]).model_copy(update=batches))
+
+
+def with_keys(options: step.Options, one: step.Options) -> step.Options:
+    """A step of a preset with the keys of the command line that leave its model and the size of its images alone."""
+    groups = {"preset", "base", "data", "encoder", "head", "optim"}
+    given: dict[str, Any] = {name: getattr(options, name) for name in options.model_fields_set - groups}
+    return one.model_copy(update={**given, "data": one.data.model_copy(update={"train": options.data.train})})
 
 
 def heads(made: recipe.Recipe) -> dict[str, Any]:
