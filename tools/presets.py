@@ -31,7 +31,8 @@ LARGEST = 2048  # images of ViT-B/16 that are to fit
 def preset(options: step.Options) -> Iterator[Row]:
     """The products, attention, the steps, of the first one every lever and the loop; on a GPU memory at the end.
 
-    Keys of the command line go for all of them, but for those of models and of data other than data.train. Where there is no GPU, preset=gpu tries itself.
+    Keys of the command line go for all of them, but for those of models and of data other than data.train. Where there
+    is no GPU, preset=gpu tries itself.
     """
     small = options.preset == "gpu" and not on_gpu()
     if small:
