@@ -215,7 +215,8 @@ class DropPath(nn.Module):
         super().__init__()
         self.active = share > 0
         # a buffer: as a number it would be a constant of its graph, and each block one of its own
-        self.register_buffer("kept", torch.tensor(1 - share), persistent=False)
+        if self.active:
+            self.register_buffer("kept", torch.tensor(1 - share), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.active:

@@ -69,7 +69,10 @@ class Tracker:
                 flush=True,
             )
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
-        self._accelerator.log({_group(name): value for name, value in numbers.items()}, step=step)
+        try:
+            self._accelerator.log({_group(name): value for name, value in numbers.items()}, step=step)
+        except OSError as error:  # TensorBoard's, which names no file either
+            raise OSError(error.errno, error.strerror, error.filename or str(self._path.parent)) from error
         shown = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
         if self._bar is not None:
             self._bar.set_postfix(shown)
@@ -90,8 +93,11 @@ class Tracker:
         """Flush and end."""
         if self._bar is not None:
             self._bar.close()
-        for tracker in self._accelerator.trackers:
-            tracker.finish()
+        try:
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, error.filename or str(self._path.parent)) from error
 
 
 def _group(name: str) -> str:
