@@ -1,5 +1,6 @@
 """A start of a training tool: processes meet, hold the run, train what its recipe says, and tell how it ended."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def run(recipe: Recipe) -> int:
         if accelerator.is_main_process:
             folder.write_exit(0, "done")
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            error.filename = str(folder.folder)  # TensorBoard's thread and torch name no file
         if lost := watchdog.explain(error):
             folder.write_exit(lost.code, lost.message)
             leave(lost)

@@ -69,10 +69,7 @@ class Tracker:
                 flush=True,
             )
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
-        try:
-            self._accelerator.log({_group(name): value for name, value in numbers.items()}, step=step)
-        except OSError as error:  # TensorBoard's, which names no file either
-            raise OSError(error.errno, error.strerror, error.filename or str(self._path.parent)) from error
+        self._accelerator.log({_group(name): value for name, value in numbers.items()}, step=step)
         shown = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
         if self._bar is not None:
             self._bar.set_postfix(shown)
@@ -93,11 +90,8 @@ class Tracker:
         """Flush and end."""
         if self._bar is not None:
             self._bar.close()
-        try:
-            for tracker in self._accelerator.trackers:
-                tracker.finish()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, error.filename or str(self._path.parent)) from error
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
 
 
 def _group(name: str) -> str:
