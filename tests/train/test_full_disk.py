@@ -104,7 +104,7 @@ def test_a_disk_that_is_full(shards: Path, straight: dict[str, Any], tmp_path: P
         shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # type: ignore[assignment,attr-defined]
 
     def scene() -> None:
-        mount("-t", "tmpfs", "-o", "size=2300k", "none", run)
+        mount("-t", "tmpfs", "-o", "size=2150k", "none", run)
         steps = []
         for prepare in (lie, lambda: None):
             log.unlink(missing_ok=True)
