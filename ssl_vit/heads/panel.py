@@ -17,3 +17,9 @@ def grid(columns: list[Tensor], gap: int = 2) -> Tensor:
     cells = torch.nn.functional.pad(cells, (gap, 0, gap, 0), value=255)
     b, n, c, h, w = cells.shape
     return cells.permute(2, 0, 3, 1, 4).reshape(c, b * h, n * w)
+
+
+def cells(picture: Tensor, height: int, width: int, gap: int = 2) -> Tensor:
+    """What `grid` put side by side, uint8 [3, H, W] -> [B, columns, 3, height, width]."""
+    rows = picture.unflatten(2, (-1, gap + width)).unflatten(1, (-1, gap + height))  # [3, B, gap + h, columns, gap + w]
+    return rows.permute(1, 3, 0, 2, 4)[..., gap:, gap:]
