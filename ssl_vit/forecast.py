@@ -10,10 +10,10 @@ import torch
 from ssl_vit import cost
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.sequential import SequentialStream, Tars
-from ssl_vit.data.stream import TrainingStream
+from ssl_vit.data.stream import Share, TrainingStream
 from ssl_vit.gpus import Device
 from ssl_vit.model import Model, count_parameters
-from ssl_vit.scaling import GB, USABLE
+from ssl_vit.scaling import GB, HOST, USABLE
 from ssl_vit.traced import activations
 
 if TYPE_CHECKING:
@@ -118,16 +118,23 @@ def stored(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.nbytes + len(name) + HEADER for name, tensor in tensors.items())
 
 
-def hours(device: Device, flops: int, recipe: "Recipe", processes: int) -> Numbers:
-    """On so many GPUs of the kind that is asked for, and of some others, were they never to wait."""
-    mine = flops * recipe.batch * recipe.steps * trainings(recipe) / processes
+def hours(device: Device, flops: int, recipe: "Recipe", share: Share) -> Numbers:
+    """On so many GPUs of the kind that is asked for, and of some others, were they never to wait for data or network.
+
+    A step takes as long as its computation, or as launching its kernels where these are too small to fill a GPU.
+    """
+    mine = recipe.batch // share.world
+    launches = HOST * len(cost.blocks(recipe.encoder)) * (mine // share.micro_batch)
     kinds = {device.gpu: device}
     for name in SHOWN:
         kinds.setdefault(name, device.model_copy(update={"gpu": name, "tflops": None, "memory_gb": None}))
-    found = {name: one.seconds(mine, recipe.activation_checkpointing) / 3600 for name, one in kinds.items()}
-    return {
-        name: {"hours": found[name], "tflops": one.sustained, "memory_gb": one.gigabytes} for name, one in kinds.items()
-    }
+    found = {}
+    for name, one in kinds.items():
+        computed = one.seconds(flops * mine, recipe.activation_checkpointing)
+        whole = max(computed, launches) * recipe.steps * trainings(recipe) / 3600
+        kind = {"tflops": one.sustained, "memory_gb": one.gigabytes, "launches": launches > computed}
+        found[name] = {"hours": whole, **kind}
+    return found
 
 
 def fits(parts: dict[str, int], images: int, share: int, gigabytes: float) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -11,13 +12,14 @@ from ssl_vit.advice import planned
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.sequential import SequentialStream
 from ssl_vit.data.stream import Share, TrainingStream
+from ssl_vit.data.workers import default_workers
 from ssl_vit.durable import write_bytes
 from ssl_vit.encoders import Encoder, weights
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.forecast import Numbers
 from ssl_vit.model import Batch, Model
 from ssl_vit.recipe import Recipe, build, flops, sources, streamed
-from ssl_vit.rehearsal import rehearse
+from ssl_vit.rehearsal import rehearse, together
 from ssl_vit.scaling import USABLE
 from ssl_vit.sketch import SAMPLES, sketch
 from ssl_vit.train import environment
@@ -39,8 +41,10 @@ def preview(recipe: Recipe, tensors: weights.Weights | None, source: Encoder | N
     print(config.dump(recipe), flush=True)
     folder = Path(recipe.run)
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / "dry_run.png", sketch(recipe, model, first(stream, recipe)))
+    batch, data = first(stream, recipe)
+    write_bytes(folder / "dry_run.png", sketch(recipe, model, batch))
     found = numbers(recipe, model, stream, val, share)
+    found["here"]["loader"] = {"workers": workers_of(recipe), "images_per_second": 1 / data if data else None}
     plan = planned(recipe, model, train) if recipe.world is not None else []
     found["here"] |= here(recipe, model, found)  # spoils the model
     write_bytes(folder / "dry_run.json", (json.dumps(found, indent=1) + "\n").encode())
@@ -48,12 +52,21 @@ def preview(recipe: Recipe, tensors: weights.Weights | None, source: Encoder | N
     return 0
 
 
-def first(stream: TrainingStream | SequentialStream, recipe: Recipe) -> Batch:
-    """The first images of a training, as it takes them."""
+def first(stream: TrainingStream | SequentialStream, recipe: Recipe) -> tuple[Batch, float]:
+    """The first images of a training, as it takes them; and the seconds that a process takes to make one, or 0."""
     count = min(SAMPLES, recipe.batch)
     if isinstance(stream, SequentialStream):
-        return stream.first(count)
-    return stream.samples.batch(next(stream.keys(0, Share(micro_batch=count))))[0]
+        return stream.first(count), 0.0
+    keys = next(stream.keys(0, Share(micro_batch=count)))
+    stream.samples.batch(keys)  # opens, or fetches, shards
+    began = time.perf_counter()
+    batch, _ = stream.samples.batch(keys)
+    return batch, (time.perf_counter() - began) / count
+
+
+def workers_of(recipe: Recipe) -> int:
+    """Loader processes of a training process."""
+    return default_workers() if recipe.data.workers is None else recipe.data.workers
 
 
 def numbers(
@@ -67,7 +80,7 @@ def numbers(
     parts = on_gpu = forecast.memory(recipe, model, classes, micro, kind, bf16)
     if kind == "cpu":
         on_gpu = forecast.memory(recipe, model, classes, micro, "cuda", recipe.precision != "fp32")
-    hours = forecast.hours(device, flops(model), recipe, share.world)
+    hours = forecast.hours(device, flops(model), recipe, share)
     for of in hours.values():
         of["memory"] = forecast.fits(on_gpu, micro, mine, of["memory_gb"])
     threads = torch.get_num_threads()
@@ -96,10 +109,14 @@ def here(recipe: Recipe, model: Model, found: Numbers) -> Numbers:
     tried = rehearse(recipe, model, step["micro_batch"], held, each)
     if isinstance(tried, str):
         return {"tried": tried}
-    seconds = tried.step(step["micro_batches"])
-    length = found["length"]
+    loader, length, micros = found["here"]["loader"], found["length"], step["micro_batches"]
+    data = micros * step["micro_batch"] / loader["images_per_second"] if loader["images_per_second"] else 0.0
+    computed = tried.step(micros)
+    seconds = together(computed, data, loader["workers"])
     return {
         "seconds_a_step": seconds,
+        "computed": computed,
+        "data": data,
         "images_per_second": recipe.batch / seconds,
         "hours": seconds * length["steps"] * length["trainings"] / 3600,
         "images_tried": tried.images,

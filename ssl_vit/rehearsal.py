@@ -1,5 +1,6 @@
 """A few steps of a training on this machine, timed before it: what `fit` computes, on invented images."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -57,6 +58,17 @@ def rehearse(recipe: "Recipe", model: Model, micro: int, held: int, each: float)
         model.zero_grad()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def together(computed: float, data: float, workers: int) -> float:
+    """Seconds of a step, of those of its computation and those of making its images in one process.
+
+    Loader processes work beside the computation, and on a CPU share its cores; without any, it waits for each image.
+    """
+    if not workers:
+        return computed + data
+    shared = 0.0 if on_gpu() else (computed * torch.get_num_threads() + data) / len(os.sched_getaffinity(0))
+    return max(computed, data / workers, shared)
 
 
 def free() -> int:

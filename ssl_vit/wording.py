@@ -79,15 +79,20 @@ def _time(found: Numbers) -> list[str]:
     made = [row("time", f"{head}; a step takes {human(gpus['bytes']['sum'])}")]
     for place, (name, of) in enumerate(gpus["hours"].items()):
         given = " (device.tflops)" if place == 0 and gpus["tflops_given"] else ""
-        memory = f"{of['memory_gb']:g} GB: {of['memory']}"
-        made.append(row(f"  {name}", f"{span(of['hours']):>13} at {number(of['tflops'])} TFLOP/s{given}; {memory}"))
+        at = "launching kernels (assumed)" if of["launches"] else f"{number(of['tflops'])} TFLOP/s{given}"
+        made.append(row(f"  {name}", f"{span(of['hours']):>13} at {at}; {of['memory_gb']:g} GB: {of['memory']}"))
     if "hours" not in here:
         return [*made, row("  this machine", here["tried"])]
     rate = f"{number(here['images_per_second'])} images/s, {span(here['seconds_a_step'] / 3600)} a step"
-    rest = "" if here["images_tried"] == found["step"]["micro_batch"] else ", the rest by a straight line"
-    tried = f"tried with {here['images_tried']:,} images at once{rest}; without data and evaluation"
+    whole = found["step"]["micro_batch"]
+    tried = f"{here['images_tried']:,}{f' of {whole:,}' if here['images_tried'] < whole else ''} images"
     many = "this machine" if count == 1 else f"{count:,} of this one"
-    return [*made, row(f"  {many}", f"{span(here['hours']):>13} at {rate}"), row("", f"{'':>13} {tried}")]
+    made.append(row(f"  {many}", f"{span(here['hours']):>13} at {rate}; tried with {tried}; without evaluation"))
+    if not here["data"]:
+        return made
+    loader, waits = here["loader"], here["seconds_a_step"] > 1.1 * here["computed"]
+    text = f"{loader['workers']} at {number(loader['images_per_second'])} images/s each (data.workers)"
+    return [*made, row("  its loaders", f"{text}{'; the step waits for them' if waits else ''}")]
 
 
 def _disk(disk: Numbers) -> list[str]:
