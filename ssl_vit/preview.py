@@ -15,7 +15,7 @@ from ssl_vit.data.stream import Share, TrainingStream
 from ssl_vit.data.workers import default_workers
 from ssl_vit.durable import write_bytes
 from ssl_vit.encoders import Encoder, weights
-from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.exits import CANNOT_CREATE, USAGE, Refusal
 from ssl_vit.forecast import Numbers
 from ssl_vit.model import Batch, Model
 from ssl_vit.recipe import Recipe, build, flops, sources, streamed
@@ -39,8 +39,7 @@ def preview(recipe: Recipe, tensors: weights.Weights | None, source: Encoder | N
     model = build(recipe, len(train.classes), tensors, source, say=print)
     stream = streamed(train, recipe)
     print(config.dump(recipe), flush=True)
-    folder = Path(recipe.run)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made(Path(recipe.run))
     batch, data = first(stream, recipe)
     write_bytes(folder / "dry_run.png", sketch(recipe, model, batch))
     found = numbers(recipe, model, stream, val, share)
@@ -50,6 +49,15 @@ def preview(recipe: Recipe, tensors: weights.Weights | None, source: Encoder | N
     write_bytes(folder / "dry_run.json", (json.dumps(found, indent=1) + "\n").encode())
     print("\n".join([*lines(found, folder), *warnings(found), *plan]))
     return 0
+
+
+def made(folder: Path) -> Path:
+    """The run's folder, which is there now; raises Refusal(CANNOT_CREATE)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(CANNOT_CREATE, f"run={folder}: {error.strerror}; name another folder") from error
+    return folder
 
 
 def first(stream: TrainingStream | SequentialStream, recipe: Recipe) -> tuple[Batch, float]:

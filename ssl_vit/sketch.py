@@ -29,22 +29,31 @@ def sketch(recipe: "Recipe", model: Model, batch: Batch) -> bytes:
     shown, text = images(model, batch)
     height, width = shown.shape[1:]
     wide, high = max(NARROW, width + 2 * MARGIN), CURVE + TITLE + height + MARGIN
-    warm = f"after {recipe.optim.warmup_steps:,} steps of warm-up " if recipe.optim.warmup_steps else ""
-    title = f"learning rate: {recipe.optim.lr:g} at most, {warm}{recipe.optim.schedule}"
     made, axes = figure(wide / DPI, high / DPI)
     made.set_dpi(DPI)
-    at = sorted({round(place) for place in torch.linspace(0, recipe.steps - 1, min(POINTS, recipe.steps)).tolist()})
-    axes.plot(at, [recipe.optim.rate(step, recipe.steps) for step in at], marker="o" if len(at) < 20 else None)
+    draw(axes, recipe)
     axes.set_position([90 / wide, 1 - (CURVE - 50) / high, 1 - 130 / wide, (CURVE - 85) / high])
-    axes.set(xlabel="step", ylim=(0, None), xlim=(0, max(1, recipe.steps - 1)))
-    axes.set_title(title, fontsize=11, loc="left")
-    axes.ticklabel_format(axis="x", style="plain")
-    axes.grid(alpha=0.3)
     made.text(MARGIN / wide, (height + MARGIN + 10) / high, text, fontsize=11)
     made.figimage(shown.permute(1, 2, 0).numpy(), MARGIN, MARGIN)
     with io.BytesIO() as buffer:
         made.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
         return buffer.getvalue()
+
+
+def draw(axes: Any, recipe: "Recipe") -> None:
+    """The learning rate over all steps; of a sweep each."""
+    steps, optim, sweep = recipe.steps, recipe.optim, getattr(recipe, "sweep", None)
+    at = sorted({*range(0, steps, max(1, steps // POINTS)), steps - 1})
+    for lr in getattr(sweep, "lr", ()) or (optim.lr,):
+        one = optim.model_copy(update={"lr": lr})
+        marker = "o" if len(at) < 20 else None
+        axes.plot(at, [one.rate(step, steps) for step in at], marker=marker, label=f"{lr:g} at most")
+    warm = f", {optim.warmup_steps:,} steps of warm-up" if optim.warmup_steps else ""
+    axes.set_title(f"learning rate: {optim.schedule}{warm}", fontsize=11, loc="left")
+    axes.set(xlabel="step", ylim=(0, None), xlim=(0, max(1, steps - 1)))
+    axes.ticklabel_format(axis="x", style="plain")
+    axes.legend(fontsize=9)
+    axes.grid(alpha=0.3)
 
 
 def images(model: Model, batch: Batch) -> tuple[Tensor, str]:
@@ -59,8 +68,7 @@ def images(model: Model, batch: Batch) -> tuple[Tensor, str]:
         text += ", each beside its corruption: grey is masked, red has another patch's content, white is kept"
     tiles = [F.pad(resized(column), (GAP // 2, 0, 0, 0), value=255) for column in columns]
     tile = F.pad(torch.cat(tiles, dim=3), (GAP // 2, 0, 0, GAP), value=255)  # [B, 3, h, w]
-    across = max(1, WIDE // tile.shape[3])
-    across = next((n for n in range(across, across // 2, -1) if count % n == 0), across)  # rows of one length
+    across = max(1, min(8 // len(columns), WIDE // tile.shape[3]))
     tile = F.pad(tile, (0, 0, 0, 0, 0, 0, 0, -count % across), value=255)
     return tile.unflatten(0, (-1, across)).permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2), text
 
@@ -68,7 +76,7 @@ def images(model: Model, batch: Batch) -> tuple[Tensor, str]:
 def resized(image: Tensor) -> Tensor:
     """Images uint8 [B, 3, h, w] enlarged by a whole factor, or shrunk, to a size that can be looked at."""
     longest = max(image.shape[2:])
-    factor = max(1, LEAST // longest)
+    factor = max(1, round(LEAST / longest))
     if longest > MOST:
         size = [max(1, round(side * MOST / longest)) for side in image.shape[2:]]
         return F.interpolate(image.float(), size=size, mode="area").round().to(torch.uint8)

@@ -297,7 +297,7 @@ def test_each_image_stands_beside_its_corruption(height: int, width: int):
     assert torch.equal(columns[:, 0], batch["image"])
     shown, text = images(model, batch)
     assert "grey is masked" in text
-    image, seen = (torch.nn.functional.interpolate(one.float(), scale_factor=160 // max(height, width) or 1)
+    image, seen = (torch.nn.functional.interpolate(one.float(), scale_factor=max(1, round(160 / max(height, width))))
                    for one in columns[:1, :2].unbind(1))  # fmt: skip
     if max(height, width) <= 224:
         h, w = image.shape[2:]
