@@ -270,7 +270,7 @@ def test_a_trial_steps_as_a_training_does():
     assert not isinstance(found, str)
     assert found.images == 8
     assert found.peak is None
-    assert 0 < found.update < found.passes
+    assert min(found.update, found.passes) > 0
     assert set(norms) == {0.5}
     assert any(not torch.equal(before[name], value) for name, value in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -328,6 +328,8 @@ def test_a_dry_run_tells_all(shards: Path, tmp_path: Path, capsys: pytest.Captur
     assert found["flops"]["run"] == 480 * found["flops"]["image"]
     here, parts = found["here"], found["here"]["bytes"]
     assert parts["sum"] == sum(size for name, size in parts.items() if name != "sum")
+    assert here["data"] == pytest.approx(8 / here["loader"]["images_per_second"])
+    assert here["seconds_a_step"] == here["computed"] + here["data"], "there are no loader processes"
     assert here["hours"] == pytest.approx(30 * here["seconds_a_step"] / 3600)
     assert here["images_per_second"] == pytest.approx(16 / here["seconds_a_step"])
     assert f"\n  sum           {human(parts['sum']):>9} of " in said
