@@ -21,7 +21,7 @@ LEVELS = [
     {"evaluate"},
     {"train"},
     {"recipe", "advice", "runs", "pages", "outcome", "training", "tuning", "session", "codebook"},
-    {"bench", "frozen", "judging", "comparison", "evaluation", "prediction", "converted"},
+    {"bench", "frozen", "judging", "comparison", "evaluation", "prediction", "converted", "analysis", "portrait"},
 ]
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}
 HOMES = {"accelerate": {"train"}, "deepspeed": {"train"}, "webdataset": {"data"}, "timm": {"encoders", "heads", "data"}}
