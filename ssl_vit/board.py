@@ -24,12 +24,16 @@ def names(folders: Sequence[Path], root: Path | None = None) -> list[str]:
 
 
 def table(runs: dict[str, Standing], width: int | None = None, color: bool = False) -> Iterator[str]:
-    """A line for each run by name; cut at `width` signs where there is one."""
+    """A line for each run by name; cut at `width` signs where there is one, with what that hides of `why` below."""
     cells = [list(COLUMNS), *([name, *_cells(run)] for name, run in runs.items())]
     last = COLUMNS if any(run.why for run in runs.values()) else COLUMNS[:-1]
-    for line, run in zip(aligned(cells, [name in RIGHT for name in last], width), [None, *runs.values()], strict=True):
-        state = f"\033[{COLORS[run.state]}m{run.state}\033[0m" if run and color else None
-        yield line.replace(f"  {run.state}", f"  {state}", 1) if run and state else line
+    head, *lines = aligned(cells, [name in RIGHT for name in last], width)
+    yield head
+    for line, run in zip(lines, runs.values(), strict=True):
+        painted = f"  \033[{COLORS[run.state]}m{run.state}\033[0m"
+        yield line.replace(f"  {run.state}", painted, 1) if color else line
+    hidden = {name: run.why for line, (name, run) in zip(lines, runs.items(), strict=True) if line[-2:] == ".."}
+    yield from (f"{plain(name)}: {plain(why)}" for name, why in hidden.items() if width and why)
 
 
 def _cells(run: Standing) -> list[str]:

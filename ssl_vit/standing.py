@@ -157,8 +157,8 @@ def _state(folder: Path, results: dict[str, Any], step: int | None, steps: int |
         return ("running", who) if here or silent < SILENT else ("killed", f"{who}, silent for {age(silent)}")
     end = read(folder / "exit.json")
     if isinstance(code := end.get("code"), int):
-        known = {0: ("finished", ""), PREEMPTED: ("preempted", str(end.get("reason")))}
-        return known.get(code, ("failed", f"{end.get('reason')} ({code})"))
+        why = re.sub(r"^run=\S+: ", "", str(end.get("reason")))  # the name stands beside it
+        return {0: ("finished", ""), PREEMPTED: ("preempted", why)}.get(code, ("failed", f"{why} ({code})"))
     if results and (step is None or steps is None or step >= steps or "best" in results):
         return ("failed", str(results["diverged"])) if "diverged" in results else ("finished", "")
     # a part of a fine-tuning has no exit.json of its own

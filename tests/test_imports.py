@@ -20,7 +20,21 @@ LEVELS = [
     {"data"},
     {"evaluate"},
     {"train"},
-    {"recipe", "advice", "runs", "standing", "scores", "board", "overlay", "pages", "outcome", "training", "tuning", "session", "codebook"},
+    {
+        "recipe",
+        "advice",
+        "runs",
+        "standing",
+        "scores",
+        "board",
+        "overlay",
+        "pages",
+        "outcome",
+        "training",
+        "tuning",
+        "session",
+        "codebook",
+    },
     {"bench", "frozen", "judging", "comparison", "evaluation", "prediction", "converted"},
 ]
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}

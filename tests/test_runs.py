@@ -73,7 +73,7 @@ def test_the_command_lists_what_is_there_and_changes_nothing(run: Path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, capture_output=True, text=True, cwd=run.parent, env=env, timeout=60)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.split("\n")[0].split() == "run state step loss best images/s recipe why".split()
+    assert ended.stdout.split("\n")[0].split() == ["run", "state", "step", "loss", "best", "images/s", "recipe", "why"]
     lines = after_table(ended.stdout.splitlines(), run)
     assert lines[0].startswith(f"{run}  ")
     assert "killed" in lines[0]
