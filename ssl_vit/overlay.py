@@ -12,7 +12,8 @@ from ssl_vit.exits import CANNOT_CREATE, DATA, USAGE, Refusal
 from ssl_vit.scores import number
 
 PANELS = ("loss", "val_loss", "top1", "val_top1", "accuracy", "val_accuracy", "knn_top1", "images_per_second")
-BASELINES = {"unigram_entropy": "right", "uniform": "left"}  # and the side of their names, which are near each other
+BASELINES = {"uniform": "left", "variance": "left", "neighbour_loss": "center", "unigram_entropy": "right"}
+"""Names in rows, and where along the panel they are written: some are near each other."""
 LONGEST = 44  # signs of a name in the legend
 
 Rows = list[dict[str, Any]]
@@ -80,7 +81,7 @@ def _baselines(axes: Any, prefix: str, runs: dict[str, Rows]) -> None:
                 low = value
                 axes.axhline(value, color="grey", linestyle="--", linewidth=0.8, zorder=0)
                 text, place = f"{name.replace('_', ' ')} {value:.3g}", axes.get_yaxis_transform()
-                x = {"left": 0.01, "right": 0.99}[side]
+                x = {"left": 0.01, "center": 0.5, "right": 0.99}[side]
                 axes.text(x, value, text, transform=place, ha=side, va="bottom", fontsize=7, color="grey")
 
 

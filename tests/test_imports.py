@@ -20,22 +20,9 @@ LEVELS = [
     {"data"},
     {"evaluate"},
     {"train"},
-    {
-        "recipe",
-        "advice",
-        "runs",
-        "standing",
-        "scores",
-        "board",
-        "overlay",
-        "pages",
-        "outcome",
-        "training",
-        "tuning",
-        "session",
-        "codebook",
-    },
-    {"bench", "frozen", "judging", "comparison", "evaluation", "prediction", "converted"},
+    {"recipe", "advice", "pages", "outcome", "training", "tuning", "session", "codebook"},
+    {"runs", "standing", "scores", "board", "overlay"},
+    {"bench", "frozen", "judging", "comparison", "evaluation", "prediction", "converted", "analysis", "portrait"},
 ]
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}
 HOMES = {"accelerate": {"train"}, "deepspeed": {"train"}, "webdataset": {"data"}, "timm": {"encoders", "heads", "data"}}

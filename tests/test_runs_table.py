@@ -47,7 +47,7 @@ def logged(folder: Path, steps: range, seed: int, name: str = "val_loss") -> lis
     made = []
     for step in steps:
         row: dict[str, Any] = {"step": step, "loss": draw.uniform(1, 6), "images_per_second": draw.uniform(50, 5000)}
-        row |= {"unigram_entropy": 4.8, "uniform": math.log(512), "accuracy": draw.random()}
+        row |= {"unigram_entropy": 4.8, "uniform": math.log(512), "neighbour_loss": 3.5, "accuracy": draw.random()}
         if step % 4 == 0:
             row |= {name: draw.uniform(0, 1), "val_accuracy": draw.random(), "val_samples": 733}
             row |= {"val_unigram_entropy": 4.7, "val_uniform": math.log(512)}
@@ -423,16 +423,16 @@ def test_the_curves_are_the_rows(runs: Path):
             assert line.get_ydata().tolist() == [row[name] for row in rows]
         assert len({line.get_color() for line in curves}) == len(curves)
         dashed = sorted(line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--")
-        assert dashed == ([4.8, math.log(512)] if name == "loss" else [])
+        assert dashed == ([3.5, 4.8, math.log(512)] if name == "loss" else [])
         assert {text.get_text() for text in axes.texts} == (
-            {"unigram entropy 4.8", "uniform 6.24"} if dashed else set()
+            {"neighbour loss 3.5", "unigram entropy 4.8", "uniform 6.24"} if dashed else set()
         )
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(made)
     handles = [line.get_color() for line in legend.get_lines()]
     assert handles == [line.get_color() for line in panels["loss"].lines[:3]]
     alone = {axes.get_title(): axes for axes in overlay.drawn({"done": made["done"]}).axes}
-    assert [line.get_ydata()[0] for line in alone["val loss"].lines[1:]] == [4.7, math.log(512)]
+    assert [line.get_ydata()[0] for line in alone["val loss"].lines[1:]] == [math.log(512), 4.7]
 
 
 def test_a_gap_stays_a_gap_and_many_runs_have_many_colours(tmp_path: Path):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit.train.checkpoint import Tensors
+from ssl_vit.train.norms import squares
 from ssl_vit.train.optim import Optim
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ class Engine:
             self._prepared.step()
         self._prepared.zero_grad()
         return norm
+
+    def layers(self) -> dict[str, Tensor]:
+        """Of gradients and weights the sum of squares by layer, which adds up over processes; before a step."""
+        found = {f"_gradient/{n}": v for n, v in squares((n, p.grad) for n, p in self.parameters.items()).items()}
+        found |= {f"_weight/{n}": v for n, v in squares(self.parameters.items()).items()}
+        copies = torch.distributed.get_world_size() if self.replicated and torch.distributed.is_initialized() else 1
+        return {name: value / copies for name, value in found.items()}
 
     @property
     def replicated(self) -> bool:
@@ -107,6 +115,10 @@ class Zero(Engine):
         del clip
         norm = math.inf if self._zero.overflow else self.model.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.model.device)
+
+    def layers(self) -> dict[str, Tensor]:
+        """None: DeepSpeed keeps gradients flat and cut, and is through with them when `backward` returns."""
+        return {}
 
     @property
     def replicated(self) -> bool:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -26,6 +26,7 @@ from ssl_vit.train.average import Average
 from ssl_vit.train.distributed import Beat, StopSignal, from_main, silent, together, total
 from ssl_vit.train.engine import Engine, prepare
 from ssl_vit.train.environment import Precision, age, on_gpu, uses_bf16
+from ssl_vit.train.health import Health
 from ssl_vit.train.numbers import NOTHING, LeftOut, NumberWatch, RollBack, Spike, check_replicas, unrepeatable
 from ssl_vit.train.optim import Optim, set_rate
 from ssl_vit.train.outfit import cuts_layers, outfit, pin_attention
@@ -34,12 +35,16 @@ from ssl_vit.train.plugins import Asked
 from ssl_vit.train.profile import Profile
 from ssl_vit.train.run import Run
 from ssl_vit.train.state import on_main, resume
-from ssl_vit.train.tracker import Tracker, TrackerName, best_row, row_of
+from ssl_vit.train.tracker import Tracker, best_row, row_of
+from ssl_vit.train.trackers import TrackerName
 from ssl_vit.train.watch import DataWatch
 from ssl_vit.train.window import Window
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # 2.7 s, which --help does not wait for
+
+
+PANELS = 20  # pictures a run, where it is not said how often
 
 
 class Loop(Config):
@@ -94,8 +99,14 @@ class Loop(Config):
     timeout: float = Field(
         default=600, gt=0, description="seconds that processes wait for one another before all end, naming the missing"
     )
-    tracker: TrackerName = Field(default="tensorboard", description="where metrics go beside metrics.jsonl")
-    quiet: bool = Field(default=False, description="no progress")
+    panel_every: int | None = Field(
+        default=None, ge=1, description="steps between pictures of fixed images (none: twenty times a run)"
+    )
+    tracker: TrackerName = Field(
+        default="tensorboard",
+        description="where metrics go beside metrics.jsonl: files in the run; or wandb, which sends, and mlflow",
+    )
+    quiet: bool = Field(default=False, description="no progress; warnings stay")
     profile: bool = Field(
         default=False, description="trace a few steps: a table and a trace for ui.perfetto.dev in the run's profile/"
     )
@@ -138,7 +149,7 @@ class Task:
     stream: TrainingStream | SequentialStream
     optim: Optim
     evaluators: Sequence[Evaluator] = ()
-    panel: Batch | None = None  # a few fixed images to draw at every evaluation
+    panel: Batch | None = None  # a few fixed images to draw now and then
     flops: int = 0  # of training, an image
 
 
@@ -215,7 +226,8 @@ def fit(
     average = Average(engine, loop.average, state.average) if loop.average is not None else None
     del moments
     engine.model.register_forward_pre_hook(lambda *_: beat(f"step {run.step + 1}"))  # of an evaluation too
-    tracker = Tracker(accelerator, run.folder, run.step, loop.steps, loop.quiet)
+    health = Health(task.optim.warmup_steps)
+    tracker = Tracker(accelerator, run.folder, run.step, loop.steps, loop.quiet, health)
     data = task.stream
     watch = DataWatch(accelerator, data.faults, run.folder, data.epoch_samples, data.config.max_bad)
     numbers = NumberWatch(accelerator, run.folder, data.names, loop.spike, left_out, state.losses, state.skipped)
@@ -224,6 +236,8 @@ def fit(
     profile = Profile(run.folder / "profile") if loop.profile and accelerator.is_main_process and not again else None
     live = Live(*parts, owed=state.owed, saved=run.step, average=average, peak=peak, profile=profile)
     watch.resume(live.seen, *state.bad_samples)
+    if run.step and not again:
+        tracker.say(f"goes on from step {run.step:,} of {loop.steps:,}")
     row: dict[str, Any] = {}
     began, first = time.monotonic(), run.step
     try:
@@ -285,7 +299,8 @@ def advance(live: Live, batches: Iterator[Batch]) -> None:
     run, loop, task, engine = live.run, live.loop, live.task, live.engine
     set_rate(engine.optimizer.param_groups, task.optim.rate(run.step, loop.steps))
     number = live.numbers.left_out.batch(run.step)
-    loss, norm = update(live.accelerator, loop, task, engine, batches, live.window, run.step, live.beat, number)
+    parts = live.accelerator, loop, task, engine, batches, live.window, run.step, live.beat, number
+    loss, norm = update(*parts, layers=told(loop, run.step + 1))
     run.step += 1
     if live.average is not None:
         live.average.update(run.step)
@@ -294,7 +309,7 @@ def advance(live: Live, batches: Iterator[Batch]) -> None:
         live.profile.advance()
     inject.point("update", run.step)
     final = run.step == loop.steps
-    live.owed = judged(loop, run.step) or run.step % loop.log_every == 0
+    live.owed = told(loop, run.step)
     stopping = live.stop.agreed()
     due = stopping or final or run.step % loop.save_every == 0 or live.postponed
     live.watch.check(live.seen, wait=live.owed or due)
@@ -306,6 +321,8 @@ def advance(live: Live, batches: Iterator[Batch]) -> None:
         raise
     if engine.replicated and (due or run.step % loop.check_every == 0):
         check_replicas(live.accelerator, engine.parameters, run.step)
+    if task.panel is not None and drawn(loop, run.step):
+        draw(live, task.panel)
     live.postponed = due and bool(live.numbers.skipped) and not (stopping or final)
     if due and not live.postponed:
         save(live, must=stopping or final)
@@ -331,6 +348,16 @@ def judged(loop: Loop, step: int) -> bool:
     return step == loop.steps or (loop.eval_every is not None and step % loop.eval_every == 0)
 
 
+def told(loop: Loop, step: int) -> bool:
+    """Whether a step is followed by a row of metrics."""
+    return judged(loop, step) or step % loop.log_every == 0
+
+
+def drawn(loop: Loop, step: int) -> bool:
+    """Whether a step is followed by a picture."""
+    return step == loop.steps or step % (loop.panel_every or max(loop.log_every, -(-loop.steps // PANELS))) == 0
+
+
 def preempted(live: Live) -> Refusal:
     """The end after a signal; the checkpoint of this step is written."""
     text = f"stopped at step {live.run.step} of {live.loop.steps}; the same command goes on"
@@ -350,7 +377,7 @@ def tell(live: Live, left: float) -> dict[str, Any]:
             save(live, must=True)
         raise preempted(live) from None
     inject.point("row", run.step)
-    from_main(live.accelerator, lambda: live.tracker.row(row, left), live.beat)
+    from_main(live.accelerator, lambda: live.tracker.row(row, live.window.labels, left), live.beat)
     live.window, live.owed = Window(), False
     return row
 
@@ -379,8 +406,9 @@ def update(
     step: int,
     beat: Beat = silent,
     number: int = 0,
+    layers: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step over its micro batches, of the stream's batch of this number.
+    """One optimizer step over its micro batches, of the stream's batch of this number; with norms by layer, if asked.
 
     Returns this process's mean loss, and the global gradient norm.
     """
@@ -405,6 +433,7 @@ def update(
             if accelerator.sync_gradients:
                 inject.point("weights", step + 1, engine.parameters)
                 with phase("update"):
+                    window.add(engine.layers() if layers else {})
                     norm = engine.step(task.optim.clip)
                 fine = norm.isfinite()
                 safe = torch.where(fine, norm, torch.zeros_like(norm))
@@ -412,8 +441,18 @@ def update(
     return torch.stack(losses).mean(), norm
 
 
+@contextmanager
+def judging(live: Live) -> Iterator[None]:
+    """The wrapped model in eval mode, with the averaged weights where there are some."""
+    model, averaged = live.engine.model, live.average.in_place() if live.average is not None else nullcontext()
+    model.eval()
+    with torch.no_grad(), averaged:
+        yield
+    model.train()
+
+
 def evaluate(live: Live) -> dict[str, float]:
-    """Every evaluator's values under `val_`, and the panel's picture, by the wrapped model in eval mode.
+    """Every evaluator's values under `val_`.
 
     Raises Interrupted, on all processes after the same batch, where the run is to stop.
     """
@@ -424,18 +463,18 @@ def evaluate(live: Live) -> dict[str, float]:
             raise Interrupted
 
     values: dict[str, float] = {}
-    model, panel = live.engine.model, live.task.panel
-    model.eval()
-    averaged = live.average.in_place() if live.average is not None else nullcontext()
-    with torch.no_grad(), averaged:
+    with judging(live):
         for evaluator in live.task.evaluators:
-            values |= {f"val_{name}": value for name, value in evaluator.run(model, between)}
-        picture = model(panel, panel=True) if panel is not None else None
-    model.train()
-    if picture is not None:
-        show = partial(live.tracker.picture, "reconstruction", picture, live.run.step, live.run.folder)
-        from_main(live.accelerator, show, live.beat)
+            values |= {f"val_{name}": value for name, value in evaluator.run(live.engine.model, between)}
     return values
+
+
+def draw(live: Live, panel: Batch) -> None:
+    """The picture of the fixed images; all processes take part."""
+    with judging(live):
+        picture = live.engine.model(panel, panel=True)
+    show = partial(live.tracker.picture, "reconstruction", picture, live.run.step, live.run.folder)
+    from_main(live.accelerator, show, live.beat)
 
 
 def save(live: Live, must: bool) -> None:
