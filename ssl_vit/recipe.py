@@ -29,8 +29,8 @@ from ssl_vit.heads.transfer import Transfer
 from ssl_vit.model import Batch, Model, count_parameters
 from ssl_vit.scaling import Device
 from ssl_vit.train.environment import uses_bf16, world
-from ssl_vit.train.loop import Loop
 from ssl_vit.train.optim import AdamW, Optim, Sgd
+from ssl_vit.train.pace import Loop
 from ssl_vit.train.run import SAFE
 from ssl_vit.train.tracker import write_png
 
