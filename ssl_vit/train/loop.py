@@ -315,8 +315,11 @@ def update(
             if accelerator.sync_gradients:
                 inject.point("weights", step + 1, engine.parameters)
                 with phase("update"):
-                    window.add(engine.layers() if layers else {})
+                    if layers:
+                        window.add({f"_gradient/{layer}": value for layer, value in engine.gradient_squares().items()})
                     norm = engine.step(task.optim.clip)
+                if layers:
+                    window.add({f"_weight/{layer}": value for layer, value in engine.weight_squares().items()})
                 fine = norm.isfinite()
                 safe = torch.where(fine, norm, torch.zeros_like(norm))
                 window.add({"_norm": safe, "_skipped": (~fine).float(), "_updates": torch.ones_like(norm)})
