@@ -23,7 +23,7 @@ from ssl_vit.rehearsal import rehearse, together
 from ssl_vit.scaling import USABLE
 from ssl_vit.sketch import SAMPLES, sketch
 from ssl_vit.train import environment
-from ssl_vit.train.loop import shared
+from ssl_vit.train.pace import shared
 from ssl_vit.wording import lines, warnings
 
 

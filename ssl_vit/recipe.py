@@ -26,8 +26,8 @@ from ssl_vit.heads.mean_color import MeanColor
 from ssl_vit.heads.transfer import Transfer
 from ssl_vit.model import Batch, Model
 from ssl_vit.train.environment import world
-from ssl_vit.train.loop import Loop
 from ssl_vit.train.optim import AdamW, Optim, Sgd
+from ssl_vit.train.pace import Loop
 from ssl_vit.train.run import SAFE
 
 FOLDER = Path(__file__).parent.parent / "recipes"

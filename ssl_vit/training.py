@@ -12,7 +12,7 @@ from ssl_vit.encoders import Encoder, classified, weights
 from ssl_vit.evaluate.accuracy import Evaluator, HeldOut
 from ssl_vit.evaluate.metrics import Predictions
 from ssl_vit.evaluate.online import Probe
-from ssl_vit.model import Model, read_out
+from ssl_vit.model import Model, count_parameters, read_out
 from ssl_vit.outcome import finish, keep_predictions
 from ssl_vit.recipe import (
     Finetune,
@@ -28,8 +28,9 @@ from ssl_vit.recipe import (
     streamed,
 )
 from ssl_vit.train.distributed import from_main, total
-from ssl_vit.train.loop import Task, fit, shared
+from ssl_vit.train.loop import Task, fit
 from ssl_vit.train.numbers import NOTHING, RollBack
+from ssl_vit.train.pace import shared
 from ssl_vit.train.run import Run
 from ssl_vit.train.startup import on_each_machine
 from ssl_vit.train.watchdog import Watchdog
@@ -46,6 +47,7 @@ class Session:
     watchdog: Watchdog
     tensors: weights.Weights | None
     source: Encoder | None
+    introduced: bool = False  # what is trained was told, of the first of several trainings
 
 
 def train(session: Session, recipe: Recipe, folder: Run) -> dict[str, Any]:
@@ -61,6 +63,10 @@ def train(session: Session, recipe: Recipe, folder: Run) -> dict[str, Any]:
     from_main(accelerator, lambda: codebook.keep(recipe.head, folder.folder), beat)
     while row is None:
         model = build(recipe, len(data.classes), session.tensors, session.source, say)
+        if left_out is NOTHING:
+            lines = introduction(recipe, model, data, val, accelerator)
+            say("\n".join(lines[: 1 if session.introduced else None]))
+            session.introduced = True
         if kept_head(recipe):
             classified.read_classifier(recipe.init)[1].fill(model.head.layers[0], data.classes, recipe.init)
         task = _task(session, recipe, model, data, val, probed, share, folder)
@@ -73,6 +79,34 @@ def train(session: Session, recipe: Recipe, folder: Run) -> dict[str, Any]:
     inject.point("finish")
     judged_on = val or (data if recipe.data.hold_out and isinstance(data, Manifest) else None)
     return from_main(accelerator, lambda: finish(recipe, folder, row, data, judged_on, session.tensors), beat)
+
+
+def introduction(
+    recipe: Recipe, model: Model, data: Manifest | Tars, val: Manifest | None, accelerator: "Accelerator"
+) -> list[str]:
+    """What is about to be trained, on what, for how long and by whom."""
+    size = f"{count_parameters(model) / 1e6:,.1f} M parameters, {flops(model) / 1e9:,.2f} GFLOP an image and step"
+    images = f"{recipe.steps:,} steps of {recipe.batch:,} images"
+    if isinstance(data, Manifest):
+        images += f", {recipe.steps * recipe.batch / max(1, data.samples):,.1f} epochs"
+        samples = f"{data.name}: {data.samples:,} samples in {len(data.shards):,} shards"
+    else:
+        samples = data.name
+    judged = f"; judged on {val.name}: {val.samples:,}" if val is not None else ""
+    world, micro = accelerator.num_processes, recipe.micro(accelerator.num_processes)
+    pieces = recipe.batch // world // micro
+    each = f"{micro:,} images" if pieces == 1 else f"{pieces:,} times {micro:,} images"
+    metrics = "metrics.jsonl" if recipe.tracker == "none" else f"metrics.jsonl, {recipe.tracker}"
+    if recipe.tracker == "tensorboard":
+        metrics += f" (tensorboard --logdir {recipe.run})"
+    lines = {
+        "run": f"{recipe.run}: {metrics}",
+        "model": f"{recipe.encoder.title}, {recipe.head.kind}: {size}",
+        "data": samples + judged,
+        "length": images,
+        "machine": f"{world} process{'es' * (world > 1)} on {accelerator.device.type}, {each} each a step",
+    }
+    return [f"{name:<9}{text}" for name, text in lines.items()]
 
 
 def _task(

@@ -18,8 +18,9 @@ from ssl_vit.train import loop
 from ssl_vit.train.attention import check_gradients, pin
 from ssl_vit.train.engine import prepare
 from ssl_vit.train.launch import start
-from ssl_vit.train.loop import Loop, Task, Window, update
+from ssl_vit.train.loop import Task, Window, update
 from ssl_vit.train.outfit import outfit
+from ssl_vit.train.pace import Loop
 from tests.train.test_engines import BIN, ENGINES, launched
 from tests.train.test_engines import rows as training_rows
 from tests.train.test_loop import StopAfter, fresh_accelerate  # noqa: F401 - a fixture

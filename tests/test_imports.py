@@ -20,9 +20,10 @@ LEVELS = [
     {"data"},
     {"evaluate"},
     {"train"},
-    {"recipe", "advice", "runs", "pages", "outcome", "training", "tuning", "session", "codebook"}
+    {"recipe", "advice", "pages", "outcome", "training", "tuning", "session", "codebook"}
     | {"preview", "forecast", "rehearsal", "sketch", "wording"},
-    {"bench", "frozen", "judging", "comparison", "evaluation", "prediction", "converted"},
+    {"runs", "standing", "scores", "board", "overlay"},
+    {"bench", "frozen", "judging", "comparison", "evaluation", "prediction", "converted", "analysis", "portrait"},
 ]
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}
 HOMES = {"accelerate": {"train"}, "deepspeed": {"train"}, "webdataset": {"data"}, "timm": {"encoders", "heads", "data"}}

@@ -40,12 +40,26 @@ class AxialAttention(Attention):
     columns: bool
 
     def forward(self, x: Tensor, shared: Tensor | None = None, select: Tensor | None = None) -> Tensor:
-        x = x.unflatten(1, self.grid)
-        x = x.transpose(1, 2) if self.columns else x
+        x = self._lines(x)
         lines = x.shape[:2]
         x = super().forward(x.flatten(0, 1), shared).unflatten(0, lines)
         x = (x.transpose(1, 2) if self.columns else x).flatten(1, 2)
         return x if select is None else at(x, select)
+
+    def _lines(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, D] -> [B, lines, tokens of a line, D]."""
+        x = x.unflatten(1, self.grid)
+        return x.transpose(1, 2) if self.columns else x
+
+    def maps(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
+        """What each patch takes from each, float [B, heads, N, N]; nothing from outside of its line."""
+        x = self._lines(x)
+        count, lines, length = x.shape[:3]
+        within = super().maps(x.flatten(0, 1), shared).unflatten(0, (count, lines))  # [B, L, heads, S, S]
+        whole = within.new_zeros(count, within.shape[2], lines, length, lines, length)
+        whole.diagonal(dim1=2, dim2=4).copy_(within.permute(0, 2, 3, 4, 1))
+        whole = whole.permute(0, 1, 3, 2, 5, 4) if self.columns else whole
+        return whole.flatten(4, 5).flatten(2, 3)
 
 
 class AxialEncoder(VitEncoder):

@@ -186,10 +186,21 @@ class Attention(nn.Module):
             made = F.scaled_dot_product_attention(*self.qkv(x, select))
         else:  # written out: fused kernels take a mask slowly, and cuDNN some wrongly (pytorch#196678)
             q, k, v = self.qkv(x)
-            logits = q @ k.transpose(2, 3) + positions.relative_logits(q, offsets, self.prefix)
-            made = (logits.float() / math.sqrt(q.shape[3])).softmax(3).to(v.dtype) @ v
+            made = self.shares(q, k, offsets).to(v.dtype) @ v
         made = self.proj(made.transpose(1, 2).flatten(2))
         return made if select is None or offsets is None else at(made, select)
+
+    def shares(self, q: Tensor, k: Tensor, offsets: Tensor | None) -> Tensor:
+        """What each token takes from each, float [B, heads, T, T]; every row adds up to 1."""
+        logits = q @ k.transpose(2, 3)
+        if offsets is not None:
+            logits = logits + positions.relative_logits(q, offsets, self.prefix)
+        return (logits.float() / math.sqrt(q.shape[3])).softmax(3)
+
+    def maps(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
+        """The same of what this layer is given [B, T, D], for those who look inside; training takes fused kernels."""
+        q, k, _ = self.qkv(x)
+        return self.shares(q, k, shared if self.offsets is None else self.offsets)
 
 
 class Mlp(nn.Module):

@@ -78,7 +78,11 @@ class Page:
         """A matplotlib figure."""
         with io.BytesIO() as buffer:
             figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-            self.pictures[f"{name}.png"] = buffer.getvalue()
+            self.image(name, what, buffer.getvalue())
+
+    def image(self, name: str, what: str, png: bytes) -> None:
+        """A picture as it is."""
+        self.pictures[f"{name}.png"] = png
         self.parts.append(f"![{plain(what)}](report/{name}.png)")
 
     def write(self, folder: Path) -> None:

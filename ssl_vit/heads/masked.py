@@ -114,17 +114,44 @@ class MaskedHead(nn.Module):
     def forward(self, encoder: Encoder, batch: Batch) -> Output:
         """The mean cost of every corrupted patch, the swapped and the kept ones included."""
         plan, target, made = self.predict(encoder, batch)
-        loss, rest = self.cost(made, chosen(target, plan.index))
-        valid = batch["valid"]
+        target, valid = chosen(target, plan.index), batch["valid"]
+        loss, rest = self.cost(made, target)
         with torch.no_grad():
-            sums = {"loss": (loss * valid).sum(), **rest(valid)}
+            copied = chosen(self.flat(encoder, self.neighbours(batch["image"], plan.index)), plan.index)
+            sums = {"loss": (loss * valid).sum(), **rest(valid), "copied": self.copied(copied, target, valid)}
         return Output(mean_over(valid, loss), sums, valid.sum())
+
+    def neighbours(self, image: Tensor, index: Tensor) -> Tensor:
+        """The mean colour of the visible patches around each corrupted one: uint8 [B, C, rows, columns].
+
+        A baseline that learns nothing (paper.md 2.4). Of the eight around it, those that are not corrupted; where all
+        are, as within rectangles, colours go inwards from the border; where nothing is visible it is grey.
+        """
+        color = F.avg_pool2d(image.float(), self.patch)
+        seen = torch.ones_like(color[:, 0]).flatten(1).scatter(1, index, 0.0).view_as(color[:, :1])
+        known = torch.cat([color * seen, seen], dim=1)
+        for _ in range(max(self.grid) // 2 if self.config.blocks else self.config.unit):
+            around = F.avg_pool2d(known, 3, stride=1, padding=1)
+            around = torch.cat([around[:, :-1] / around[:, -1:].clamp(min=0.1), (around[:, -1:] > 0).float()], dim=1)
+            known = torch.where(known[:, -1:] > 0, known, around)
+        whole = (color * seen).sum((2, 3), keepdim=True) / seen.sum((2, 3), keepdim=True).clamp(min=1)
+        whole = torch.where(seen.sum((2, 3), keepdim=True) > 0, whole, 127.5)
+        return torch.where(known[:, -1:] > 0, known[:, :-1], whole).round().to(torch.uint8)
+
+    def flat(self, encoder: Encoder, color: Tensor) -> Tensor:
+        """The target [B, N, ...] of patches of one colour each: uint8 [B, C, rows, columns]."""
+        return self.target(encoder, color.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3))
+
+    def copied(self, copied: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """What `report` needs to know of targets [B, K, ...] that were copied from the neighbours."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def panel(self, encoder: Encoder, batch: Batch) -> Tensor:
-        """A picture, one row an image: input, input as corrupted, true targets, predicted targets; uint8 [3, h, w].
+        """A picture, one row an image: input, as corrupted, predicted and true targets, error; uint8 [3, h, w].
 
-        Masked patches are grey, swapped ones show the patch they got, framed in red, kept ones are framed in white.
+        Masked patches are grey, swapped ones show the patch they got, framed in red, kept ones are framed in white. The
+        error is the mean difference of the channels as a grey; where nothing was predicted it is black.
         """
         image, side = batch["image"], self.patch
         plan, target, made = self.predict(encoder, batch)
@@ -144,7 +171,10 @@ class MaskedHead(nn.Module):
         def drawn(blocks: Tensor) -> Tensor:
             return F.fold(blocks.float(), image.shape[2:], side, stride=side).round().clamp(0, 255).to(torch.uint8)
 
-        return grid([image, *map(drawn, (seen, self.paint(encoder, image, target), self.paint(encoder, image, guess)))])
+        made, true = (self.paint(encoder, image, one).float() for one in (guess, target))
+        error = (made.clamp(0, 255) - true).abs().unflatten(1, (-1, side * side)).mean(1, keepdim=True)
+        error = error.expand(-1, image.shape[1], -1, -1).flatten(1, 2)
+        return grid([image, *map(drawn, (seen, made, true, error))])
 
 
 class ColorHead(MaskedHead):
@@ -167,23 +197,44 @@ class ColorHead(MaskedHead):
 
         return loss, rest
 
+    def copied(self, copied: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """A histogram [classes] of the targets that are as their neighbours."""
+        right = (copied == target) & valid.view(-1, *[1] * (target.ndim - 1))
+        return torch.zeros(self.classes, device=target.device).scatter_add_(
+            0, target.flatten(), right.flatten().float()
+        )
+
     def guess(self, made: Tensor) -> Tensor:
         return made.unflatten(2, (self.cells, self.classes)).argmax(3)
 
     def report(self, sums: Sums, weight: float) -> dict[str, float]:
-        """Loss and accuracy, and beside them what a blind guess costs: uniform, and by the labels' frequencies.
+        """Loss and accuracy, and beside them what it costs to guess: uniformly, by the labels' frequencies, by copying.
 
         `top_label` is the share of the commonest label: near 1 there is nothing to learn.
         """
-        share = sums["histogram"].double() / sums["histogram"].sum()
+        number = sums["histogram"].double().sum()
+        share, copied = sums["histogram"].double() / number, sums["copied"].double() / number
         entropy = -(share * share.clamp(min=1e-12).log()).sum()
         return {
             "loss": float(sums["loss"]) / weight,
             "accuracy": float(sums["accuracy"]) / weight,
             "unigram_entropy": float(entropy),
+            "neighbour_loss": copying(share, copied),
+            "neighbour_accuracy": float(copied.sum()),
             "uniform": math.log(self.classes),
             "top_label": float(share.max()),
         }
+
+
+def copying(share: Tensor, copied: Tensor) -> float:
+    """The cross-entropy of who says the neighbours' class with probability p, and else goes by frequency; the best p.
+
+    Of each class [classes] `share` is how often it is, `copied` how often it is and the neighbours say so too.
+    """
+    p = torch.linspace(0, 0.99, 100, dtype=share.dtype, device=share.device)[:, None]
+    frequency = share.clamp(min=1e-12)
+    costs = copied * (p + (1 - p) * frequency).log() + (share - copied) * ((1 - p) * frequency).log()
+    return float(-costs.sum(1).max())
 
 
 def wide(index: Tensor, target: Tensor) -> Tensor:

@@ -56,6 +56,10 @@ class MeanColorHead(ColorHead):
         """The class of each patch [B, N, 1]."""
         return labels(image, self.patch, self.bits)[:, :, None]
 
+    def flat(self, encoder: Encoder, color: Tensor) -> Tensor:
+        """The class of each colour [B, N, 1]."""
+        return labels(color, 1, self.bits)[:, :, None]
+
     def paint(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
         """Flat patches."""
         return colors(target[:, :, 0], self.bits).transpose(1, 2).repeat_interleave(self.patch**2, 1)

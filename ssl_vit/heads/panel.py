@@ -1,7 +1,12 @@
 """Small pictures made of tensors."""
 
+import io
+
 import torch
+from PIL import Image
 from torch import Tensor
+
+LEGIBLE = 96  # pixels of an image's longer side
 
 
 def outline(side: int, device: torch.device) -> Tensor:
@@ -12,8 +17,13 @@ def outline(side: int, device: torch.device) -> Tensor:
 
 
 def grid(columns: list[Tensor], gap: int = 2) -> Tensor:
-    """Columns of images, each uint8 [B, 3, h, w], side by side and one row an image -> uint8 [3, H, W]."""
+    """Columns of images, each uint8 [B, 3, h, w], side by side and one row an image -> uint8 [3, H, W].
+
+    Small images are drawn larger, each pixel as a square.
+    """
     cells = torch.stack(columns, dim=1)  # [B, columns, 3, h, w]
+    times = max(1, LEGIBLE // max(cells.shape[3:]))
+    cells = cells.repeat_interleave(times, 3).repeat_interleave(times, 4)
     cells = torch.nn.functional.pad(cells, (gap, 0, gap, 0), value=255)
     b, n, c, h, w = cells.shape
     return cells.permute(2, 0, 3, 1, 4).reshape(c, b * h, n * w)
@@ -21,5 +31,13 @@ def grid(columns: list[Tensor], gap: int = 2) -> Tensor:
 
 def cells(picture: Tensor, height: int, width: int, gap: int = 2) -> Tensor:
     """What `grid` put side by side, uint8 [3, H, W] -> [B, columns, 3, height, width]."""
-    rows = picture.unflatten(2, (-1, gap + width)).unflatten(1, (-1, gap + height))  # [3, B, gap + h, columns, gap + w]
-    return rows.permute(1, 3, 0, 2, 4)[..., gap:, gap:]
+    times = max(1, LEGIBLE // max(height, width))
+    rows = picture.unflatten(2, (-1, gap + times * width)).unflatten(1, (-1, gap + times * height))
+    return rows.permute(1, 3, 0, 2, 4)[..., gap::times, gap::times]  # [3, B, h, columns, w] before
+
+
+def png(image: Tensor) -> bytes:
+    """A picture uint8 [3, h, w] as a PNG."""
+    with io.BytesIO() as buffer:
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, "PNG")
+        return buffer.getvalue()

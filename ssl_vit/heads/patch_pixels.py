@@ -51,13 +51,21 @@ class PatchPixelsHead(MaskedHead):
 
         return loss, rest
 
+    def copied(self, copied: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """The squared error of the neighbours' mean colour."""
+        return ((copied - target).square().flatten(1).mean(1) * valid).sum()
+
     def guess(self, made: Tensor) -> Tensor:
         return made
 
     def report(self, sums: Sums, weight: float) -> dict[str, float]:
-        """The loss, and beside it what one grey for all pixels costs."""
+        """The loss, and beside it what it costs to guess one grey for all pixels, or the neighbours' mean colour."""
         mean = float(sums["sum"]) / weight
-        return {"loss": float(sums["loss"]) / weight, "variance": float(sums["square"]) / weight - mean**2}
+        return {
+            "loss": float(sums["loss"]) / weight,
+            "variance": float(sums["square"]) / weight - mean**2,
+            "neighbour_loss": float(sums["copied"]) / weight,
+        }
 
     def paint(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
         """The pixels themselves; of normalised ones with the true patch's mean and deviation, as MAE shows them."""

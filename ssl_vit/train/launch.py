@@ -19,9 +19,11 @@ import yaml
 
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.family import launcher_words
+from ssl_vit.train import trackers
 from ssl_vit.train.attention import pin
 from ssl_vit.train.environment import flag, on_gpu, world
 from ssl_vit.train.plugins import Asked, agree, allow_fsdp_on_cpu, environment_claims, plugins
+from ssl_vit.train.trackers import TrackerName
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,10 +31,11 @@ if TYPE_CHECKING:
 GRACE = 60.0  # seconds that the watchdog has to name who is missing, before the collective itself gives up
 
 
-def start(asked: Asked, tracker: str, folder: Path) -> "Accelerator":
+def start(asked: Asked, tracker: TrackerName, folder: Path) -> "Accelerator":
     """Accelerate's handle on device and processes; Refusal(USAGE) for set-ups that would train something else."""
     _check_launch_file()
     _check_machine()
+    trackers.check(tracker)
     from accelerate import Accelerator
     from accelerate.utils import (
         DistributedDataParallelKwargs,

@@ -21,7 +21,19 @@ from ssl_vit.exits import CANNOT_CREATE, DISK, MISMATCH, Refusal, verdict
 from ssl_vit.train.environment import restarted
 
 # keys that may change from start to start: what they steer leaves the weights as they are, or goes on from them
-FREE = {"log_every", "save_every", "eval_every", "keep", "tracker", "quiet", "dry_run", "compile", "run", "world"}
+FREE = {
+    "log_every",
+    "save_every",
+    "eval_every",
+    "panel_every",
+    "keep",
+    "tracker",
+    "quiet",
+    "dry_run",
+    "compile",
+    "run",
+    "world",
+}
 FREE |= {
     "micro_batch",
     "activation_checkpointing",
@@ -42,7 +54,19 @@ SAFE |= {f"optim.{name}" for name in ("lr", "warmup_steps", "schedule", "drops",
 
 BEAT = 5.0  # seconds between two signs of life of a run's holder
 MADE = ("checkpoints", "metrics.jsonl", "numerics.jsonl", "tensorboard", "encoder", "results.json", "recipe.yaml")
-MADE += ("profile", "reconstruction.png", "exit.json", "bad_samples-*.jsonl", "sweep", "seed-*", "classifier", "report")
+MADE += (
+    "profile",
+    "mlruns",
+    "mlflow_run",
+    "wandb",
+    "reconstruction.png",
+    "exit.json",
+    "bad_samples-*.jsonl",
+    "sweep",
+    "seed-*",
+    "classifier",
+    "report",
+)
 MADE += ("codebook.safetensors", "report.*", "predictions.*", ".predictions-*.npz", "per_class.csv", "confusion.csv")
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -198,8 +222,7 @@ class Run:
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json."""
-        finite = {name: none_for_nan(value) for name, value in results.items()}
-        write_bytes(self.folder / "results.json", (json.dumps(finite, indent=1) + "\n").encode())
+        write_bytes(self.folder / "results.json", (json.dumps(none_for_nan(results), indent=1) + "\n").encode())
 
 
 def holder(folder: Path) -> str | None:
@@ -218,4 +241,6 @@ def holder(folder: Path) -> str | None:
 
 def none_for_nan(value: Any) -> Any:
     """JSON has no NaN: null stands for it."""
+    if isinstance(value, dict):
+        return {name: none_for_nan(one) for name, one in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,39 +1,47 @@
-"""What a run tells while it trains: metrics.jsonl, TensorBoard by Accelerate, a progress bar."""
+"""What a run tells while it trains: metrics.jsonl, a tracker's curves and pictures, a progress bar, warnings."""
 
-import io
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_vit.durable import write_bytes
+from ssl_vit.durable import named, write_bytes
+from ssl_vit.heads.panel import png
+from ssl_vit.train import trackers
+from ssl_vit.train.health import Health
 from ssl_vit.train.run import none_for_nan
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-TrackerName = Literal["tensorboard", "none"]
-COLLAPSED = 0.9  # share of the commonest label from which on its prediction teaches nothing
-SHOWN = ("loss", "accuracy", "top1", "images_per_second", "val_loss", "val_accuracy", "val_top1")
+SHOWN = {  # of a row on the screen
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "top1": "top1",
+    "images_per_second": "images/s",
+    "data_wait": "waiting",
+    "val_loss": "val_loss",
+    "val_accuracy": "val_accuracy",
+    "val_top1": "val_top1",
+}
 
 
 class Tracker:
     """Writes on the main process, does nothing on the others."""
 
-    def __init__(self, accelerator: "Accelerator", folder: Path, start: int, steps: int, quiet: bool):
+    def __init__(self, accelerator: "Accelerator", folder: Path, start: int, steps: int, quiet: bool, health: Health):
         self.active = accelerator.is_main_process
         self._accelerator = accelerator
         self._path = folder / "metrics.jsonl"
+        self._health = health
         self._bar = None
         self._lines = False
-        self._collapsed = False
         accelerator.trackers.clear()  # of an earlier training in this process: rows would go to its folder too
-        if accelerator.log_with:
-            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start + 1}})
+        trackers.start(accelerator, folder, start)
         if self.active:
             self._lines = not quiet and not sys.stderr.isatty()
             if not quiet and not self._lines:
@@ -51,40 +59,39 @@ class Tracker:
         if self._bar is not None:
             self._bar.update()
 
-    def row(self, values: dict[str, Any], seconds_left: float) -> None:
-        """One log step: `values` holds `step` and numbers."""
+    def row(self, values: dict[str, Any], labels: Tensor | None, seconds_left: float) -> None:
+        """One log step: `values` holds `step`, numbers, and by layer numbers; `labels` [classes] how often each was."""
         if not self.active:
             return
-        try:
-            with self._path.open("a") as file:
-                file.write(json.dumps({name: none_for_nan(value) for name, value in values.items()}) + "\n")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error  # a write names no file
         step = values["step"]
-        if values.get("top_label", 0.0) > COLLAPSED and not self._collapsed:
-            self._collapsed = True
-            share, cure = f"{values['top_label']:.0%}", "look at first_batch.png (dry_run=true), or take a finer target"
-            print(
-                f"step {step}: {share} of the patches have the same label, so there is little to learn: {cure}",
-                flush=True,
-            )
-        numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
-        self._accelerator.log({_group(name): value for name, value in numbers.items()}, step=step)
-        shown = {name: f"{values[name]:.4g}" for name in SHOWN if name in values}
+        values = none_for_nan(values)
+        with named(self._path), self._path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        self._accelerator.log(dict(_numbers(values)), step=step)
+        if labels is not None:
+            trackers.histogram(self._accelerator, "labels", labels, step)
+        shown = "  ".join(
+            f"{SHOWN[name]} {_short(name, values[name])}" for name in SHOWN if values.get(name) is not None
+        )
         if self._bar is not None:
-            self._bar.set_postfix(shown)
+            self._bar.set_postfix_str(shown)
         elif self._lines:
-            text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"step {step}  {text}  left {seconds_left:.0f} s", file=sys.stderr, flush=True)
+            print(f"step {step}  {shown}  left {_duration(seconds_left)}", file=sys.stderr, flush=True)
+        for warning in self._health.look(values):
+            self.warn(warning, step)
+
+    def warn(self, text: str, step: int) -> None:
+        """Words that are to be read, also where progress is not wanted."""
+        trackers.text(self._accelerator, "warnings", text, step)
+        if self._bar is not None:
+            self._bar.clear()
+        print(f"warning: {text}", flush=True)
 
     def picture(self, name: str, image: Tensor, step: int, folder: Path) -> None:
-        """A picture uint8 [3, h, w]: for TensorBoard, and the newest as a PNG in the run's folder."""
-        if not self.active:
-            return
-        write_png(image, folder / f"{name}.png")
-        for tracker in self._accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_image(name, image.cpu(), step)
+        """A picture uint8 [3, h, w]: for the tracker, and the newest as a PNG in the run's folder."""
+        if self.active:
+            write_png(image, folder / f"{name}.png")
+            trackers.picture(self._accelerator, name, image, step)
 
     def close(self) -> None:
         """Flush and end."""
@@ -94,9 +101,26 @@ class Tracker:
             tracker.finish()
 
 
-def _group(name: str) -> str:
-    """TensorBoard groups by the part before the slash."""
-    return f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
+def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a row by the names of their charts, which are grouped by what is before the slash."""
+    for name, value in row.items():
+        if isinstance(value, dict):
+            group = name.removesuffix("_by_layer")
+            yield from ((f"{group}/{layer}", number) for layer, number in value.items() if number is not None)
+        elif isinstance(value, int | float) and name != "step":
+            yield (f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"), value
+
+
+def _short(name: str, value: float) -> str:
+    return f"{value:.0%}" if name == "data_wait" else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    """Such as 45 s, 12 min or 7 h 05 min."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def rewind(folder: Path, step: int) -> None:
@@ -137,6 +161,4 @@ def _step(line: str) -> int:
 
 def write_png(image: Tensor, path: Path) -> None:
     """Write a picture uint8 [3, h, w]."""
-    buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, png(image))

@@ -1,5 +1,6 @@
 """What a run sums between two rows of metrics, and the row it makes of it."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ class Window:
         self.clock = Clock()
         self.waited = 0.0
         self.images = 0
+        self.labels: Tensor | None = None  # of all processes, when it was reported: how often each class was one
 
     def add(self, sums: dict[str, Tensor]) -> None:
         """Add sums, wherever they are; nothing is read from the device."""
@@ -48,6 +50,7 @@ class Window:
         """
         sums = total(accelerator, self.sums)
         own = {name: sums.pop(name) for name in list(sums) if name.startswith("_")}
+        self.labels = sums.get("histogram")
         seconds = time.monotonic() - self.began
         updates, skipped = float(own["_updates"]), float(own["_skipped"])
         speed = self.images * accelerator.num_processes / seconds
@@ -63,4 +66,13 @@ class Window:
             "skipped_updates": round(skipped / accelerator.num_processes),
             "samples_digest": f"{int(own['_digest']) & WORD:016x}",  # of the (epoch, sample) pairs, in any order
             "updates": round(updates / accelerator.num_processes),
+            **_norms(own, "gradient"),
+            **_norms(own, "weight"),
         }
+
+
+def _norms(own: dict[str, Tensor], kind: str) -> dict[str, dict[str, float]]:
+    """Norms by layer, of which squares were summed; nothing under engines that do not tell."""
+    layers = {name.removeprefix(f"_{kind}/"): value for name, value in own.items() if name.startswith(f"_{kind}/")}
+    norms = {layer: float(f"{math.sqrt(float(value)):.4g}") for layer, value in layers.items()}
+    return {f"{kind}_norm_by_layer": norms} if norms else {}

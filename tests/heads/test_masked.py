@@ -30,7 +30,9 @@ from ssl_vit.heads.corruption import (
     draw_blocks,
     draw_units,
 )
+from ssl_vit.heads.masked import copying
 from ssl_vit.heads.mean_color import MeanColor, colors, labels
+from ssl_vit.heads.panel import LEGIBLE
 from ssl_vit.heads.patch_colors import PatchColors
 from ssl_vit.heads.patch_pixels import PatchPixels
 from ssl_vit.recipe import Pretrain
@@ -469,11 +471,15 @@ def test_a_corruption_that_does_not_fit_is_refused(way, message, tmp_path):
 
 
 def columns(panel: Tensor, count: int, side: int = SIDE) -> list[Tensor]:
-    """Input, corrupted input, truth and guess, each uint8 [count, 3, side, side]."""
+    """Input, corrupted input, guess, truth and error, each uint8 [count, 3, side, side]."""
     assert panel.dtype == torch.uint8
-    assert panel.shape == (3, count * (side + 2), 4 * (side + 2))
-    cells = panel.unflatten(2, (4, side + 2)).unflatten(1, (count, side + 2))[:, :, 2:, :, 2:]
-    return list(cells.permute(3, 1, 0, 2, 4))
+    cell = side * (LEGIBLE // side) + 2
+    assert panel.shape == (3, count * cell, 5 * cell)
+    cells = panel.unflatten(2, (5, cell)).unflatten(1, (count, cell))[:, :, 2:, :, 2:]
+    small = cells[:, :, :: LEGIBLE // side, :, :: LEGIBLE // side]
+    again = small.repeat_interleave(LEGIBLE // side, 2).repeat_interleave(LEGIBLE // side, 4)
+    assert torch.equal(again, cells)  # each pixel is a square
+    return list(small.permute(3, 1, 0, 2, 4))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -482,7 +488,7 @@ def test_a_panel_shows_what_it_says(kind, way, tmp_path):
     encoder, head = make(kind, tmp_path, **WAYS[way])
     nn.init.normal_(head.linear.weight, std=0.1)
     given = batch(3)
-    image, seen, truth, guess = columns(head.panel(encoder, given), 3)
+    image, seen, guess, truth, error = columns(head.panel(encoder, given), 3)
     assert torch.equal(image, given["image"])
     cut = [torch.from_numpy(patches_of(one, PATCH)) for one in (image, seen, truth, guess)]
     target = by_hand(kind, head, encoder, image)
@@ -511,6 +517,77 @@ def test_a_panel_shows_what_it_says(kind, way, tmp_path):
             frame = (255, 255, 255) if fate == KEEP else (255, 0, 0)
             assert torch.equal(shown[:, edge], torch.tensor(frame, dtype=torch.uint8)[:, None].expand(3, 12))
     assert not torch.equal(guess, truth)
+    wanted = (guess.float() - truth.float()).abs().mean(1, keepdim=True).expand_as(error)
+    assert (error.float() - wanted).abs().max() <= 1.0  # of pixels, which are rounded after the difference
+    assert error.max() > 0
+
+
+# the baseline that copies
+
+
+def copied_by_hand(image: np.ndarray, corrupted: set[int], rounds: int) -> np.ndarray:
+    """[3, 4, 4]: of each corrupted patch the mean over the known ones around it, in so many rounds; else over all."""
+    mean = image.astype(float).reshape(3, 4, PATCH, 4, PATCH).mean((2, 4))
+    known = {(i // 4, i % 4): mean[:, i // 4, i % 4] for i in range(16) if i not in corrupted}
+    visible = list(known.values())
+    for _ in range(rounds):
+        fresh = {}
+        for row in range(4):
+            for column in range(4):
+                near = [(r, c) for r in range(row - 1, row + 2) for c in range(column - 1, column + 2)]
+                if (row, column) not in known and any(place in known for place in near):
+                    fresh[row, column] = np.mean([known[place] for place in near if place in known], axis=0)
+        known |= fresh
+    fallback = np.mean(visible, axis=0) if visible else np.full(3, 127.5)
+    return np.stack([[known.get((r, c), fallback) for c in range(4)] for r in range(4)]).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("way", "rounds"),
+    [({}, 1), ({"ratio": 0.9}, 1), ({"ratio": 1.0}, 1), ({"unit": 2}, 2), ({"blocks": True, "ratio": 0.9}, 2)],
+)
+def test_the_neighbours_of_a_corrupted_patch(way, rounds, tmp_path):
+    _encoder, head = make("mean_color", tmp_path, **way)
+    given = batch(6)
+    index = head.draw(given["seed"]).index
+    found = head.neighbours(given["image"], index)
+    for b in range(6):
+        hidden = set(index[b].tolist())
+        wanted = copied_by_hand(given["image"][b].numpy(), hidden, rounds)
+        for i in hidden:
+            assert np.abs(found[b, :, i // 4, i % 4].numpy() - wanted[:, i // 4, i % 4]).max() <= 0.51, (b, i)
+
+
+def test_what_copying_costs_is_the_best_mixture_with_frequencies():
+    """A scan of ten thousand probabilities over single patches, and the two ends."""
+    random = np.random.default_rng(0)
+    label = random.integers(0, 5, 3000)
+    guess = np.where(random.random(3000) < 0.6, label, random.integers(0, 5, 3000))
+    share = np.bincount(label, minlength=5) / 3000
+    right = np.bincount(label[guess == label], minlength=5) / 3000
+    p = np.linspace(0, 0.9999, 10_000)[:, None]
+    each = np.log(np.where(guess == label, p, 0) + (1 - p) * share[label])
+    assert copying(torch.tensor(share), torch.tensor(right)) == pytest.approx(-each.mean(1).max(), abs=1e-4)
+    entropy = -(share * np.log(share)).sum()
+    assert copying(torch.tensor(share), torch.zeros(5)) == pytest.approx(entropy)
+    assert copying(torch.tensor(share), torch.tensor(share)) < 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copying_is_perfect_on_flat_images_and_reported_by_every_target(kind, tmp_path):
+    encoder, head = make(kind, tmp_path)
+    given = batch(4)
+    flat = {**given, "image": given["image"][:, :, :1, :1].expand_as(given["image"]).contiguous()}
+    for one, perfect in ((flat, True), (given, False)):
+        found = head(encoder, one)
+        said = head.report(found.sums, float(found.weight))
+        if "neighbour_accuracy" in said:
+            assert (said["neighbour_accuracy"] == 1.0) == perfect
+            assert said["neighbour_loss"] <= said["unigram_entropy"] + 1e-9
+        else:
+            plain = not head.normalise
+            assert said["neighbour_loss"] == pytest.approx(0, abs=1e-3) or not perfect
+            assert said["neighbour_loss"] > 0.01 or perfect, plain
 
 
 # runs
@@ -540,7 +617,7 @@ def test_a_collapse_is_told_once(black: Path, shards: Path, tmp_path: Path, caps
     pretrain(black, tmp_path / "black")
     said = [line for line in capsys.readouterr().out.splitlines() if "the same label" in line]
     assert len(said) == 1
-    assert said[0].startswith("step 2: 100% of the patches have the same label")
+    assert said[0].startswith("warning: step 2: 100% of the patches have the same label")
     assert [row["top_label"] for row in rows(tmp_path / "black")] == [1, 1, 1]
 
 

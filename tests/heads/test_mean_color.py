@@ -220,13 +220,13 @@ def test_overfits_one_batch():
     assert loss < 0.1
 
 
-def test_the_panel_shows_input_corruption_truth_and_guess():
+def test_the_panel_shows_input_corruption_guess_truth_and_error():
     encoder, head = make()
     given = batch(2)
     panel = head.panel(encoder, given)
     assert panel.dtype == torch.uint8
-    assert panel.shape == (3, 2 * 18, 4 * 18)
-    assert torch.equal(panel[:, 2:18, 2:18], given["image"][0])
+    assert panel.shape == (3, 2 * 98, 5 * 98)  # six times as large, and a gap of 2
+    assert torch.equal(panel[:, 2:98:6, 2:98:6], given["image"][0])
     plan = draw(given["seed"], 16)
     row, column = divmod(int(plan.index[0, 0]), 4)  # a masked patch is grey in the second column
-    assert (panel[:, 2 + row * 4 : 6 + row * 4, 20 + column * 4 : 24 + column * 4] == 128).all()
+    assert (panel[:, 2 + row * 24 : 26 + row * 24, 100 + column * 24 : 124 + column * 24] == 128).all()

@@ -1,0 +1,125 @@
+"""What an encoder has learned, in pictures and numbers (paper 4.5, D.7, D.8): a start of tools/analyze.py."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from ssl_vit.bench import made
+from ssl_vit.config import Config
+from ssl_vit.counter import key, permutation
+from ssl_vit.data import find
+from ssl_vit.data.faults import printable
+from ssl_vit.data.manifest import Manifest
+from ssl_vit.data.samples import Data
+from ssl_vit.data.stream import EvaluationStream
+from ssl_vit.durable import write_bytes
+from ssl_vit.encoders import weights
+from ssl_vit.evaluate.attention import Query, places
+from ssl_vit.evaluate.inside import Wanted, look
+from ssl_vit.exits import DATA, USAGE, Refusal
+from ssl_vit.portrait import Portrait
+
+
+class Analyze(Config):
+    """Look into an encoder."""
+
+    encoder: str | None = Field(
+        default=None, description="what to look into: a run, an encoder folder, a weights file, or timm:NAME"
+    )
+    data: tuple[str, ...] | None = Field(
+        default=None, description="shards, or a folder of images, which is converted first; of splits the val split"
+    )
+    run: str = Field(default="runs/analyze", min_length=1, description="output folder")
+    image_size: int | tuple[int, int] | None = Field(default=None, description="input size, pixels (none: its own)")
+    images: int = Field(default=8, ge=1, description="images that are drawn")
+    distance_images: int = Field(default=128, ge=1, description="images for the attention distance; the paper's 128")
+    samples: int = Field(default=1000, ge=3, description="images whose features are drawn and compared")
+    layers: tuple[int, ...] = Field(default=(), description="layers whose attention is drawn, from 1 (none: the last)")
+    heads: tuple[int, ...] = Field(default=(), description="heads of these, from 1 (none: all)")
+    query: Query = Field(default="mean", description="who attends there: the class token, or the mean of the patches")
+    readout: Literal["mean", "class"] = Field(
+        default="mean", description="features: mean of the patch tokens, or class token"
+    )
+    projection: Literal["pca", "tsne"] = Field(
+        default="pca", description="how features become two numbers; tsne takes scikit-learn"
+    )
+    batch: int = Field(default=32, ge=1, description="images at once")
+    workers: int | None = Field(default=None, ge=0, description="loader processes (none: by the cores)")
+    seed: int = Field(default=0, ge=0, lt=1 << 32, description="which images, and of t-SNE")
+    quiet: bool = Field(default=False, description="no lines on the screen")
+
+
+def run(options: Analyze) -> int:
+    """Write pictures, numbers and the page; returns the exit code."""
+    folder = Path(options.run)
+    if options.encoder is None or options.data is None:
+        missing = "encoder" if options.encoder is None else "data"
+        raise Refusal(USAGE, f"{missing}: it must be given; --help says what it takes")
+    if (folder / "recipe.yaml").exists():
+        raise Refusal(USAGE, f"run={folder}: holds a training; its report would be lost; name another folder")
+    encoder = _encoder(options, options.encoder)
+    wanted = _wanted(options, encoder)
+    split = find.sets(options.data, "val", converted=folder.parent / "shards", store=Data().store)
+    split.check(full=False)
+    made(folder)
+    stream = _stream(options, encoder, split)
+    found = look(encoder, stream, wanted)
+    for fault in stream.faults.take():
+        print(f"left out: sample {fault.sample}: {printable(fault.reason)}", flush=True)
+    if stream.faults.fatal:
+        raise stream.faults.fatal
+    if not found.features or sum(map(len, found.features)) < 3:
+        raise Refusal(DATA, f"{split.name}: has fewer than 3 images that can be read")
+    portrait = Portrait(options, encoder, split, stream, found)
+    portrait.draw()
+    for name, rows in portrait.tables.items():
+        with io.StringIO(newline="") as text:
+            csv.writer(text).writerows(rows)
+            write_bytes(folder / name, text.getvalue().encode(errors="backslashreplace"))
+    write_bytes(folder / "analysis.json", (json.dumps(portrait.numbers, indent=1) + "\n").encode())
+    portrait.page.write(folder)
+    if not options.quiet:
+        print("\n".join(f"not drawn: {note}" for note in portrait.notes))
+        print(f"{folder}: report.html, report/*.png, analysis.json, {', '.join(portrait.tables)}", flush=True)
+    return 0
+
+
+def _encoder(options: Analyze, name: str) -> weights.AnyEncoder:
+    """The encoder, at the size that was asked for."""
+    source, tensors = weights.read(name)
+    size = options.image_size or source.image
+    if source.channels != 3:
+        raise Refusal(USAGE, f"{name}: takes {source.channels} channels; images are read as RGB, which has 3")
+    try:
+        encoder = source.model_copy(update={"image": size}).build().eval()
+    except ValueError as error:
+        raise Refusal(USAGE, f"image_size={size}: {error}") from error
+    weights.fill(encoder, source, tensors, name)
+    if options.readout == "class" and not encoder.prefix:
+        raise Refusal(USAGE, "readout=class: the encoder has no class token; take mean")
+    if options.query == "class" and not encoder.prefix:
+        raise Refusal(USAGE, "query=class: the encoder has no class token; take mean")
+    return encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _wanted(options: Analyze, encoder: weights.AnyEncoder) -> Wanted:
+    """What to look at; the layers by the names of their modules."""
+    names = [name for name, _ in places(encoder)]
+    for number in options.layers:
+        if not 1 <= number <= len(names):
+            raise Refusal(USAGE, f"layers={number}: the encoder's attention layers are 1 to {len(names)}")
+    layers = frozenset(names[number - 1] for number in options.layers) or frozenset(names[-1:])
+    return Wanted(options.images, options.distance_images, layers, options.query, options.readout)
+
+
+def _stream(options: Analyze, encoder: weights.AnyEncoder, split: Manifest) -> EvaluationStream:
+    """A random choice of the images, which is the same for every encoder; a smaller one begins a larger one."""
+    chosen = permutation(key("analyze", options.seed, split.samples), split.samples)
+    most = max(options.samples, options.images, options.distance_images)
+    data = Data(image_size=encoder.config.image, workers=options.workers)
+    return EvaluationStream(split, data, options.batch, chosen[:most])

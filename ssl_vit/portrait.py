@@ -1,0 +1,268 @@
+"""The page of tools/analyze.py: each section draws a picture, keeps its numbers, and says what one looks at."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_vit import config
+from ssl_vit.data.manifest import Manifest
+from ssl_vit.data.stream import EvaluationStream
+from ssl_vit.encoders import weights
+from ssl_vit.evaluate import drawings, embeddings
+from ssl_vit.evaluate.attention import distances, places
+from ssl_vit.evaluate.inside import Found
+from ssl_vit.evaluate.report import Page, per_cent, plain
+from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.heads.panel import png
+from ssl_vit.outcome import command
+from ssl_vit.recipe import FOLDER, Pretrain
+from ssl_vit.train import checkpoint
+
+if TYPE_CHECKING:
+    from ssl_vit.analysis import Analyze
+
+COMPONENTS = 28  # of the filters, as in the paper's Figure 7
+NEIGHBOURS = 7
+
+
+class Portrait:
+    """What was found of an encoder, as a page, tables and numbers; `notes` say what does not apply to it."""
+
+    def __init__(
+        self, options: "Analyze", encoder: weights.AnyEncoder, split: Manifest, stream: EvaluationStream, found: Found
+    ):
+        self.options, self.encoder, self.split, self.stream, self.found = options, encoder, split, stream, found
+        self.page = Page(f"Inside {options.encoder}")
+        self.notes: list[str] = []
+        self.tables: dict[str, list[Sequence[Any]]] = {}
+        self.numbers: dict[str, Any] = {"encoder": options.encoder, "title": encoder.config.title}
+        self.images = [image.permute(1, 2, 0).numpy() for batch in found.drawn for image in batch["image"]]
+        self.labels = torch.cat(found.labels).numpy()
+        self.ids = np.asarray(stream.ids)[torch.cat(found.at).numpy()]
+
+    def draw(self) -> None:
+        """All sections."""
+        self.page.values(
+            {
+                "encoder": self.encoder.config.title,
+                "images": f"{len(self.ids):,} of {self.split.name}",
+                "input": " x ".join(map(str, self.encoder.config.image_hw)),
+                "patches": " x ".join(map(str, self.encoder.grid)),
+            }
+        )
+        sections: list[Callable[[], None]] = [self.rollout, self.attention, self.distance, self.filters]
+        sections += [self.positions, self.reconstructions, self.features, self.neighbours]
+        for section in sections:
+            section()
+        if self.notes:
+            self.page.section("What does not apply")
+            for note in self.notes:
+                self.page.text(plain(note))
+        self.page.section("To repeat it")
+        self.page.code(command())
+        self.numbers |= {"samples": self.ids.tolist(), "not_drawn": self.notes, "command": command()}
+
+    def rollout(self) -> None:
+        """Attention rollout over the images (paper Figure 6)."""
+        found = {query: torch.cat(parts).numpy() for query, parts in self.found.rollouts.items()}
+        if not found:
+            self.notes.append(f"attention rollout: {self._no_attention()}")
+            return
+        rows, columns = self.encoder.grid
+        names = {"class": "class token", "mean": "mean of patches"}
+        drawn = [
+            [
+                image,
+                *(drawings.shaded(image, one[n].reshape(rows, columns), self.encoder.stride) for one in found.values()),
+            ]
+            for n, image in enumerate(self.images)
+        ]
+        self.page.section("Attention rollout")
+        self.page.text(
+            "Bright is what reaches the output through the attention of all layers: heads averaged, the identity "
+            "added, layers multiplied (paper D.8). Masked patch prediction trains no class token: there look at the "
+            "mean of the patches."
+        )
+        self.page.picture(
+            "rollout", "attention rollout", drawings.tiles(drawn, ["image", *(names[q] for q in found)], 1.6)
+        )
+        self.numbers["rollout"] = {query: one.tolist() for query, one in found.items()}
+
+    def _no_attention(self) -> str:
+        title = self.encoder.config.title
+        if not places(self.encoder):
+            return f"{title} has no attention that can be looked into"
+        return f"not every attention layer of {title} is among all patches; windows, channels or class tokens are not"
+
+    def attention(self) -> None:
+        """Maps of the layers and heads that were asked for."""
+        names, query = [name for name, _ in places(self.encoder)], self.options.query
+        for name, parts in self.found.maps.items():
+            maps, layer = torch.cat(parts), names.index(name) + 1  # [B, heads, N]
+            heads = self.options.heads or tuple(range(1, maps.shape[1] + 1))
+            if max(heads) > maps.shape[1] or min(heads) < 1:
+                raise Refusal(USAGE, f"heads={max(heads)}: layer {layer} has heads 1 to {maps.shape[1]}")
+            shown = maps[:, [head - 1 for head in heads]].unflatten(2, self.encoder.grid).numpy()
+            rows = [[image, *shown[n]] for n, image in enumerate(self.images)]
+            self.page.section(f"Attention of layer {layer}")
+            who = "the class token" if query == "class" else "the patches, their mean,"
+            self.page.text(f"Where {who} look, a column a head; each map by its own largest value.")
+            figure = drawings.tiles(rows, ["image", *(f"head {head}" for head in heads)], 1.0)
+            self.page.picture(f"attention-{layer}", f"attention of layer {layer}", figure)
+        if not self.found.maps and places(self.encoder):
+            self.notes.append(f"attention maps: {self._no_attention()}")
+
+    def distance(self) -> None:
+        """Mean attention distance by layer and head (paper Figure 7, right)."""
+        found = self.found.mean_distances()
+        if not found:
+            self.notes.append(f"mean attention distance: {self._no_attention()}")
+            return
+        grid, stride = self.encoder.grid, self.encoder.stride
+        patches = grid[0] * grid[1]
+        equal = float(distances(torch.ones(1, 1, patches, patches, dtype=torch.float64), grid, stride))
+        count = sum(map(len, next(iter(self.found.distances.values()))))
+        names = [name for name, _ in places(self.encoder)]
+        layers = {names.index(name) + 1: heads.tolist() for name, heads in found.items()}
+        self.page.section("Mean attention distance")
+        self.page.text(
+            f"A dot a head: how far from a patch it looks, in pixels, the mean over {count} images (paper D.7). Class "
+            "and register tokens are left out, and rows normalised again. Equal attention to all patches has "
+            f"{equal:.1f}."
+        )
+        self.page.picture("distance", "mean attention distance", drawings.distance_dots(layers, equal))
+        table = [(layer, head + 1, value) for layer, heads in layers.items() for head, value in enumerate(heads)]
+        self.tables["attention_distance.csv"] = [("layer", "head", "pixels"), *table]
+        self.numbers["attention_distance"] = {"layers": layers, "equal_attention": equal, "images": count}
+
+    def filters(self) -> None:
+        """Principal components of what meets the pixels first (paper Figure 7, left)."""
+        conv = embeddings.first_convolution(self.encoder)
+        if conv is None:
+            self.notes.append(f"filters: {self.encoder.config.title} has no convolution that meets the pixels")
+            return
+        components, variance = embeddings.principal_components(conv.weight.detach().cpu())
+        share = (variance / variance.sum()).tolist()
+        what = (
+            "patch embedding" if conv.stride == conv.kernel_size else "first convolution, behind which patches are cut"
+        )
+        self.page.section("Filters")
+        shown = components[:COMPONENTS]
+        self.page.text(
+            f"The first {len(shown)} principal components of the filters of the {what} ({len(conv.weight):,} of "
+            f"{' x '.join(map(str, conv.kernel_size))} pixels), with their share of the variance (paper 4.5)."
+        )
+        titles = [f"{value:.1%}" for value in share]
+        self.page.picture(
+            "filters", "principal components of the filters", drawings.filter_tiles(shown.numpy(), titles)
+        )
+        self.numbers["filters"] = {"of": what, "variance": share}
+
+    def positions(self) -> None:
+        """Similarity of the positions of patches (paper Figure 7, centre)."""
+        table = embeddings.position_table(self.encoder)
+        if table is None:
+            self.notes.append(f"position similarity: {self.encoder.config.title} has no table of positions")
+            return
+        alike = embeddings.similarity(table).cpu().numpy()
+        self.page.section("Positions")
+        self.page.text("One tile a patch: how similar its position is to that of each patch (paper Figure 7, centre).")
+        figure = drawings.similarity_tiles(alike, self.encoder.grid)
+        self.page.picture("positions", "similarity of positions", figure)
+        self.tables["position_similarity.csv"] = alike.round(6).tolist()
+
+    def reconstructions(self) -> None:
+        """What the head that it was pretrained with makes of the images, where a run still has it."""
+        try:
+            head = self._head()
+        except (Refusal, ValueError, KeyError, RuntimeError, OSError) as error:
+            self.notes.append(f"reconstructions: {' '.join(str(error).split())[:200]}")
+            return
+        self.page.section("Reconstructions")
+        self.page.text(
+            "Columns: the image; what the encoder saw (masked patches grey, swapped ones framed in red, kept ones in "
+            "white); what was predicted; what was true; the error, the brighter the larger."
+        )
+        batch = {name: torch.cat([one[name] for one in self.found.drawn]) for name in self.found.drawn[0]}
+        device = next(self.encoder.parameters()).device
+        picture = head.to(device).eval().panel(self.encoder, {name: value.to(device) for name, value in batch.items()})
+        self.page.image("reconstruction", "reconstructions", png(picture))
+
+    def _head(self) -> Any:
+        """The head of the run that the encoder is from, with its last weights; raises where there is none."""
+        folder = Path(str(self.options.encoder))
+        kept = checkpoint.steps(folder / "checkpoints")
+        if not kept or not (folder / "recipe.yaml").is_file():
+            raise Refusal(USAGE, "the head is in the checkpoints of a pretraining; give its run as encoder=")
+        recipe = config.parse(Pretrain, [f"recipe={folder / 'recipe.yaml'}"], FOLDER)
+        head = recipe.head.build(self.encoder, 1)
+        if not hasattr(head, "panel"):
+            raise Refusal(USAGE, f"head.kind={recipe.head.kind} predicts nothing that could be drawn")
+        saved = checkpoint.trained(kept[-1])
+        head.load_state_dict(
+            {n.removeprefix("head."): v for n, v in saved.items() if n.startswith("head.")}, strict=False
+        )
+        return head
+
+    def features(self) -> None:
+        """Features of all images in two dimensions, coloured by class."""
+        vectors = torch.cat(self.found.features)
+        if self.options.projection == "tsne":
+            at, axes = _tsne(vectors, self.options.seed), ("", "")
+            what = "t-SNE keeps neighbours; distances between groups mean little"
+        else:
+            at, share = embeddings.two_dimensions(vectors)
+            axes = f"component 1, {share[0]:.1%} of the variance", f"component 2, {share[1]:.1%}"
+            what = "the first two principal components"
+        self.page.section("Features")
+        self.page.text(f"{len(vectors):,} images by their features ({_READOUTS[self.options.readout]}): {what}.")
+        figure = drawings.scatter(at.numpy(), self.labels, self.split.classes, axes)
+        self.page.picture("features", "features of images", figure)
+        places = zip(self.ids.tolist(), self.labels.tolist(), at.tolist(), strict=True)
+        rows = [(sample, self._named(label), *place) for sample, label, place in places]
+        self.tables["features.csv"] = [("sample", "class", "x", "y"), *rows]
+
+    def neighbours(self) -> None:
+        """For some images those whose features are nearest."""
+        vectors = torch.cat(self.found.features)
+        asked = torch.arange(len(self.images))
+        near = embeddings.nearest(vectors, asked, NEIGHBOURS)
+        rows = [[image, *(self._image(n) for n in near[i].tolist())] for i, image in enumerate(self.images)]
+        self.page.section("Nearest neighbours")
+        every = embeddings.nearest(vectors, torch.arange(len(vectors)), 1)[:, 0].numpy()
+        known = (self.labels >= 0) & (self.labels[every] >= 0)
+        share = float((self.labels[every] == self.labels)[known].mean()) if known.any() else None
+        same = (
+            "" if share is None else f" The nearest of all is of the same class for {per_cent(share)} % of the images."
+        )
+        self.page.text(f"First column: the image; then those with the most similar features, by cosine.{same}")
+        self.page.picture("neighbours", "nearest neighbours", drawings.tiles(rows, ["image", "nearest"], 1.1))
+        table = [(int(self.ids[i]), *self.ids[near[i].numpy()].tolist()) for i in range(len(asked))]
+        self.tables["neighbours.csv"] = [("sample", *(f"nearest{n + 1}" for n in range(near.shape[1]))), *table]
+        self.numbers["nearest_of_same_class"] = share
+
+    def _image(self, place: int) -> np.ndarray:
+        image, _ = self.stream.samples.sample(int(self.ids[place]), 0)
+        return image.permute(1, 2, 0).numpy()
+
+    def _named(self, label: int) -> str:
+        return self.split.classes[label] if label >= 0 else ""
+
+
+_READOUTS = {"mean": "mean of the patch tokens", "class": "class token"}
+
+
+def _tsne(features: Tensor, seed: int) -> Tensor:
+    """Features [M, D] as places [M, 2]; the usual perplexity, less where images are few."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise Refusal(USAGE, "projection=tsne needs scikit-learn: pip install 'ssl_vit[demo]', or projection=pca")
+    from sklearn.manifold import TSNE
+
+    near = min(30.0, (len(features) - 1) / 3)
+    made = TSNE(2, perplexity=near, init="pca", random_state=seed).fit_transform(features.numpy())
+    return torch.from_numpy(made)
