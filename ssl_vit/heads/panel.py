@@ -33,7 +33,7 @@ def cells(picture: Tensor, height: int, width: int, gap: int = 2) -> Tensor:
     """What `grid` put side by side, uint8 [3, H, W] -> [B, columns, 3, height, width]."""
     times = max(1, LEGIBLE // max(height, width))
     rows = picture.unflatten(2, (-1, gap + times * width)).unflatten(1, (-1, gap + times * height))
-    return rows.permute(1, 3, 0, 2, 4)[..., gap::times, gap::times]  # [3, B, h, columns, w] before
+    return rows.permute(1, 3, 0, 2, 4)[..., gap::times, gap::times]  # a pixel of each square
 
 
 def png(image: Tensor) -> bytes:
