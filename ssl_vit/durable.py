@@ -19,6 +19,16 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
+def named(path: Path) -> Iterator[None]:
+    """A write that fails names no file; within this block it is `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def writing(path: Path, flush: bool = True) -> Iterator[BinaryIO]:
     """A file to write in; it takes the name `path` when the block ends well, and leaves nothing when it does not.
 
@@ -26,7 +36,7 @@ def writing(path: Path, flush: bool = True) -> Iterator[BinaryIO]:
     """
     draft = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")  # machines may share the folder
     try:
-        with draft.open("w+b") as file:
+        with named(path), draft.open("w+b") as file:
             yield file
             file.flush()
             if flush:

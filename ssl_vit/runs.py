@@ -1,28 +1,37 @@
-"""What is in run folders: their checkpoints, and what the same command would do; nothing is changed."""
+"""What is in run folders: how the runs stand, their checkpoints, what the same command would do; nothing is changed."""
 
-import json
+import os
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
 from pydantic import Field
 
-from ssl_vit.config import Config, Plain
-from ssl_vit.exits import INTEGRITY, USAGE, Refusal
+from ssl_vit import board, overlay
+from ssl_vit.config import Config
+from ssl_vit.exits import DATA, INTEGRITY, USAGE, Refusal
+from ssl_vit.scores import rows
+from ssl_vit.standing import Standing, age, found, held, is_run, read, standing
 from ssl_vit.train import checkpoint
-from ssl_vit.train.run import holder
 
 UNREADABLE = "cannot be read"
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # pydantic has a method json, which it gave up
 
-class Runs(Config):
-    """Which runs to look at."""
+    class Runs(Config):
+        """Which runs to look at, and how."""
 
-    run: str = Field(default="runs", min_length=1, description="a run folder, or a folder of runs")
-    verify: bool = Field(default=True, description="compare every file of every checkpoint with its digest")
+        run: tuple[str, ...] = Field(default=("runs",), min_length=1, description="run folders, or folders of runs")
+        compare: tuple[str, ...] = Field(default=(), description="runs, by path or below run=, whose curves to draw")
+        output: str = Field(default="compare.png", description="the picture that compare= draws")
+        checkpoints: bool | None = Field(
+            default=None, description="the checkpoints of each run too (none: where it is one run that is looked at)"
+        )
+        verify: bool = Field(default=True, description="compare every file of every checkpoint with its digest")
+        json: bool = Field(default=False, description="all of it as one JSON document")  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -41,22 +50,89 @@ class Saved:
         return self.state in ("verified", "not verified")
 
 
-def report(options: Runs) -> Iterator[str]:
-    """The lines on each run; Refusal: USAGE where there is none, INTEGRITY after all where one cannot be resumed."""
-    parent = Path(options.run)
-    runs = [folder for folder in (parent, *sorted(parent.glob("*/"))) if (folder / "recipe.yaml").is_file()]
-    if not runs:
-        raise Refusal(USAGE, f"run={parent}: neither a run nor a folder of runs (no recipe.yaml)")
-    lost = []
-    for folder in runs:
+def report(options: Runs, width: int | None = None, color: bool = False) -> Iterator[str]:
+    """The lines on all runs, cut at `width` signs where there is one.
+
+    Refusal: USAGE where there is none, INTEGRITY after all where one's checkpoints were looked at and none is good.
+    """
+    folders, root = _chosen(options)
+    if "output" in options.model_fields_set and not options.compare:
+        raise Refusal(USAGE, "output: is where compare= draws; give compare=RUN,RUN too")
+    picture = overlay.check(options.output) if options.compare else None
+    runs = {name: standing(folder) for name, folder in zip(board.names(folders, root), folders, strict=True)}
+    notes = _draw(runs, picture) if picture else []
+    if not options.json:
+        yield from board.table(runs, width, color)
+        yield from board.differences(runs, width)
+        yield from ["", *notes] if notes else []
+    more, lost = {}, []
+    for run in _listed(options, list(runs.values())):
+        folder = run.folder
         saved = list(checkpoints(folder, options.verify))
-        yield f"{folder}  {_state(folder)}"
-        yield from (f"  {one.step:>9,}  {_size(one.bytes):>9}  {_age(one.age):>8} old  {one.state}" for one in saved)
-        yield f"  {_resume(folder, saved)}"
+        more[folder] = {"checkpoints": [vars(one) for one in saved], "resume": _resume(folder, saved)}
+        yield from () if options.json else _lines(run, saved)
         if saved and not any(one.good for one in saved):
             lost.append(str(folder))
+    if options.json:
+        yield board.document(runs, more)
     if lost:
         raise Refusal(INTEGRITY, f"no checkpoint verifies in {', '.join(lost)}")
+
+
+def _chosen(options: Runs) -> tuple[list[Path], Path | None]:
+    """The run folders that are asked for, and the folder of runs where all are from one."""
+    parents = [Path(name) for name in options.run]
+    if options.compare:
+        return list(dict.fromkeys(_named(name, parents) for name in options.compare)), None
+    runs: dict[str, Path] = {}
+    for parent in parents:
+        here = found(parent)
+        if not here:
+            raise Refusal(USAGE, f"run={parent}: neither a run nor a folder of runs (no recipe.yaml)")
+        for folder in here:
+            runs.setdefault(os.path.realpath(folder), folder)
+    return list(runs.values()), None if len(parents) > 1 or is_run(parents[0]) else parents[0]
+
+
+def _named(name: str, parents: list[Path]) -> Path:
+    """A run by its path, or by its name below `run`."""
+    for folder in (Path(name), *(parent / name for parent in parents)):
+        if is_run(folder):
+            return folder
+    there = [one for parent in parents for one in board.names(found(parent), parent)]
+    known = (
+        f"there are {', '.join(there[:8])}{', ...' if len(there) > 8 else ''}" if there else "give the path of a run"
+    )
+    raise Refusal(USAGE, f"compare={name}: no run, by path or below run={','.join(map(str, parents))}; {known}")
+
+
+def _draw(runs: dict[str, Standing], picture: Path) -> list[str]:
+    """Draw the curves of runs; what is to be said of it."""
+    made = {name: rows(run.folder) for name, run in runs.items()}
+    notes = []
+    for name in (name for name, own in made.items() if not own):
+        parts = [part for part in found(runs[name].folder)[1:] if rows(part, every=False)]
+        hint = f"; its parts have: {', '.join(map(str, parts[:3]))}{', ...' if len(parts) > 3 else ''}" if parts else ""
+        notes.append(f"{name}: no row of metrics to draw{hint}")
+    if len(notes) == len(runs):
+        raise Refusal(DATA, f"compare: {'; '.join(notes)}")
+    overlay.write(overlay.drawn({name: own for name, own in made.items() if own}), picture)
+    return [*notes, f"curves: {picture}"]
+
+
+def _listed(options: Runs, runs: list[Standing]) -> list[Standing]:
+    """The runs of which the checkpoints are looked at: to read those of many takes hours."""
+    folders = {run.folder for run in runs}
+    alone = sum(not folders & set(folder.parents) for folder in folders) == 1 and not options.compare
+    wanted = alone if options.checkpoints is None else options.checkpoints
+    return [run for run in runs if wanted and (run.folder / "recipe.yaml").is_file()]
+
+
+def _lines(run: Standing, saved: list[Saved]) -> Iterator[str]:
+    yield ""
+    yield f"{run.folder}  {_state(run)}"
+    yield from (f"  {one.step:>9,}  {_size(one.bytes):>9}  {age(one.age):>8} old  {one.state}" for one in saved)
+    yield f"  {_resume(run.folder, saved)}"
 
 
 def checkpoints(folder: Path, verify: bool) -> Iterator[Saved]:
@@ -82,24 +158,29 @@ def _verdict(path: Path, aside: str, verify: bool) -> str:
     return f"damaged: {why}" if why else "verified"
 
 
-def _state(folder: Path) -> str:
+def _state(run: Standing) -> str:
     """Who holds a run, or how its last start ended."""
-    if who := holder(folder):
+    if who := held(run.folder):
         return f"in use by {who}"
-    end = _read(folder / "exit.json")
-    if not end:
-        return "ended without a word (killed?)"
-    return f"{end.get('reason')} (exit code {end.get('code')}, step {end.get('step')}, {end.get('time')})"
+    end = read(run.folder / "exit.json")
+    if end:
+        return f"{end.get('reason')} (exit code {end.get('code')}, step {end.get('step')}, {end.get('time')})"
+    return "ended without a word (killed?)" if run.state == "killed" else f"{run.state} {run.why}".rstrip()
 
 
 def _resume(folder: Path, saved: list[Saved]) -> str:
-    steps = _read(folder / "recipe.yaml").get("steps")
+    recipe = read(folder / "recipe.yaml")
+    steps = recipe.get("steps")
     good = next((one for one in saved if one.good), None)
     newest = next((one for one in saved if one.good or one.state.startswith(UNREADABLE)), None)
     if newest is not None and newest is not good:
         return f"the same command refuses: {newest.name} {newest.state}"
     passed = [one.name for one in saved if good and one.step > good.step and "aside" not in one.state]
     past = f", putting {', '.join(passed)} aside" if passed else ""
+    if not saved and (recipe.get("seeds", "1") != "1" or recipe.get("tasks")):
+        return "the same command goes on where its parts stand"
+    if not saved and folder.parent.name == "sweep" and (folder / "results.json").is_file():
+        return "the same command takes its result as it is"
     if good is None:
         text = "the same command refuses (76): bring one back, or fresh=true"
         return text if saved else "no checkpoint: the same command begins at step 0"
@@ -109,23 +190,6 @@ def _resume(folder: Path, saved: list[Saved]) -> str:
     return f"the same command goes on from step {good.step:,} of {of}{past}"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON or YAML file's keys; none where it is not there, or no such thing."""
-    try:
-        text = path.read_text()
-        found = json.loads(text) if path.suffix == ".json" else yaml.load(text, Plain)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _size(size: int) -> str:
     unit = next(unit for unit in (1e9, 1e6, 1e3) if size >= unit or unit == 1e3)
     return f"{size / unit:.1f} {({1e9: 'GB', 1e6: 'MB', 1e3: 'kB'})[unit]}"
-
-
-def _age(seconds: float) -> str:
-    for name, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {name}"
-    return f"{seconds:.0f} s"

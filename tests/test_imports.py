@@ -20,7 +20,8 @@ LEVELS = [
     {"data"},
     {"evaluate"},
     {"train"},
-    {"recipe", "advice", "runs", "pages", "outcome", "training", "tuning", "session", "codebook"},
+    {"recipe", "advice", "pages", "outcome", "training", "tuning", "session", "codebook"},
+    {"runs", "standing", "scores", "board", "overlay"},
     {"bench", "frozen", "judging", "comparison", "evaluation", "prediction", "converted", "analysis", "portrait"},
 ]
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}

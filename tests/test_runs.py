@@ -40,15 +40,20 @@ def run(killed: Path, tmp_path: Path) -> Path:
     return shutil.copytree(killed, tmp_path / "runs" / "one")
 
 
-def told(folder: Path, verify: bool = True) -> tuple[list[str], int]:
-    """The lines, and the code."""
+def told(folder: Path, verify: bool = True, checkpoints: bool | None = None) -> tuple[list[str], int]:
+    """The lines on checkpoints, which follow the table, and the code."""
     lines = []
     try:
-        for line in report(Runs(run=str(folder), verify=verify)):
+        for line in report(Runs(run=(str(folder),), verify=verify, checkpoints=checkpoints)):
             lines.append(line)
     except Refusal as end:
-        return [*lines, end.message], end.code
-    return lines, 0
+        return [*after_table(lines, folder), end.message], end.code
+    return after_table(lines, folder), 0
+
+
+def after_table(lines: list[str], folder: Path) -> list[str]:
+    """From the first line that opens with a path of a run; blank ones left out."""
+    return list(itertools.dropwhile(lambda line: not line.startswith(str(folder)), filter(None, lines)))
 
 
 def everything(folder: Path) -> dict[str, tuple[int, int, bytes]]:
@@ -68,7 +73,8 @@ def test_the_command_lists_what_is_there_and_changes_nothing(run: Path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, capture_output=True, text=True, cwd=run.parent, env=env, timeout=60)
     assert ended.returncode == 0, ended.stderr
-    lines = ended.stdout.splitlines()
+    assert ended.stdout.split("\n")[0].split() == ["run", "state", "step", "loss", "best", "images/s", "recipe", "why"]
+    lines = after_table(ended.stdout.splitlines(), run)
     assert lines[0].startswith(f"{run}  ")
     assert "killed" in lines[0]
     assert [int(line.split()[0]) for line in lines[1:5]] == [8, 6, 4, 2]
@@ -118,6 +124,19 @@ def test_a_checkpoint_of_another_version_is_not_gone_past(run: Path):
         checkpoint.newest(run / "checkpoints")
     assert "goes on" not in lines[5]
     assert "76" in lines[5]
+
+
+def test_of_several_runs_checkpoints_are_read_where_that_is_asked_for(run: Path, monkeypatch: pytest.MonkeyPatch):
+    """Those of many runs are terabytes; then 76 is said as of one."""
+    two = shutil.copytree(run, run.parent / "two")
+    for step in STEPS:
+        damage(two, step)
+    assert told(run.parent, checkpoints=True)[1] == told(two)[1] == INTEGRITY
+    monkeypatch.setattr(checkpoint, "flaw", lambda _: pytest.fail("a checkpoint was read"))
+    assert told(run.parent) == ([], 0)
+    assert told(two, checkpoints=False) == ([], 0)
+    with pytest.raises(pytest.fail.Exception):
+        told(run)
 
 
 def test_without_verifying_nothing_is_read(run: Path):
@@ -175,7 +194,7 @@ def test_odd_run_folders_are_listed_too(run: Path, kind: str):
     """And the others beside them."""
     good = shutil.copytree(run, run.parent / "two")
     ODD[kind](run)
-    lines, code = told(run.parent)
+    lines, code = told(run.parent, checkpoints=True)
     assert code == 0
     assert sum(line.startswith(f"{run}  ") for line in lines) == 1
     assert sum(line.startswith(f"{good}  ") for line in lines) == 1

@@ -1,9 +1,14 @@
-"""List runs and their checkpoints, and say what the same command would do: tools/runs.py run=FOLDER [verify=false]
+"""How runs stand, their checkpoints and their curves: tools/runs.py run=FOLDER [compare=RUN,RUN] [checkpoints=true]
 
-`run` is a run folder, or a folder of runs. Every file is compared with its digest; nothing is changed. Exit code 76
-where a run has checkpoints and none verifies.
+`run` is a run folder, or a folder of runs of any depth, or several. First comes a table of all runs, then the keys in
+which their recipes differ. Where it is one run, or with checkpoints=true, every file of every checkpoint is compared
+with its digest, and what the same command would do is said; exit code 76 where there are checkpoints and none
+verifies. compare=A,B draws the curves of these runs in one picture. Nothing but that picture is written.
 """
 
+import io
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,12 +18,20 @@ from ssl_vit.runs import Runs, report
 
 def main(arguments: list[str]) -> int:
     if config.usage(arguments):
-        print(f"{__doc__}\n\n{config.describe(Runs)}")
-        return 0
-    for line in report(config.parse(Runs, arguments, Path("recipes"))):
-        print(line)
+        lines = iter([f"{__doc__}\n\n{config.describe(Runs)}"])
+    else:
+        shown = sys.stdout.isatty()
+        width = shutil.get_terminal_size().columns if shown else None
+        lines = report(config.parse(Runs, arguments, Path("recipes")), width, shown and not os.environ.get("NO_COLOR"))
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except BrokenPipeError:  # of `| head`, which has seen enough; what is still waiting goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder may have any name
     sys.exit(exits.run(main))

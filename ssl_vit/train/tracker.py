@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_vit.durable import write_bytes
+from ssl_vit.durable import named, write_bytes
 from ssl_vit.heads.panel import png
 from ssl_vit.train import trackers
 from ssl_vit.train.health import Health
@@ -65,11 +65,8 @@ class Tracker:
             return
         step = values["step"]
         values = none_for_nan(values)
-        try:
-            with self._path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error  # a write names no file
+        with named(self._path), self._path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
         self._accelerator.log(dict(_numbers(values)), step=step)
         if labels is not None:
             trackers.histogram(self._accelerator, "labels", labels, step)

@@ -166,7 +166,7 @@ def test_files_that_may_not_grow(shards: Path, straight: dict[str, Any], tmp_pat
 
 def test_metrics_that_may_not_grow(shards: Path, tmp_path: Path):
     """The same of metrics.jsonl: 74 with its path; the row that was cut is written anew."""
-    given = words(shards, tmp_path / "run", "save_every=8", "log_every=1")
+    given = words(shards, tmp_path / "run", "save_every=8", "log_every=1", "panel_every=99")
     killed_in(given, tmp_path, 1, "update:step=10")
     path = tmp_path / "run" / "metrics.jsonl"
     limit = path.stat().st_size * 5 // 4  # which row 12 goes over; the next checkpoint is due later

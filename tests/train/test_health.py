@@ -1,0 +1,72 @@
+"""Warnings in words: each sign alone, when it is said, that it is said once, and that a healthy run hears nothing."""
+
+import math
+from typing import Any
+
+import pytest
+
+from ssl_vit.train.health import PATIENCE, Health
+
+WELL: dict[str, Any] = {"loss": 3.0, "unigram_entropy": 4.5, "uniform": 6.24, "top_label": 0.1, "data_wait": 0.01}
+WELL |= {"bad_samples": 2}
+
+
+def said(rows: list[dict[str, Any]], warmup: int = 100, every: int = 50) -> list[tuple[int, str]]:
+    health = Health(warmup)
+    steps = range(every, every * (len(rows) + 1), every)
+    return [(step, line) for step, row in zip(steps, rows, strict=True) for line in health.look({"step": step, **row})]
+
+
+def test_a_healthy_run_hears_nothing():
+    assert said([{**WELL, "loss": 6.2 * 0.95**n + 0.1 * (n % 3)} for n in range(60)]) == []
+
+
+def test_collapsed_labels():
+    [(step, line)] = said([WELL, {**WELL, "top_label": 0.95}, {**WELL, "top_label": 0.96}])
+    assert (step, line[:47]) == (100, "step 100: 95% of the patches have the same labe")
+
+
+@pytest.mark.parametrize("name", ["unigram_entropy", "variance"])
+def test_a_loss_at_chance_after_the_warm_up(name: str):
+    row = {"loss": 4.49, name: 4.5}
+    found = said([row] * 40, warmup=100)
+    assert [step for step, _ in found] == [100 + PATIENCE]
+    assert "still that of guessing" in found[0][1]
+    assert "4.490" in found[0][1]
+    assert said([row] * 40, warmup=3000) == []
+    assert said([{**row, "loss": 4.3}] * 40) == []
+
+
+def test_a_loader_that_is_the_limit_in_three_rows_running():
+    slow = {**WELL, "data_wait": 0.5}
+    assert said([slow, slow, WELL] * 5) == []
+    [(step, line)] = said([WELL, slow, slow, slow, slow])
+    assert step == 200
+    assert "50% of the time is spent waiting for data" in line
+
+
+@pytest.mark.parametrize("after", [4.2, None, math.inf])
+def test_a_rate_that_is_too_high(after: float | None):
+    rows = [{**WELL, "loss": loss} for loss in (5.0, 3.0, 3.2, after, after, after, after)]
+    [(step, line)] = said(rows)
+    assert step == 300
+    assert "the loss was 3.000" in line
+    assert "learning rate" in line
+
+
+def test_what_is_small_beside_a_guess_is_no_rise():
+    assert said([{"loss": loss, "unigram_entropy": 4.5} for loss in (0.1, 0.3, 0.4, 0.5, 0.5, 0.6)]) == []
+
+
+def test_bad_samples_that_keep_coming():
+    counts = [1, 1, 2, 2, 3, 4, 5, 6]
+    [(step, line)] = said([{**WELL, "bad_samples": count} for count in counts])
+    assert step == 350  # the third row running with more than the one before
+    assert "5 so far" in line
+
+
+def test_all_signs_at_once_are_all_said():
+    row = {"loss": 4.5, "unigram_entropy": 4.5, "top_label": 0.95, "data_wait": 0.9}
+    found = said([{**row, "bad_samples": n, "loss": 4.5 + (n > 3) * 5} for n in range(1, 30)])
+    assert len(found) == 4  # a collapse is why the loss is at chance
+    assert {line.split(": ")[0] for _, line in found} >= {"step 50", "step 150"}

@@ -1,0 +1,180 @@
+"""Whole runs, and what their trackers hold: TensorBoard by its own reader, Weights & Biases offline, MLflow's files."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssl_vit import config, recipe, session
+from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.recipe import Pretrain
+from ssl_vit.train import trackers
+from ssl_vit.train.norms import layer_of, squares
+from ssl_vit.train.tracker import _duration
+from tests.conftest import TINY
+from tests.train.test_loop import StopAfter, fresh_accelerate, rows  # noqa: F401
+
+
+def pretrain(shards: Path, run: Path, *more: str) -> int:
+    data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}"]
+    return session.run(config.parse(Pretrain, [*TINY, *data, "optim.warmup_steps=1", *more], recipe.FOLDER))
+
+
+@pytest.fixture(scope="module")
+def board(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A run and its TensorBoard."""
+    from accelerate.state import AcceleratorState, GradientState
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path_factory.mktemp("board") / "run"
+    pretrain(shards, run, "steps=12", "log_every=3", "panel_every=4", "save_every=5", "eval_every=6")
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    reader = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "histograms": 0})
+    return run, reader.Reload()
+
+
+def test_tensorboard_holds_every_number_of_every_row(board: tuple[Path, Any]):
+    run, reader = board
+    told = {}
+    for row in rows(run):
+        for name, value in row.items():
+            if isinstance(value, dict):
+                told |= {(f"{name.removesuffix('_by_layer')}/{layer}", row["step"]): v for layer, v in value.items()}
+            elif isinstance(value, int | float) and name != "step":
+                group, name = ("val", name[4:]) if name.startswith("val_") else ("train", name)
+                told[f"{group}/{name}", row["step"]] = value
+    held = {(tag, event.step): event.value for tag in reader.Tags()["scalars"] for event in reader.Scalars(tag)}
+    assert held.keys() == told.keys()
+    for place, value in told.items():
+        assert held[place] == pytest.approx(value, rel=1e-5), place
+    wanted = {"train/loss", "train/uniform", "train/unigram_entropy", "train/neighbour_loss", "train/data_wait"}
+    assert wanted | {"val/neighbour_loss", "gradient_norm/encoder.blocks.00"} <= {tag for tag, _ in held}
+
+
+def test_tensorboard_has_pictures_histograms_and_charts_of_what_belongs_together(board: tuple[Path, Any]):
+    import re
+
+    run, reader = board
+    assert [event.step for event in reader.Images("reconstruction")] == [4, 8, 12]
+    newest = reader.Images("reconstruction")[-1]
+    assert (newest.height, newest.width) == (8 * 98, 5 * 98)
+    assert newest.encoded_image_string[:8] == (run / "reconstruction.png").read_bytes()[:8]
+    histograms = reader.Histograms("labels")
+    assert [event.step for event in histograms] == [3, 6, 9, 12]
+    for event, row in zip(histograms, rows(run), strict=True):
+        share = [count / event.histogram_value.num for count in event.histogram_value.bucket]
+        entropy = -sum(p * math.log(p) for p in share if p)
+        assert entropy == pytest.approx(row["unigram_entropy"], rel=1e-5)
+        assert max(share) == pytest.approx(row["top_label"], rel=1e-6)
+    charts = {title: chart for group in trackers.LAYOUT.values() for title, chart in group.items()}
+    tags = reader.Tags()["scalars"]
+    for title, (_, patterns) in charts.items():
+        assert sum(bool(re.match(pattern, tag)) for pattern in patterns for tag in tags) >= 2, title
+    assert "custom_scalars__config__" in reader.Tags()["tensors"]
+
+
+def test_norms_by_layer_are_those_of_the_weights(board: tuple[Path, Any]):
+    """Of the last row: measured before the last step, which at the end of the cosine is next to none."""
+    from safetensors.torch import load_file
+
+    run, _ = board
+    saved = load_file(run / "checkpoints" / "step-00000012" / "model.safetensors")
+    found: dict[str, float] = {}
+    for name, value in saved.items():
+        layer = next((f"{a}.blocks.{int(b.split('.')[0]):02d}" for a, _, b in [name.partition(".blocks.")] if b), None)
+        layer = layer or ".".join(name.split(".")[:2])
+        found[layer] = found.get(layer, 0.0) + float(value.double().square().sum())
+    norms = {layer: math.sqrt(value) for layer, value in found.items()}
+    last = rows(run)[-1]
+    assert last["weight_norm_by_layer"] == pytest.approx(norms, rel=0.05)
+    assert last["gradient_norm_by_layer"].keys() == norms.keys()
+
+
+def test_squares_of_layers_add_up_to_the_norm_of_all():
+    torch.manual_seed(0)
+    tensors = {f"encoder.blocks.{n}.{part}": torch.randn(5, n + 1) for n in range(12) for part in "abc"}
+    tensors |= {"head.linear.weight": torch.randn(3), "encoder.pos_embed": torch.randn(2)}
+    found = squares([*tensors.items(), ("head.linear.bias", None)])
+    every = torch.cat([value.flatten() for value in tensors.values()])
+    assert float(sum(found.values())) == pytest.approx(float(every.square().sum()), rel=1e-5)
+    assert sorted(found)[:3] == ["encoder.blocks.00", "encoder.blocks.01", "encoder.blocks.02"]
+    assert len(found) == 14
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("encoder.blocks.3.attn.qkv.weight", "encoder.blocks.03"),
+        ("encoder.patch_embed.proj.weight", "encoder.patch_embed"),
+        ("encoder.model.patch_embed.proj.weight", "encoder.model.patch_embed"),
+        ("encoder.model.blocks.11.mlp.fc1.weight", "encoder.model.blocks.11"),
+        ("encoder.model.stages.2.blocks.1.downsample.0.weight", "encoder.model.stages.02.blocks.01"),
+        ("encoder.model.layer1.0.conv1.weight", "encoder.model.layer1.00"),
+        ("encoder.cls_token", "encoder.cls_token"),
+        ("head.layers.0.weight", "head.layers.00"),
+        ("head.linear.bias", "head.linear"),
+    ],
+)
+def test_layers_by_name(name: str, layer: str):
+    assert layer_of(name) == layer
+
+
+@pytest.mark.parametrize(("steps", "every", "drawn"), [(40, None, 20), (40, 7, 6), (4, None, 2), (3, 99, 1)])
+def test_how_often_is_drawn(steps: int, every: int | None, drawn: int):
+    from ssl_vit.train.loop import Loop
+    from ssl_vit.train.loop import drawn as is_drawn
+
+    loop = Loop(steps=steps, panel_every=every, log_every=2)
+    assert sum(is_drawn(loop, step) for step in range(1, steps + 1)) == drawn
+    assert is_drawn(loop, steps)
+
+
+def test_weights_and_biases_offline(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert pretrain(shards, tmp_path, "steps=4", "log_every=2", "tracker=wandb") == 0
+    [held] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    content = held.read_bytes()
+    for name in (b"train/loss", b"val/loss", b"gradient_norm/encoder.blocks.00", b"reconstruction"):
+        assert name in content, name
+
+
+def test_mlflow_writes_into_the_run_and_goes_on_in_the_same_run(shards: Path, tmp_path: Path):
+    pytest.importorskip("mlflow")
+    words = ["steps=6", "log_every=2", "save_every=2", "tracker=mlflow"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ssl_vit.train.loop.StopSignal", lambda *_: StopAfter(3))
+        with pytest.raises(Refusal):
+            pretrain(shards, tmp_path, *words)
+    assert pretrain(shards, tmp_path, *words) == 0
+    [held] = (tmp_path / "mlruns").glob("*/*/metrics/train/loss")
+    lines = [line.split() for line in held.read_text().splitlines()]
+    wanted = {row["step"]: row["loss"] for row in rows(tmp_path)}
+    assert {int(line[2]): float(line[1]) for line in lines} == pytest.approx(wanted)
+
+
+def test_a_tracker_that_is_not_installed(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    known = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else known(name))
+    with pytest.raises(Refusal, match="pip install 'ssl_vit\\[wandb\\]'") as end:
+        pretrain(shards, tmp_path / "run", "steps=2", "tracker=wandb")
+    assert end.value.code == USAGE
+
+
+def test_durations_as_one_says_them():
+    assert [_duration(s) for s in (3.2, 119, 120, 3600, 7200, 90_000)] == [
+        "3 s", "119 s", "2 min", "60 min", "2 h 00 min", "25 h 00 min",
+    ]  # fmt: skip
+
+
+def test_norms_by_layer_make_up_the_norm_of_all_gradients(shards: Path, tmp_path: Path):
+    pretrain(shards, tmp_path, "steps=2", "log_every=1", "tracker=none")
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+        whole = math.sqrt(sum(value**2 for value in row["gradient_norm_by_layer"].values()))
+        assert whole == pytest.approx(row["grad_norm"], rel=1e-3)
