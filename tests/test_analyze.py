@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_vit import analysis, config, load_encoder
 from ssl_vit.data import manifest
@@ -23,7 +24,7 @@ from ssl_vit.encoders import export
 from ssl_vit.encoders.axial import Axial
 from ssl_vit.encoders.timm_zoo import Bit, TimmZoo
 from ssl_vit.encoders.vit import Vit, VitEncoder
-from ssl_vit.evaluate import attention
+from ssl_vit.evaluate import attention, embeddings
 from ssl_vit.recipe import FOLDER
 from tests import frozen
 from tests.conftest import TINY
@@ -61,7 +62,8 @@ def exported(given: Path, name: str, shape: Any) -> Path:
 def analyze(given: Path, out: Path, *words: str, encoder: Path | str = "", data: Path | str = "") -> dict[str, Any]:
     """The numbers of an analysis in this process; what it wrote is whole."""
     named = [f"encoder={encoder or given / 'run'}", f"data={data or given / 'shards' / 'val'}", f"run={out}"]
-    parsed = config.parse(analysis.Analyze, [*named, "workers=0", "quiet=true", "batch=3", *words], FOLDER)
+    few = [] if any(word.startswith("images=") for word in words) else ["images=2"]  # drawing takes most of the time
+    parsed = config.parse(analysis.Analyze, [*named, "workers=0", "quiet=true", "batch=3", *few, *words], FOLDER)
     assert analysis.run(parsed) == 0
     return written(out)
 
@@ -245,11 +247,11 @@ def test_a_damaged_image_is_left_out(given: Path, tmp_path: Path):
     with (tmp_path / "shards" / "val" / "000000.tar").open("r+b") as file:
         file.seek(int(entry["offset"]) + 30)
         file.write(b"\0damaged\0")
-    found = analyze(given, tmp_path / "out", data=tmp_path / "shards")
+    found = analyze(given, tmp_path / "out", "images=8", data=tmp_path / "shards")
     assert sorted(found["samples"]) == [0, 2, 3, 4, 5, 6, 7]
     assert len(table(tmp_path / "out" / "features.csv")) == 7
     assert len(found["rollout"]["mean"]) == 7
-    whole = analyze(given, tmp_path / "whole")
+    whole = analyze(given, tmp_path / "whole", "images=8")
     for i, sample in enumerate(found["samples"]):  # and the others are not shifted by it
         np.testing.assert_allclose(
             found["rollout"]["mean"][i], whole["rollout"]["mean"][whole["samples"].index(sample)], rtol=1e-4
@@ -306,6 +308,13 @@ def test_nothing_stale_stays_of_an_earlier_look(given: Path, tmp_path: Path):
     assert "attention-1" not in pictures(tmp_path)
 
 
+def test_another_tools_report_is_not_written_over(given: Path, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.html").write_text("an evaluation")
+    refuse([f"encoder={given}/run", f"data={given}/shards/val", f"run={tmp_path}/out"], tmp_path, 64, "run=")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
+
+
 def test_planted_attention_is_lit_in_what_is_written(given: Path, tmp_path: Path):
     from tests.evaluate.test_attention import planted
 
@@ -333,6 +342,7 @@ REFUSED = {  # words changed, code, what the line names
     "unknown": ({"layer": "1"}, 64, "layers"),
     "size": ({"image_size": "18"}, 64, "18"),
     "samples": ({"samples": "2"}, 64, "samples"),
+    "images": ({"images": "5000"}, 64, "images"),
 }
 
 
@@ -382,18 +392,55 @@ def test_what_is_held_does_not_grow_with_images_times_tokens(
     real, counts = VitEncoder.forward, []
 
     def counted(self: Any, image: Tensor, *more: Any, **named: Any) -> Tensor:
-        gc.collect()
         alive = [one.untyped_storage() for one in gc.get_objects() if type(one) in (Tensor, torch.nn.Parameter)]
         counts.append(sum({one.data_ptr(): one.nbytes() for one in alive}.values()))
         return real(self, image, *more, **named)
 
+    class Seen(Exception):
+        pass
+
+    def seen_all(*_: Any) -> None:
+        raise Seen
+
     monkeypatch.setattr(VitEncoder, "forward", counted)
-    grown = {}
-    for samples in (40, 400):
-        counts.clear()
-        words = [f"samples={samples}", "batch=40", "images=4", "distance_images=400", "layers=1,2"]
-        analyze(given, tmp_path / str(samples), *words, data=tmp_path / "shards")
-        grown[samples] = counts[-1] - counts[0]
-    maps = 17 * 17 * 2 * 2 * 4  # bytes of an image's maps, here
-    assert max(grown.values()) < 400 * maps / 4, grown
-    assert grown[400] - grown[40] < 360 * (16 * 4 + 8 + 8 + 4 * 8 + 200), grown  # features, label, number, distances
+    monkeypatch.setattr(analysis, "Portrait", seen_all)  # what is drawn does not matter here
+    for readout in ("mean", "class"):
+        grown = {}
+        for samples in (40, 400):
+            gc.collect()
+            counts.clear()
+            words = [f"samples={samples}", "batch=40", "images=4", f"distance_images={samples}", "layers=1,2"]
+            with pytest.raises(Seen):
+                analyze(given, tmp_path / "out", *words, f"readout={readout}", data=tmp_path / "shards")
+            grown[samples] = counts[-1] - counts[0]
+        maps = 17 * 17 * 2 * 2 * 4  # bytes of an image's maps, here
+        assert max(grown.values()) < 400 * maps / 4, grown
+        assert grown[400] - grown[40] < 360 * (16 * 4 + 8 + 8 + 4 * 8 + 200), (
+            grown
+        )  # features, label, number, distances
+
+
+def test_neighbours_among_many_images_take_little_memory():
+    """All with all would be a matrix of images squared."""
+    most = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal most
+            made = func(*args, **(kwargs or {}))
+            most = max(
+                [
+                    most,
+                    *(one.numel() for one in (made if isinstance(made, tuple) else (made,)) if isinstance(one, Tensor)),
+                ]
+            )
+            return made
+
+    features = torch.randn(6000, 2, generator=torch.Generator().manual_seed(0))
+    with Largest():
+        found = embeddings.nearest(features, torch.arange(6000), 1)
+    assert most < 6000 * 6000 / 4
+    for one in (0, 1023, 1024, 5999):
+        alike = torch.nn.functional.cosine_similarity(features[one : one + 1], features)
+        alike[one] = -2
+        assert float(alike[found[one, 0]]) == pytest.approx(float(alike.max()), abs=1e-6)
