@@ -90,7 +90,8 @@ def run(options: Analyze) -> int:
     write_bytes(folder / "analysis.json", (json.dumps(portrait.numbers, indent=1) + "\n").encode())
     portrait.page.write(folder)
     if not options.quiet:
-        print("\n".join(f"not drawn: {note}" for note in portrait.notes))
+        for note in portrait.notes:
+            print(f"not drawn: {note}")
         print(f"{folder}: report.html, report/*.png, analysis.json, {', '.join(portrait.tables)}", flush=True)
     return 0
 
