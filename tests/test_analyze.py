@@ -14,18 +14,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssl_vit import analysis, config, load_encoder
 from ssl_vit.data import manifest
 from ssl_vit.data.samples import Data, Samples
+from ssl_vit.data.stream import EvaluationStream, Share
 from ssl_vit.encoders import export
 from ssl_vit.encoders.axial import Axial
 from ssl_vit.encoders.timm_zoo import Bit, TimmZoo
 from ssl_vit.encoders.vit import Vit, VitEncoder
 from ssl_vit.evaluate import attention, embeddings
-from ssl_vit.recipe import FOLDER
+from ssl_vit.recipe import FOLDER, Pretrain
 from tests import frozen
 from tests.conftest import TINY
 
@@ -119,7 +121,7 @@ def test_numbers_are_those_that_one_computes_oneself(given: Path, tmp_path: Path
     shape = {"no class": Vit(**numbers, class_token=False, pool="mean"), "axial": Axial(**numbers)}.get(kind)
     place = given / "run" / "encoder" if shape is None else exported(given, kind, shape)
     found = analyze(given, tmp_path / "out", "images=3", "distance_images=5", encoder=place)
-    encoder = load_encoder(place)
+    encoder: Any = load_encoder(place)
     assert pictures(tmp_path / "out") >= ALL
     assert sorted(found["samples"]) == list(range(8))
     image, classes = images_of(given / "shards" / "val", found["samples"])
@@ -187,8 +189,23 @@ def test_a_pretraining_shows_its_reconstructions(given: Path, pretrained: Path, 
     assert {"reconstruction"} | ALL <= pictures(tmp_path / "out")
     assert found["not_drawn"] == []
     assert len(found["samples"]) == 8, "of splits it takes val"
+    drawn = np.asarray(Image.open(tmp_path / "out" / "report" / "reconstruction.png"))
+    np.testing.assert_array_equal(drawn, panel_of(pretrained, given / "shards" / "val", found["samples"][:2]))
     assert {path.name for path in (tmp_path / "out").glob("*.csv")} == TABLES
     assert {path: path.stat().st_mtime_ns for path in pretrained.rglob("*")} == before
+
+
+@torch.no_grad()
+def panel_of(run: Path, shards: Path, numbers: list[int]) -> np.ndarray:
+    """The picture that the last checkpoint's head makes of the samples, every tensor of it found there."""
+    encoder: Any = load_encoder(run)
+    head: Any = config.parse(Pretrain, [f"recipe={run}/recipe.yaml"], FOLDER).head.build(encoder, 1)
+    kept = load_file(sorted((run / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
+    head.load_state_dict({name.removeprefix("head."): kept[name] for name in kept if name.startswith("head.")})
+    data = Data(image_size=frozen.SIDE, workers=0)
+    stream = EvaluationStream(manifest.load(shards), data, 2, np.array(numbers))
+    batch = next(iter(stream.batches(Share(micro_batch=2), torch.device("cpu"))))
+    return head.eval().panel(encoder, batch).permute(1, 2, 0).numpy()
 
 
 def test_layers_heads_query_readout_and_projection(given: Path, tmp_path: Path):

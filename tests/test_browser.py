@@ -219,6 +219,7 @@ def test_tensorboard_has_the_panel_and_the_labels(given: Path, board: Get):
 @browser
 def test_tensorboard_draws_them(given: Path, board: Get, tmp_path: Path):
     only = urllib.parse.quote("train/loss|train/neighbour_loss|reconstruction|labels")
+    dom = ""
     for _ in range(3):  # a busy machine may have the page half drawn
         dom = chromium(tmp_path, f"{board()}?tagFilter={only}#timeseries", "--dump-dom")
         if "reconstruction" in dom and "train/loss" in dom:

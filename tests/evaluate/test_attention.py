@@ -16,6 +16,7 @@ from ssl_vit.encoders.timm_zoo import Bit, TimmZoo
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.evaluate import attention, drawings
 
+QUERIES: tuple[attention.Query, ...] = ("class", "mean")
 PIXELS = 1e-4  # tolerance of a distance
 TABLE = [  # grid, stride; mean of uniform attention, self left out, to a corner, to the centre; the largest: pixels
     ((14, 14), 16, 116.4922, 117.0896, 161.0302, 86.0189, 294.1564),
@@ -165,7 +166,9 @@ def test_rollout_is_a_plain_loop(prefix):
         gradual.add(given[depth - 1])
         partial = np.stack([products(maps[:depth, image])[-1] for image in range(2)])
         np.testing.assert_allclose(partial.sum(2), 1, atol=1e-12)
-        for query, wanted in (("class", partial[:, 0, prefix:]), ("mean", partial[:, prefix:, prefix:].mean(1))):
+        wanted_of = {"class": partial[:, 0, prefix:], "mean": partial[:, prefix:, prefix:].mean(1)}
+        for query in QUERIES:
+            wanted = wanted_of[query]
             if query == "class" and not prefix:
                 continue
             for found in (attention.rollout(given[:depth], prefix, query), gradual.of(prefix, query)):
@@ -502,9 +505,9 @@ def test_nothing_stays_after_a_failure(name, fault, zoo):
     assert torch.equal(plainly(encoder, image), before)
 
 
-@pytest.mark.parametrize("name", ["ours", "axial", "vit"])
+@pytest.mark.parametrize("name", ["class", "axial", "vit"])
 def test_none_of_this_runs_where_nobody_watches(name, zoo):
-    encoder = zoo(name) if name == "vit" else loud(OURS[{"ours": "class"}.get(name, name)].build())
+    encoder = zoo(name) if name == "vit" else loud(OURS[name].build())
     image, called = image_for(encoder), []
 
     def note(frame: Any, event: str, _: Any) -> None:
@@ -575,8 +578,9 @@ def test_a_planted_patch_is_lit(at):
     for one in others:
         torch.testing.assert_close(one, torch.eye(16).expand_as(one))
     torch.testing.assert_close(last, torch.eye(16)[1 + at].expand_as(last))
-    for query, value in (("class", 0.5), ("mean", (1 + 1 / 15) / 2)):
+    for query in QUERIES:
         found = attention.rollout(torch.stack([*maps.values()]), 1, query)
+        value = 0.5 if query == "class" else (1 + 1 / 15) / 2
         assert found.argmax(1).tolist() == [at, at]
         assert found[:, at].tolist() == pytest.approx([value] * 2)
         seen = drawings.shaded(np.full((24, 40, 3), 200, np.uint8), found[0].reshape(3, 5).numpy(), 8)
@@ -592,3 +596,20 @@ def test_the_picture_of_an_empty_map_is_no_division_by_zero():
     seen = np.asarray(drawings.shaded(image, np.zeros((3, 5), np.float32), 4))
     assert seen.shape == image.shape
     assert np.isfinite(seen).all()
+
+
+def test_dots_of_a_grid_of_one_patch_are_drawn():
+    drawings.distance_dots({1: [0.0, 0.0]}, 0.0)
+
+
+def test_a_map_is_lit_by_its_values_and_not_elsewhere():
+    """Rows and columns as they lie in the image, also where that is not square; nothing where nothing is."""
+    image = np.full((24, 64, 3), 250, np.uint8)
+    values = np.zeros((3, 8), np.float32)
+    values[2, 1], values[0, 6] = 0.2, 0.1
+    light = np.asarray(drawings.shaded(image, values, 8), dtype=float).sum(2)
+    of_patches = light.reshape(3, 8, 8, 8).mean((1, 3))
+    assert np.unravel_index(of_patches.argmax(), (3, 8)) == (2, 1)
+    assert light.max() == pytest.approx(750, abs=6)
+    assert 0.3 < of_patches[0, 6] / of_patches[2, 1] < 0.7
+    assert of_patches[0, 3] < 0.1 * of_patches[2, 1]

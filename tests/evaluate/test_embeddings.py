@@ -91,10 +91,10 @@ def test_filters_that_are_all_alike_make_no_nan():
 
 
 def test_the_first_convolution_of_every_kind():
-    ours = Vit(**SMALL).build()
+    ours: Any = Vit(**SMALL).build()
     assert embeddings.first_convolution(ours) is ours.patch_embed.proj
     assert embeddings.first_convolution(Axial(**SMALL).build()).weight.shape == (16, 3, 4, 4)  # type: ignore[union-attr]
-    hybrid = Vit(**(SMALL | {"image": 32, "patch": 16}), stem="r50").build()
+    hybrid = Vit(size="Ti", width=16, depth=2, heads=2, patch=16, image=32, stem="r50").build()
     found = embeddings.first_convolution(hybrid)
     assert found is not None
     assert found.weight.shape == (64, 3, 7, 7)  # of the root: what makes tokens sees no pixels
@@ -174,7 +174,8 @@ def test_the_table_of_an_axial_vit_and_of_none():
     found = embeddings.position_table(encoder)
     assert found is not None
     assert torch.equal(found, encoder.pos_embed[0])
-    for more in ({"positions": "none"}, {"positions": "relative"}, {"positions": "relative", "positions_at": "stem"}):
+    kinds: list[dict[str, Any]] = [{"positions": "none"}, {"positions": "relative"}]
+    for more in [*kinds, dict[str, Any](positions="relative", positions_at="stem")]:
         assert embeddings.position_table(Vit(**SMALL, **more).build()) is None
         assert embeddings.position_table(Axial(**SMALL, **more).build()) is None
 
