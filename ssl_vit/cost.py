@@ -6,18 +6,17 @@ autocast inside the forward pass alone. docs/scaling.md says how each formula wa
 
 import math
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from ssl_vit.encoders import Encoder
 from ssl_vit.encoders.axial import Axial
 from ssl_vit.encoders.vit import Transformer
 from ssl_vit.model import count_parameters
+from ssl_vit.traced import imagined, saved
 
 Engine = Literal["ddp", "zero1", "zero2", "fsdp2", "zero3"]
 ENGINES: tuple[Engine, ...] = ("ddp", "zero1", "zero2", "fsdp2", "zero3")  # as to be tried: what is simpler comes first
@@ -121,6 +120,11 @@ def needless_flops(config: Encoder) -> int:
     return 2 * rows * columns * config.channels * config.patch**2 * config.numbers[0]
 
 
+def image_flops(config: Encoder, head_macs: int) -> int:
+    """FLOPs of training on an image: 105.4e9 of ViT-B/16 with the mean-colour head."""
+    return training_flops(encoder_macs(config) + head_macs) - needless_flops(config)
+
+
 @remembered
 def blocks(config: Encoder) -> tuple[int, ...]:
     """The parameters of each block, which is what engines gather and what activation checkpointing computes again."""
@@ -163,57 +167,32 @@ def kept(config: Encoder, bf16: bool) -> Kept:
 
     Of a prime number of images: what it divides is theirs, and the rest, as bf16 copies of weights, is there once.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    found: dict[int, tuple[int, int]] = {}  # by storage: the block that kept it, -1 for none, and its bytes
-    at, inputs = [-1], []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        found.setdefault(storage._cdata, (at[0], storage.nbytes()))
-        alive.append(storage)
-        return tensor
-
-    def enter(number: int, _block: nn.Module, given: tuple[Any, ...]) -> None:
-        at[0] = number
-        inputs.append(given[0].untyped_storage().nbytes())
-
-    def leave(*_: Any) -> None:
-        at[0] = -1
-
-    alive: list[Any] = []  # an address must not be given out twice
     with torch.device("meta"):
         encoder = config.build()  # its own, which gets content
-    for number, block in enumerate(encoder.blocks):
-        block.register_forward_pre_hook(partial(enter, number))
-        block.register_forward_hook(leave)
     image = IMAGES, config.channels, *config.image_hw
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), Fused():
+    with imagined("cuda", bf16):
         encoder.to_empty(device="cuda")
-        own = {parameter.untyped_storage()._cdata for parameter in encoder.parameters()}
-        torch.set_autocast_enabled("cuda", bf16)  # torch.autocast does nothing on a machine without GPU
-        torch.set_autocast_dtype("cuda", torch.bfloat16)
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                # a head's edit keeps the patches for its backward pass, as a sine does
-                made = encoder(torch.empty(image, dtype=torch.uint8), edit=torch.sin if encoder.maskable else None)
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-        del made
-    places = [place for storage, place in found.items() if storage not in own and place[1] % IMAGES == 0]
-    mine = [(block, size // IMAGES) for block, size in places]
+        # a head's edit keeps the patches for its backward pass, as a sine does
+        edit = torch.sin if encoder.maskable else None
+        found = saved(encoder, list(encoder.blocks), lambda: encoder(torch.empty(image, dtype=torch.uint8), edit=edit))
+    mine = [(block, size // IMAGES) for block, size in found.storages if size % IMAGES == 0]
     sizes = [sum(size for block, size in mine if block == number) for number in range(-1, len(encoder.blocks))]
     largest = max((size for block, size in mine if block >= 0), default=0)
-    return Kept(sizes[0], tuple(sizes[1:]), tuple(size // IMAGES for size in inputs), largest)
+    return Kept(sizes[0], tuple(sizes[1:]), tuple(size // IMAGES for size in found.inputs), largest)
 
 
-class Fused(TorchFunctionMode):
-    """Attention as a GPU computes it, also where there is none."""
+def held(model: nn.Module, state: tuple[str, ...]) -> dict[str, int]:
+    """Bytes of what a process holds in a step beside activations, by part; `state` names the optimizer's tensors.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and len(args) == 3 and not (kwargs or {}).get("attn_mask"):
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
-        return func(*args, **(kwargs or {}))
+    Buffers, as of batch norms, are counted among the weights; Adam's count of steps is one number for each tensor.
+    """
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.nbytes for parameter in learned)
+    return {
+        "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        "gradients": gradients,
+        "optimizer": sum(4 * len(learned) if key == "step" else gradients for key in state),
+    }
 
 
 def memory(

@@ -1,6 +1,5 @@
 """Recipes: the parts' configs put together, checked against each other, and run."""
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,30 +8,27 @@ from typing import Any
 import torch
 from pydantic import Field, field_validator
 
-from ssl_vit import config, cost
-from ssl_vit.advice import planned
+from ssl_vit import cost
 from ssl_vit.data import find
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data, Samples
 from ssl_vit.data.sequential import SequentialStream, Tars, tars
-from ssl_vit.data.stream import Share, TrainingStream
+from ssl_vit.data.stream import TrainingStream
 from ssl_vit.encoders import Encoder, weights
 from ssl_vit.encoders.vit import Transformer, Vit
 from ssl_vit.evaluate.metrics import Metrics, check_labels
 from ssl_vit.evaluate.online import Online
 from ssl_vit.evaluate.sweep import Benchmark, SuiteTask, Sweep
 from ssl_vit.exits import DATA, USAGE, Refusal
+from ssl_vit.gpus import Device
 from ssl_vit.heads import Head
 from ssl_vit.heads.mean_color import MeanColor
-from ssl_vit.heads.panel import grid
 from ssl_vit.heads.transfer import Transfer
-from ssl_vit.model import Batch, Model, count_parameters
-from ssl_vit.scaling import Device
-from ssl_vit.train.environment import uses_bf16, world
-from ssl_vit.train.loop import Loop
+from ssl_vit.model import Batch, Model
+from ssl_vit.train.environment import world
 from ssl_vit.train.optim import AdamW, Optim, Sgd
+from ssl_vit.train.pace import Loop
 from ssl_vit.train.run import SAFE
-from ssl_vit.train.tracker import write_png
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 PANEL = 8  # images in a picture
@@ -43,7 +39,9 @@ class Train(Loop):
     """What pretraining and fine-tuning share."""
 
     run: str = Field(default="runs/run", min_length=1, description="output folder (default: runs/RECIPE)")
-    dry_run: bool = Field(default=False, description="say what would be done, draw the first batch, and stop")
+    dry_run: bool = Field(
+        default=False, description="say what a run would do and take, draw its first images, and stop"
+    )
     world: int | None = Field(default=None, ge=1, description="with dry_run: GPUs to plan the run for")
     device: Device = Device()
     fresh: bool = Field(
@@ -266,49 +264,4 @@ def flops(model: Model) -> int:
 
     Of the whole model, also where the last block computes some tokens only, so that figures of others compare.
     """
-    config = model.encoder.config
-    return cost.training_flops(cost.encoder_macs(config) + model.head.macs) - cost.needless_flops(config)
-
-
-def _activations(recipe: Recipe) -> float:
-    """What the encoder keeps of an image for the backward pass, 10^6 bytes."""
-    bf16 = uses_bf16(recipe.precision)
-    return cost.activation_bytes(recipe.encoder, bf16, recipe.activation_checkpointing) / 1e6
-
-
-def preview(recipe: Recipe, tensors: weights.Weights | None, source: Encoder | None) -> int:
-    """Say what a run would do and draw its first batch, corrupted where the head does that; trains nothing."""
-    if int(os.environ.get("RANK", "0")):
-        return 0
-    if getattr(recipe, "tasks", ()):
-        raise Refusal(USAGE, "dry_run: of one data set at a time; give tasks=none and data.train, data.val of a task")
-    train, val = sources(recipe)
-    model = build(recipe, len(train.classes), tensors, source, say=print)
-    stream = streamed(train, recipe)
-    print(config.dump(recipe))
-    length = f"{recipe.steps:,} steps of {recipe.batch:,} images"
-    if isinstance(stream, TrainingStream):
-        shards = stream.samples.manifest
-        epochs = recipe.steps * recipe.batch / stream.epoch_samples
-        length += f": {epochs:.1f} epochs of {stream.epoch_samples:,}"
-        data = f"{shards.name}: {shards.samples:,} samples, {len(shards.classes)} classes, {len(shards.shards)} shards"
-        keys = next(stream.keys(0, Share(micro_batch=min(PANEL, recipe.batch))))
-        batch, _ = stream.samples.batch(keys)
-    else:
-        data, batch = train.name, stream.first(min(PANEL, recipe.batch))
-    rows = {
-        "parameters": f"encoder {count_parameters(model.encoder):,}, head {count_parameters(model.head):,}",
-        "FLOPs an image": f"{flops(model):,} (forward and backward)",
-        "activations": f"{_activations(recipe):,.1f} MB an image, of the encoder",
-        "length": length,
-        "data": data,
-        "evaluation": f"{val.name}: {val.samples:,} samples" if val is not None else "none",
-    }
-    picture = Path(recipe.run) / "first_batch.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    write_png(model(batch, panel=True) if hasattr(model.head, "panel") else grid([batch["image"]]), picture)
-    rows["first batch"] = str(picture)
-    print("\n".join(f"{name:<16}{text}" for name, text in rows.items()))
-    if recipe.world is not None:
-        print("\n".join(planned(recipe, model, train)))
-    return 0
+    return cost.image_flops(model.encoder.config, model.head.macs)

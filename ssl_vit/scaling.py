@@ -3,13 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from pydantic import Field
-
 from ssl_vit import cost
-from ssl_vit.config import Config
 from ssl_vit.cost import ENGINES, Engine
 from ssl_vit.encoders import Encoder
 from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.gpus import Device
 
 Cure = tuple[Engine, str]  # an engine, and what to change
 GB = 1e9
@@ -17,22 +15,6 @@ USABLE = 0.9  # assumed: the rest of a GPU's memory is the CUDA context's, NCCL'
 HOST = 0.8e-3  # seconds a block and micro batch, assumed: 80 kernels forward and backward, 10 microseconds a launch
 # bytes of shard a sample, and images/s that a core reads, decodes and crops to 224 pixels: measured, docs/data.md
 SMALL, LARGE = (33_341, 1834), (112_558, 642)
-
-
-class Device(Config):
-    """What a GPU and its node can do; the defaults are those of a common node of eight H100."""
-
-    tflops: float = Field(
-        default=400,
-        gt=0,
-        description="sustained a GPU, 10^12/s under bf16: an assumption, to be replaced by `tflops` of a row of "
-        "metrics.jsonl (of a run without activation checkpointing) divided by its processes",
-    )
-    memory_gb: float = Field(default=80, gt=0, description="memory of a GPU, 10^9 bytes; a tenth of it is left free")
-    gpus_per_node: int = Field(default=8, ge=1, description="GPUs of a node")
-    network_gbps: float = Field(default=400, gt=0, description="network between nodes, 10^9 bits/s for each GPU")
-    cores: int = Field(default=16, ge=1, description="CPU cores for each GPU")
-    storage_gbs: float = Field(default=2, gt=0, description="what a node reads from where shards are, 10^9 bytes/s")
 
 
 @dataclass(frozen=True)
@@ -65,8 +47,8 @@ class Job:
 
     def seconds(self, device: Device) -> float:
         """Of computation a step, were a GPU never to wait; with checkpointing the forward pass is computed twice."""
-        flops = cost.training_flops(cost.encoder_macs(self.encoder) + self.head_macs) * self.share
-        return flops / (device.tflops * 1e12) * (4 / 3 if self.activation_checkpointing else 1)
+        flops = cost.image_flops(self.encoder, self.head_macs) * self.share
+        return device.seconds(flops, self.activation_checkpointing)
 
     def enough(self, device: Device) -> int:
         """Images at once from which on their kernels take longer to run than to be launched."""
@@ -96,14 +78,14 @@ def plan(job: Job, device: Device) -> tuple[list[str], list[str]]:
     engine, memory, warnings = _memory(job, device)
     limits = [_host(job, device), _network(job, device, engine, seconds), *_data(job, device, seconds)]
     hours, slowdown = job.steps * seconds / 3600, max(limit.slowdown for limit in limits)
-    assumed = "" if "tflops" in device.model_fields_set else " (assumed)"
+    assumed = "" if device.tflops else " (assumed)"
     pieces = f", in {job.share // job.micro} micro batches" if job.micro < job.share else ""
     again = ", blocks computed twice" if job.activation_checkpointing else ""
     longer = f"; {number(hours * slowdown)} hours with the worst of the limits below" if slowdown > 1 else ""
     lines = [
         f"GPUs        {job.world:,} on {nodes:,} node{'s' * (nodes > 1)}, {job.share:,} images each a step{pieces}",
-        f"step        {number(seconds * 1e3)} ms of computation at {device.tflops:g} TFLOP/s a GPU{assumed}{again}: "
-        f"{number(job.batch / seconds)} images/s",
+        f"step        {number(seconds * 1e3)} ms of computation at {number(device.sustained)} TFLOP/s a GPU{assumed}"
+        f"{again}: {number(job.batch / seconds)} images/s",
         f"run         {job.steps:,} steps, {number(job.steps * job.batch / job.samples)} epochs: "
         f"{number(hours)} hours, {number(hours * job.world)} GPU-hours{longer}",
         *memory,
@@ -131,13 +113,13 @@ def _check(job: Job) -> None:
 
 def _memory(job: Job, device: Device) -> tuple[Engine, list[str], list[str]]:
     """The engine to take, which is the first that fits; the table of engines; a warning where none fits."""
-    room, again = USABLE * device.memory_gb * GB, job.activation_checkpointing
+    room, again = USABLE * device.gigabytes * GB, job.activation_checkpointing
     engines: tuple[Engine, ...] = ENGINES if job.world > 1 else ENGINES[:1]
     sizes = {engine: job.memory(engine, job.micro, again) for engine in engines}
     fitting: list[Engine] = [engine for engine in engines if sizes[engine][1] <= room]
     cures = [] if fitting else _cures(job, engines, room, job.enough(device))
     each = cost.activation_bytes(job.encoder, job.bf16, again) / 1e6
-    usable = f"{room / GB:.3g} of {device.memory_gb:g} GB usable"
+    usable = f"{room / GB:.3g} of {device.gigabytes:g} GB usable"
     lines = [f"memory      {usable}; {job.micro:,} images at once, {number(each)} MB each"]
     for engine, (kept, peak) in sizes.items():
         verdict = f"{peak / room:.2g} times too much" if peak > room else "fits"

@@ -10,7 +10,8 @@ from ssl_vit.data import workers
 from ssl_vit.exits import INTERNAL, Refusal, leave, out_of_memory, verdict
 from ssl_vit.family import follow_launcher
 from ssl_vit.outcome import write_suite
-from ssl_vit.recipe import Finetune, Recipe, preview, resolve
+from ssl_vit.preview import preview
+from ssl_vit.recipe import Finetune, Recipe, resolve
 from ssl_vit.train.distributed import from_main
 from ssl_vit.train.environment import world
 from ssl_vit.train.launch import start

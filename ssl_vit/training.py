@@ -28,8 +28,9 @@ from ssl_vit.recipe import (
     streamed,
 )
 from ssl_vit.train.distributed import from_main, total
-from ssl_vit.train.loop import Task, fit, shared
+from ssl_vit.train.loop import Task, fit
 from ssl_vit.train.numbers import NOTHING, RollBack
+from ssl_vit.train.pace import shared
 from ssl_vit.train.run import Run
 from ssl_vit.train.startup import on_each_machine
 from ssl_vit.train.watchdog import Watchdog
@@ -46,6 +47,7 @@ class Session:
     watchdog: Watchdog
     tensors: weights.Weights | None
     source: Encoder | None
+    introduced: bool = False  # what is trained was told, of the first of several trainings
 
 
 def train(session: Session, recipe: Recipe, folder: Run) -> dict[str, Any]:
@@ -62,7 +64,9 @@ def train(session: Session, recipe: Recipe, folder: Run) -> dict[str, Any]:
     while row is None:
         model = build(recipe, len(data.classes), session.tensors, session.source, say)
         if left_out is NOTHING:
-            say(introduction(recipe, model, data, val, accelerator))
+            lines = introduction(recipe, model, data, val, accelerator)
+            say("\n".join(lines[: 1 if session.introduced else None]))
+            session.introduced = True
         if kept_head(recipe):
             classified.read_classifier(recipe.init)[1].fill(model.head.layers[0], data.classes, recipe.init)
         task = _task(session, recipe, model, data, val, probed, share, folder)
@@ -79,8 +83,8 @@ def train(session: Session, recipe: Recipe, folder: Run) -> dict[str, Any]:
 
 def introduction(
     recipe: Recipe, model: Model, data: Manifest | Tars, val: Manifest | None, accelerator: "Accelerator"
-) -> str:
-    """What is about to be trained, on what, for how long and by whom, in a few lines."""
+) -> list[str]:
+    """What is about to be trained, on what, for how long and by whom."""
     size = f"{count_parameters(model) / 1e6:,.1f} M parameters, {flops(model) / 1e9:,.2f} GFLOP an image and step"
     images = f"{recipe.steps:,} steps of {recipe.batch:,} images"
     if isinstance(data, Manifest):
@@ -102,7 +106,7 @@ def introduction(
         "length": images,
         "machine": f"{world} process{'es' * (world > 1)} on {accelerator.device.type}, {each} each a step",
     }
-    return "\n".join(f"{name:<9}{text}" for name, text in lines.items())
+    return [f"{name:<9}{text}" for name, text in lines.items()]
 
 
 def _task(

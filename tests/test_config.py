@@ -127,7 +127,7 @@ KEYS = """
 fresh allow_change on_save_error check_every verify_step spike data.timeout
 steps batch micro_batch seed log_every save_every eval_every keep precision compile tracker quiet run dry_run init
 activation_checkpointing attention profile panel_every timeout world device.tflops device.memory_gb device.gpus_per_node
-device.network_gbps device.cores device.storage_gbs
+device.gpu device.mfu device.network_gbps device.cores device.storage_gbs
 data.train data.val data.image_size data.crop_area data.flip data.eval_crop data.subset data.workers data.lanes
 data.reader data.cache data.cache_gb data.verify data.max_bad
 data.window encoder.kind encoder.size encoder.patch encoder.image encoder.channels encoder.width encoder.depth

@@ -1,5 +1,6 @@
 """What only a GPU can show: `make gpu` runs these and the benchmark; without one they are skipped."""
 
+import gc
 import json
 import math
 import os
@@ -17,8 +18,9 @@ from ssl_vit.train import loop
 from ssl_vit.train.attention import check_gradients, pin
 from ssl_vit.train.engine import prepare
 from ssl_vit.train.launch import start
-from ssl_vit.train.loop import Loop, Task, Window, update
+from ssl_vit.train.loop import Task, Window, update
 from ssl_vit.train.outfit import outfit
+from ssl_vit.train.pace import Loop
 from tests.train.test_engines import BIN, ENGINES, launched
 from tests.train.test_engines import rows as training_rows
 from tests.train.test_loop import StopAfter, fresh_accelerate  # noqa: F401 - a fixture
@@ -157,3 +159,30 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path):
         update(accelerator, made, task, engine, iter([batch, batch]), window, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("words", [["compile=false"], ["compile=false", "micro_batch=32"], []], ids=" ".join)
+def test_a_dry_run_foretells_memory_and_time(shards: Path, tmp_path: Path, words: list[str]):
+    """Memory by formula is that of eager blocks: compiled ones keep less, which a dry run tells by trying."""
+    data = [
+        f"data.train={shards}/train",
+        "data.val=none",
+        f"run={tmp_path}",
+        "data.workers=8",
+        "quiet=true",
+        "fresh=true",
+    ]
+    sizes = ["recipe=mpp_vit_b16", "batch=128", "steps=60", "log_every=20", "save_every=1000", "tracker=none"]
+    recipe_of = [*sizes, *data, *words]
+    assert session.run(config.parse(Pretrain, [*recipe_of, "dry_run=true"], recipe.FOLDER)) == 0
+    here = json.loads((tmp_path / "dry_run.json").read_text())["here"]
+    gc.collect()  # the model that was tried
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    assert session.run(config.parse(Pretrain, recipe_of, recipe.FOLDER)) == 0
+    peak, last = torch.cuda.max_memory_allocated(), training_rows(tmp_path)[-1]
+    assert here["peak"] == pytest.approx(peak, rel=0.15)
+    if "compile=false" in words:
+        assert here["bytes"]["sum"] == pytest.approx(peak, rel=0.15)
+    assert peak < 1.15 * here["bytes"]["sum"]
+    assert here["images_per_second"] == pytest.approx(last["images_per_second"], rel=0.25)

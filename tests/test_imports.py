@@ -12,15 +12,16 @@ FILES = sorted((ROOT / "ssl_vit").rglob("*.py"))
 
 # a part may import the parts on its own level and below
 LEVELS = [
-    {"exits", "counter", "durable", "family", "config", "inject"},
-    {"model"},
+    {"exits", "counter", "durable", "family", "config", "inject", "gpus"},
+    {"model", "traced"},
     {"encoders"},
     {"heads"},
     {"cost", "scaling"},
     {"data"},
     {"evaluate"},
     {"train"},
-    {"recipe", "advice", "pages", "outcome", "training", "tuning", "session", "codebook"},
+    {"recipe", "advice", "pages", "outcome", "training", "tuning", "session", "codebook"}
+    | {"preview", "forecast", "rehearsal", "sketch", "wording"},
     {"runs", "standing", "scores", "board", "overlay"},
     {"bench", "frozen", "judging", "comparison", "evaluation", "prediction", "converted", "analysis", "portrait"},
 ]

@@ -29,6 +29,13 @@ def grid(columns: list[Tensor], gap: int = 2) -> Tensor:
     return cells.permute(2, 0, 3, 1, 4).reshape(c, b * h, n * w)
 
 
+def cells(picture: Tensor, height: int, width: int, gap: int = 2) -> Tensor:
+    """What `grid` put side by side, uint8 [3, H, W] -> [B, columns, 3, height, width]."""
+    times = max(1, LEGIBLE // max(height, width))
+    rows = picture.unflatten(2, (-1, gap + times * width)).unflatten(1, (-1, gap + times * height))
+    return rows.permute(1, 3, 0, 2, 4)[..., gap::times, gap::times]  # a pixel of each square
+
+
 def png(image: Tensor) -> bytes:
     """A picture uint8 [3, h, w] as a PNG."""
     with io.BytesIO() as buffer:

@@ -55,12 +55,16 @@ class Engine:
         self._prepared.zero_grad()
         return norm
 
-    def layers(self) -> dict[str, Tensor]:
-        """Of gradients and weights the sum of squares by layer, which adds up over processes; before a step."""
-        found = {f"_gradient/{n}": v for n, v in squares((n, p.grad) for n, p in self.parameters.items()).items()}
-        found |= {f"_weight/{n}": v for n, v in squares(self.parameters.items()).items()}
-        copies = torch.distributed.get_world_size() if self.replicated and torch.distributed.is_initialized() else 1
-        return {name: value / copies for name, value in found.items()}
+    def gradient_squares(self) -> dict[str, Tensor]:
+        """Before a step, the sum of squares of each layer's gradients; what processes hold adds up."""
+        return squares(((name, p.grad) for name, p in self.parameters.items()), self._copies())
+
+    def weight_squares(self) -> dict[str, Tensor]:
+        """The same of the weights."""
+        return squares(self.parameters.items(), self._copies())
+
+    def _copies(self) -> int:
+        return torch.distributed.get_world_size() if self.replicated and torch.distributed.is_initialized() else 1
 
     @property
     def replicated(self) -> bool:
@@ -116,9 +120,16 @@ class Zero(Engine):
         norm = math.inf if self._zero.overflow else self.model.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.model.device)
 
-    def layers(self) -> dict[str, Tensor]:
-        """None: DeepSpeed keeps gradients flat and cut, and is through with them when `backward` returns."""
+    def gradient_squares(self) -> dict[str, Tensor]:
+        """None: DeepSpeed is through with the gradients when `backward` returns."""
         return {}
+
+    def weight_squares(self) -> dict[str, Tensor]:
+        """Of the parts under ZeRO-3, of whole weights under 1 and 2."""
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if not any(hasattr(p, "ds_tensor") for p in self.parameters.values()):
+            return squares(self.parameters.items(), world)
+        return squares((name, _part(p, rank)) for name, p in self.parameters.items())
 
     @property
     def replicated(self) -> bool:
@@ -165,6 +176,12 @@ class Zero(Engine):
             for key in self.keys:
                 if key != "step":
                     safe_set_full_optimizer_state(parameter, state[f"{name}/{key}"].to(parameter.device), key)
+
+
+def _part(parameter: Any, rank: int) -> Tensor:
+    """What a process holds of a parameter under ZeRO-3, without the filling that makes all parts equally long."""
+    size = parameter.ds_tensor.numel()
+    return parameter.ds_tensor.flatten()[: max(0, min(size, parameter.ds_numel - rank * size))]
 
 
 def zeros(parameter: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:

@@ -6,14 +6,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 
 from ssl_vit import inject
-from ssl_vit.config import Config
 from ssl_vit.counter import key
 from ssl_vit.data.sequential import SequentialStream
 from ssl_vit.data.stream import Share, TrainingStream
@@ -21,112 +19,25 @@ from ssl_vit.evaluate.accuracy import Evaluator
 from ssl_vit.exits import DISK, INTEGRITY, PREEMPTED, USAGE, Refusal
 from ssl_vit.model import Batch, Model
 from ssl_vit.train import checkpoint, optim
-from ssl_vit.train.attention import Attention
 from ssl_vit.train.average import Average
 from ssl_vit.train.distributed import Beat, StopSignal, from_main, silent, together, total
 from ssl_vit.train.engine import Engine, prepare
-from ssl_vit.train.environment import Precision, age, on_gpu, uses_bf16
+from ssl_vit.train.environment import age, on_gpu, uses_bf16
 from ssl_vit.train.health import Health
-from ssl_vit.train.numbers import NOTHING, LeftOut, NumberWatch, RollBack, Spike, check_replicas, unrepeatable
+from ssl_vit.train.numbers import NOTHING, LeftOut, NumberWatch, RollBack, check_replicas, unrepeatable
 from ssl_vit.train.optim import Optim, set_rate
 from ssl_vit.train.outfit import cuts_layers, outfit, pin_attention
+from ssl_vit.train.pace import Loop, drawn, judged, shared, told
 from ssl_vit.train.peak import Peak
-from ssl_vit.train.plugins import Asked
 from ssl_vit.train.profile import Profile
 from ssl_vit.train.run import Run
 from ssl_vit.train.state import on_main, resume
 from ssl_vit.train.tracker import Tracker, best_row, row_of
-from ssl_vit.train.trackers import TrackerName
 from ssl_vit.train.watch import DataWatch
 from ssl_vit.train.window import Window
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # 2.7 s, which --help does not wait for
-
-
-PANELS = 20  # pictures a run, where it is not said how often
-
-
-class Loop(Config):
-    """How long, how large, how often."""
-
-    steps: int = Field(default=1000, ge=1, description="optimizer steps")
-    batch: int = Field(default=256, ge=1, description="global images an optimizer step")
-    micro_batch: int | None = Field(
-        default=None, ge=1, description="images a process takes at once (none: all its share)"
-    )
-    seed: int = Field(default=0, ge=0, lt=1 << 63, description="of weights, order, crops and masks")
-    log_every: int = Field(default=50, ge=1, description="steps between rows of metrics")
-    save_every: int = Field(default=1000, ge=1, description="steps between checkpoints")
-    eval_every: int | None = Field(default=None, ge=1, description="steps between evaluations (none: at the end)")
-    keep: int = Field(default=2, ge=1, description="checkpoints kept")
-    precision: Precision = Field(
-        default="auto",
-        description="auto is bf16 on a GPU, fp32 on CPU; bf16 is autocast, weights and what blocks add to stay fp32; "
-        "bf16_residual has blocks add in bf16 too",
-    )
-    attention: Attention = Field(
-        default="auto",
-        description="the kernel on a GPU: auto is flash, then efficient, then math",
-    )
-    compile: bool | None = Field(
-        default=None, description="torch.compile the encoder's blocks (none: on a GPU, but not under ZeRO-3)"
-    )
-    activation_checkpointing: bool = Field(
-        default=False,
-        description="keep only each block's input and compute the rest again: less memory, slower",
-    )
-    on_save_error: Literal["stop", "continue"] = Field(
-        default="stop", description="where a checkpoint cannot be written; the last one stays, the next is tried anyway"
-    )
-    check_every: int = Field(
-        default=100,
-        ge=1,
-        description="steps between comparisons of the weights of all processes (and with checkpoints)",
-    )
-    verify_step: bool = Field(
-        default=False, description="compute the first micro batch twice and stop where a bit differs"
-    )
-    spike: Spike = Field(
-        default="warn", description="of a loss that jumps by more than 6 sigma: say so, or go back and leave it out"
-    )
-    average: float | None = Field(
-        default=None, gt=0, lt=1, description="Polyak averaging of the weights, such as 0.9999 (none: the last weights)"
-    )
-    best: str | None = Field(
-        default=None, description="of which evaluated value the best checkpoint is kept, and is the result (none: last)"
-    )
-    timeout: float = Field(
-        default=600, gt=0, description="seconds that processes wait for one another before all end, naming the missing"
-    )
-    panel_every: int | None = Field(
-        default=None, ge=1, description="steps between pictures of fixed images (none: twenty times a run)"
-    )
-    tracker: TrackerName = Field(
-        default="tensorboard",
-        description="where metrics go beside metrics.jsonl: files in the run; or wandb, which sends, and mlflow",
-    )
-    quiet: bool = Field(default=False, description="no progress; warnings stay")
-    profile: bool = Field(
-        default=False, description="trace a few steps: a table and a trace for ui.perfetto.dev in the run's profile/"
-    )
-
-    @field_validator("best")
-    @classmethod
-    def _is_evaluated(cls, name: str | None) -> str | None:
-        if name is not None and not name.startswith("val_"):
-            raise ValueError("names of evaluated values begin with val_, such as val_loss or val_top1")
-        return name
-
-    def micro(self, world: int) -> int:
-        """Images a process takes at once."""
-        return self.micro_batch or self.batch // world
-
-    def asked(self, clip: float | None, world: int) -> Asked:
-        """What a launch file must not contradict."""
-        micro = shared(self, 0, world).micro_batch
-        values = self.precision, self.activation_checkpointing, self.timeout
-        return Asked(self.batch, micro, self.batch // world // micro, clip, *values)
 
 
 class Stop(Protocol):
@@ -343,21 +254,6 @@ def keep_best(live: Live, row: dict[str, Any]) -> None:
         save(live, must=False)
 
 
-def judged(loop: Loop, step: int) -> bool:
-    """Whether a step is followed by an evaluation."""
-    return step == loop.steps or (loop.eval_every is not None and step % loop.eval_every == 0)
-
-
-def told(loop: Loop, step: int) -> bool:
-    """Whether a step is followed by a row of metrics."""
-    return judged(loop, step) or step % loop.log_every == 0
-
-
-def drawn(loop: Loop, step: int) -> bool:
-    """Whether a step is followed by a picture."""
-    return step == loop.steps or step % (loop.panel_every or max(loop.log_every, -(-loop.steps // PANELS))) == 0
-
-
 def preempted(live: Live) -> Refusal:
     """The end after a signal; the checkpoint of this step is written."""
     text = f"stopped at step {live.run.step} of {live.loop.steps}; the same command goes on"
@@ -380,20 +276,6 @@ def tell(live: Live, left: float) -> dict[str, Any]:
     from_main(live.accelerator, lambda: live.tracker.row(row, live.window.labels, left), live.beat)
     live.window, live.owed = Window(), False
     return row
-
-
-def shared(loop: Loop, rank: int, world: int) -> Share:
-    """A process's part of a batch; raises Refusal(USAGE) where processes or micro batches do not divide it."""
-    if loop.batch % world:
-        allowed = ", ".join(str(n) for n in range(1, loop.batch + 1) if loop.batch % n == 0 and n <= 4 * world)
-        raise Refusal(USAGE, f"batch={loop.batch} cannot be shared by {world} processes; these can: {allowed}")
-    micro = loop.micro(world)
-    if (loop.batch // world) % micro:
-        text = (
-            f"micro_batch={micro} does not divide the {loop.batch // world} images that each of {world} processes takes"
-        )
-        raise Refusal(USAGE, text)
-    return Share(rank, world, micro)
 
 
 def update(
@@ -433,8 +315,11 @@ def update(
             if accelerator.sync_gradients:
                 inject.point("weights", step + 1, engine.parameters)
                 with phase("update"):
-                    window.add(engine.layers() if layers else {})
+                    if layers:
+                        window.add({f"_gradient/{layer}": value for layer, value in engine.gradient_squares().items()})
                     norm = engine.step(task.optim.clip)
+                if layers:
+                    window.add({f"_weight/{layer}": value for layer, value in engine.weight_squares().items()})
                 fine = norm.isfinite()
                 safe = torch.where(fine, norm, torch.zeros_like(norm))
                 window.add({"_norm": safe, "_skipped": (~fine).float(), "_updates": torch.ones_like(norm)})

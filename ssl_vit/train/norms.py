@@ -19,13 +19,16 @@ def layer_of(name: str) -> str:
     return ".".join(part.zfill(2) if part.isdigit() else part for part in parts[: last + 1])
 
 
-def squares(tensors: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
-    """The sum of squares of this process's part of each layer; of tensors by parameter, None for those without."""
+def squares(tensors: Iterable[tuple[str, Tensor | None]], copies: int = 1) -> dict[str, Tensor]:
+    """The sum of squares of this process's part of each layer, of which there are so many copies.
+
+    Of tensors by parameter; None for those without.
+    """
     found: dict[str, list[Tensor]] = defaultdict(list)
     for name, tensor in tensors:
         if tensor is not None:
             found[layer_of(name)].append(_local(tensor))
-    return {layer: get_total_norm(parts).double().square() for layer, parts in found.items()}
+    return {layer: get_total_norm(parts).double().square() / copies for layer, parts in found.items()}
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,29 +1,14 @@
 """What the machine could do: a large matrix product, measured, and what the data sheet promises."""
 
-import re
 import time
 from dataclasses import dataclass
 
 import torch
 
 from ssl_vit.encoders.linear import linear
+from ssl_vit.gpus import data_sheet
 
 LASTING = 0.1  # seconds of trying
-DATA_SHEET = {  # TFLOP/s, dense bf16, by words of a GPU's name; the first that fits
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "H200 NVL": 835,
-    "H200": 989,
-    "GH200": 989,
-    "B200": 2250,
-    "A100": 312,
-    "L40S": 362,
-    "L4": 121,
-    "A10": 125,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-}
 
 
 @dataclass(frozen=True)
@@ -43,13 +28,6 @@ class Peak:
         """What share of them FLOP/s a device are: model FLOPs utilisation."""
         found = {"mfu": round(rate / self.measured, 4)}
         return found | ({"mfu_data_sheet": round(rate / self.sheet, 4)} if self.sheet else {})
-
-
-def data_sheet(name: str, half: bool) -> float | None:
-    """FLOP/s that NVIDIA promises of a GPU of a name; None for others, and in fp32."""
-    if not half or "MIG" in name:  # which is a part of one
-        return None
-    return next((1e12 * rate for part, rate in DATA_SHEET.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def measured(device: torch.device, half: bool) -> float:

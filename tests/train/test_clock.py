@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.gpus import data_sheet
 from ssl_vit.train import attention, clock, environment
 from ssl_vit.train.attention import check_gradients, pin
 from ssl_vit.train.clock import PHASES, Clock
-from ssl_vit.train.peak import Peak, data_sheet, measured
+from ssl_vit.train.peak import Peak, measured
 from ssl_vit.train.window import Window
 
 

@@ -62,7 +62,8 @@ def assert_same_training(one: Path, other: Path, first: int = 1) -> None:
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-5)
         assert b["neighbour_loss"] == pytest.approx(a["neighbour_loss"], rel=1e-6)
         for kind in ("gradient_norm_by_layer", "weight_norm_by_layer"):
-            assert b.get(kind, a[kind]) == pytest.approx(a[kind], rel=2e-3, abs=1e-7)
+            assert b.get(kind, a[kind]) == pytest.approx(a[kind], rel=2e-3, abs=1e-7)  # of gradients not under ZeRO
+        assert "weight_norm_by_layer" in b
     assert theirs[-1]["val_loss"] == pytest.approx(mine[-1]["val_loss"], rel=2e-6)
     assert theirs[-1]["val_samples"] == mine[-1]["val_samples"]
     for name, atol in {"model": 2e-4, "optimizer": 1e-6}.items():
