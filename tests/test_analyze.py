@@ -26,7 +26,7 @@ from ssl_vit.encoders import export
 from ssl_vit.encoders.axial import Axial
 from ssl_vit.encoders.timm_zoo import Bit, TimmZoo
 from ssl_vit.encoders.vit import Vit, VitEncoder
-from ssl_vit.evaluate import attention, embeddings
+from ssl_vit.evaluate import attention, drawings, embeddings
 from ssl_vit.recipe import FOLDER, Pretrain
 from tests import frozen
 from tests.conftest import TINY
@@ -210,7 +210,9 @@ def panel_of(run: Path, shards: Path, numbers: list[int]) -> np.ndarray:
 
 def test_layers_heads_query_readout_and_projection(given: Path, tmp_path: Path):
     pytest.importorskip("sklearn")
-    found = analyze(given, tmp_path, "layers=1,2", "heads=2", "query=class", "readout=class", "projection=tsne")
+    found = analyze(
+        given, tmp_path, "layers=1,2", "heads=2", "query=class", "readout=class", "projection=tsne", "images=8"
+    )
     assert {"attention-1", "attention-2"} <= pictures(tmp_path)
     assert len(table(tmp_path / "attention_distance.csv")) == 4  # of all, whatever is drawn
     image, _ = images_of(given / "shards" / "val", found["samples"])
@@ -226,6 +228,28 @@ def test_layers_heads_query_readout_and_projection(given: Path, tmp_path: Path):
     repeated = [[float(row["x"]), float(row["y"])] for row in table(tmp_path / "again" / "features.csv")]
     np.testing.assert_allclose(repeated, places, rtol=1e-5)
     assert not (tmp_path / "again" / "report" / "attention-1.png").exists()
+
+
+@pytest.mark.parametrize("query", ["class", "mean"])
+def test_the_maps_that_are_drawn(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, query: str):
+    """Layers, heads, and who asks: as the hooks give them."""
+    drawn, real = {}, drawings.tiles
+
+    def noted(rows: Any, titles: Any, *more: Any, **options: Any) -> Any:
+        if "head" in titles[1]:
+            drawn[len(drawn) + 1] = ([row[1:] for row in rows], titles[1:])
+        return real(rows, titles, *more, **options)
+
+    monkeypatch.setattr(drawings, "tiles", noted)
+    found = analyze(given, tmp_path, "layers=2,1", "heads=2,1", f"query={query}")
+    image, _ = images_of(given / "shards" / "val", found["samples"][:2])
+    _, maps = seen(load_encoder(given / "run"), image)
+    asked = maps[:, :, :, 0, 1:] if query == "class" else maps[:, :, :, 1:, 1:].mean(3)
+    assert set(drawn) == {1, 2}
+    for layer, (rows, titles) in drawn.items():
+        assert titles == ["head 2", "head 1"]
+        wanted = asked[layer - 1][:, [1, 0]].unflatten(2, (4, 4)).numpy()
+        np.testing.assert_allclose(np.array(rows), wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_the_choice_of_images_is_everybodys_and_grows(given: Path, tmp_path: Path):
