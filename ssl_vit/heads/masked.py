@@ -63,6 +63,8 @@ class Masked(Config):
 class MaskedHead(nn.Module):
     """The learned mask embedding, and one linear layer on the final tokens of the corrupted patches."""
 
+    told = True  # whether a row of metrics follows this step: in training the baseline that copies is only tried then
+
     shapes: Tensor
 
     def __init__(self, config: Masked, encoder: Encoder, outputs: int):
@@ -117,8 +119,10 @@ class MaskedHead(nn.Module):
         target, valid = chosen(target, plan.index), batch["valid"]
         loss, rest = self.cost(made, target)
         with torch.no_grad():
-            copied = chosen(self.flat(encoder, self.neighbours(batch["image"], plan.index)), plan.index)
-            sums = {"loss": (loss * valid).sum(), **rest(valid), "copied": self.copied(copied, target, valid)}
+            sums = {"loss": (loss * valid).sum(), **rest(valid)}
+            if self.told or not self.training:
+                copied = chosen(self.flat(encoder, self.neighbours(batch["image"], plan.index)), plan.index)
+                sums |= self.copied(copied, target, valid)
         return Output(mean_over(valid, loss), sums, valid.sum())
 
     def neighbours(self, image: Tensor, index: Tensor) -> Tensor:
@@ -142,7 +146,7 @@ class MaskedHead(nn.Module):
         """The target [B, N, ...] of patches of one colour each: uint8 [B, C, rows, columns]."""
         return self.target(encoder, color.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3))
 
-    def copied(self, copied: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    def copied(self, copied: Tensor, target: Tensor, valid: Tensor) -> Sums:
         """What `report` needs to know of targets [B, K, ...] that were copied from the neighbours."""
         raise NotImplementedError
 
@@ -191,18 +195,23 @@ class ColorHead(MaskedHead):
 
         def rest(valid: Tensor) -> Sums:
             right = (logits.argmax(3) == target).float().flatten(1).mean(1)
-            weights = valid[:, None].expand(-1, flat.numel() // len(valid)).flatten().float()
-            histogram = torch.zeros(self.classes, device=flat.device).scatter_add_(0, flat, weights)
-            return {"accuracy": (right * valid).sum(), "histogram": histogram}
+            counts = valid.view(-1, *[1] * (target.ndim - 1)).expand_as(target)
+            return {"accuracy": (right * valid).sum(), "histogram": self.histogram(target, counts)}
 
         return loss, rest
 
-    def copied(self, copied: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """A histogram [classes] of the targets that are as their neighbours."""
-        right = (copied == target) & valid.view(-1, *[1] * (target.ndim - 1))
-        return torch.zeros(self.classes, device=target.device).scatter_add_(
-            0, target.flatten(), right.flatten().float()
-        )
+    def copied(self, copied: Tensor, target: Tensor, valid: Tensor) -> Sums:
+        """Histograms [classes] of the targets that were compared, and of those that are as their neighbours."""
+        counts = valid.view(-1, *[1] * (target.ndim - 1)).expand_as(target)
+        return {
+            "compared": self.histogram(target, counts),
+            "copied": self.histogram(target, counts & (copied == target)),
+        }
+
+    def histogram(self, target: Tensor, counts: Tensor) -> Tensor:
+        """How often each class [classes] is a target that counts."""
+        none = torch.zeros(self.classes, device=target.device)
+        return none.scatter_add_(0, target.flatten(), counts.flatten().float())
 
     def guess(self, made: Tensor) -> Tensor:
         return made.unflatten(2, (self.cells, self.classes)).argmax(3)
@@ -212,14 +221,14 @@ class ColorHead(MaskedHead):
 
         `top_label` is the share of the commonest label: near 1 there is nothing to learn.
         """
-        number = sums["histogram"].double().sum()
-        share, copied = sums["histogram"].double() / number, sums["copied"].double() / number
+        share = sums["histogram"].double() / sums["histogram"].sum()
+        compared, copied = (sums[name].double() / sums["compared"].sum() for name in ("compared", "copied"))
         entropy = -(share * share.clamp(min=1e-12).log()).sum()
         return {
             "loss": float(sums["loss"]) / weight,
             "accuracy": float(sums["accuracy"]) / weight,
             "unigram_entropy": float(entropy),
-            "neighbour_loss": copying(share, copied),
+            "neighbour_loss": copying(compared, copied),
             "neighbour_accuracy": float(copied.sum()),
             "uniform": math.log(self.classes),
             "top_label": float(share.max()),

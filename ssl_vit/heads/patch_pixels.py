@@ -51,9 +51,10 @@ class PatchPixelsHead(MaskedHead):
 
         return loss, rest
 
-    def copied(self, copied: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """The squared error of the neighbours' mean colour."""
-        return ((copied - target).square().flatten(1).mean(1) * valid).sum()
+    def copied(self, copied: Tensor, target: Tensor, valid: Tensor) -> Sums:
+        """The squared error of the neighbours' mean colour, and of how many images."""
+        error = (copied - target).square().flatten(1).mean(1)
+        return {"copied": (error * valid).sum(), "compared": valid.sum()}
 
     def guess(self, made: Tensor) -> Tensor:
         return made
@@ -64,7 +65,7 @@ class PatchPixelsHead(MaskedHead):
         return {
             "loss": float(sums["loss"]) / weight,
             "variance": float(sums["square"]) / weight - mean**2,
-            "neighbour_loss": float(sums["copied"]) / weight,
+            "neighbour_loss": float(sums["copied"] / sums["compared"].clamp(min=1)),
         }
 
     def paint(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ def advance(live: Live, batches: Iterator[Batch]) -> None:
     set_rate(engine.optimizer.param_groups, task.optim.rate(run.step, loop.steps))
     number = live.numbers.left_out.batch(run.step)
     parts = live.accelerator, loop, task, engine, batches, live.window, run.step, live.beat, number
-    loss, norm = update(*parts, layers=told(loop, run.step + 1))
+    loss, norm = update(*parts, told=told(loop, run.step + 1))
     run.step += 1
     if live.average is not None:
         live.average.update(run.step)
@@ -288,13 +288,14 @@ def update(
     step: int,
     beat: Beat = silent,
     number: int = 0,
-    layers: bool = False,
+    told: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step over its micro batches, of the stream's batch of this number; with norms by layer, if asked.
+    """One optimizer step over its micro batches, of the stream's batch of this number; a row follows it where `told`.
 
     Returns this process's mean loss, and the global gradient norm.
     """
     losses, norm, phase = [], torch.zeros(()), window.clock.phase
+    task.model.head.told = told
     inject.point("batch", step + 1)
     for micro in range(accelerator.gradient_accumulation_steps):
         beat(f"the data of step {step + 1}")
@@ -315,10 +316,10 @@ def update(
             if accelerator.sync_gradients:
                 inject.point("weights", step + 1, engine.parameters)
                 with phase("update"):
-                    if layers:
+                    if told:
                         window.add({f"_gradient/{layer}": value for layer, value in engine.gradient_squares().items()})
                     norm = engine.step(task.optim.clip)
-                if layers:
+                if told:
                     window.add({f"_weight/{layer}": value for layer, value in engine.weight_squares().items()})
                 fine = norm.isfinite()
                 safe = torch.where(fine, norm, torch.zeros_like(norm))

@@ -176,3 +176,20 @@ def test_norms_by_layer_make_up_the_norm_of_all_gradients(shards: Path, tmp_path
         row = json.loads(line, parse_constant=lambda name: pytest.fail(name))
         whole = math.sqrt(sum(value**2 for value in row["gradient_norm_by_layer"].values()))
         assert whole == pytest.approx(row["grad_norm"], rel=1e-3)
+
+
+def test_the_baseline_that_copies_is_tried_where_a_row_follows(shards: Path, tmp_path: Path, monkeypatch):
+    """It costs what a row costs, not what a step costs."""
+    from ssl_vit.heads.masked import MaskedHead
+
+    tried, plain = [], MaskedHead.neighbours
+
+    def count(self: Any, image: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        tried.append(self.training)
+        return plain(self, image, index)
+
+    monkeypatch.setattr(MaskedHead, "neighbours", count)
+    pretrain(shards, tmp_path, "steps=10", "log_every=5", "eval_every=10", "tracker=none", "batch=4", "micro_batch=2")
+    assert sum(tried) == 2 * 2  # rows times micro batches
+    assert len(tried) > 4  # and every batch of an evaluation
+    assert [row["neighbour_loss"] > 0 for row in rows(tmp_path)] == [True, True]
