@@ -24,6 +24,8 @@ from ssl_vit.evaluate.inside import Wanted, look
 from ssl_vit.exits import DATA, USAGE, Refusal
 from ssl_vit.portrait import Portrait
 
+TABLES = ("attention_distance.csv", "position_similarity.csv", "features.csv", "neighbours.csv")
+
 
 class Analyze(Config):
     """Look into an encoder."""
@@ -36,7 +38,7 @@ class Analyze(Config):
     )
     run: str = Field(default="runs/analyze", min_length=1, description="output folder")
     image_size: int | tuple[int, int] | None = Field(default=None, description="input size, pixels (none: its own)")
-    images: int = Field(default=8, ge=1, description="images that are drawn")
+    images: int = Field(default=8, ge=1, le=100, description="images that are drawn")
     distance_images: int = Field(default=128, ge=1, description="images for the attention distance; the paper's 128")
     samples: int = Field(default=1000, ge=3, description="images whose features are drawn and compared")
     layers: tuple[int, ...] = Field(default=(), description="layers whose attention is drawn, from 1 (none: the last)")
@@ -62,6 +64,8 @@ def run(options: Analyze) -> int:
         raise Refusal(USAGE, f"{missing}: it must be given; --help says what it takes")
     if (folder / "recipe.yaml").exists():
         raise Refusal(USAGE, f"run={folder}: holds a training; its report would be lost; name another folder")
+    if (folder / "report.html").exists() and not (folder / "analysis.json").exists():
+        raise Refusal(USAGE, f"run={folder}: holds another tool's report, which would be lost; name another folder")
     encoder = _encoder(options, options.encoder)
     wanted = _wanted(options, encoder)
     split = find.sets(options.data, "val", converted=folder.parent / "shards", store=Data().store)
@@ -77,6 +81,8 @@ def run(options: Analyze) -> int:
         raise Refusal(DATA, f"{split.name}: has fewer than 3 images that can be read")
     portrait = Portrait(options, encoder, split, stream, found)
     portrait.draw()
+    for stale in [*folder.glob("report/*.png"), *(folder / name for name in TABLES)]:
+        stale.unlink(missing_ok=True)  # of an earlier look, at another encoder
     for name, rows in portrait.tables.items():
         with io.StringIO(newline="") as text:
             csv.writer(text).writerows(rows)
@@ -84,7 +90,8 @@ def run(options: Analyze) -> int:
     write_bytes(folder / "analysis.json", (json.dumps(portrait.numbers, indent=1) + "\n").encode())
     portrait.page.write(folder)
     if not options.quiet:
-        print("\n".join(f"not drawn: {note}" for note in portrait.notes))
+        for note in portrait.notes:
+            print(f"not drawn: {note}")
         print(f"{folder}: report.html, report/*.png, analysis.json, {', '.join(portrait.tables)}", flush=True)
     return 0
 
@@ -109,12 +116,20 @@ def _encoder(options: Analyze, name: str) -> weights.AnyEncoder:
 
 def _wanted(options: Analyze, encoder: weights.AnyEncoder) -> Wanted:
     """What to look at; the layers by the names of their modules."""
-    names = [name for name, _ in places(encoder)]
+    there = places(encoder)
     for number in options.layers:
-        if not 1 <= number <= len(names):
-            raise Refusal(USAGE, f"layers={number}: the encoder's attention layers are 1 to {len(names)}")
-    layers = frozenset(names[number - 1] for number in options.layers) or frozenset(names[-1:])
-    return Wanted(options.images, options.distance_images, layers, options.query, options.readout)
+        if not 1 <= number <= len(there):
+            has = f"'s attention layers are 1 to {len(there)}" if there else " has no attention that can be looked into"
+            raise Refusal(USAGE, f"layers={number}: the encoder{has}")
+    chosen = [there[number - 1] for number in options.layers] or there[-1:]
+    for name, module in chosen:
+        most: int = getattr(module, "num_heads", getattr(module, "heads", 0))
+        for head in options.heads:
+            if not 1 <= head <= most:
+                raise Refusal(USAGE, f"heads={head}: {name} has heads 1 to {most}")
+    layers = frozenset(name for name, _ in chosen)
+    counts = options.images, options.distance_images, options.samples
+    return Wanted(*counts, layers, options.query, options.readout)
 
 
 def _stream(options: Analyze, encoder: weights.AnyEncoder, split: Manifest) -> EvaluationStream:

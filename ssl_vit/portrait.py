@@ -105,14 +105,12 @@ class Portrait:
         for name, parts in self.found.maps.items():
             maps, layer = torch.cat(parts), names.index(name) + 1  # [B, heads, N]
             heads = self.options.heads or tuple(range(1, maps.shape[1] + 1))
-            if max(heads) > maps.shape[1] or min(heads) < 1:
-                raise Refusal(USAGE, f"heads={max(heads)}: layer {layer} has heads 1 to {maps.shape[1]}")
             shown = maps[:, [head - 1 for head in heads]].unflatten(2, self.encoder.grid).numpy()
             rows = [[image, *shown[n]] for n, image in enumerate(self.images)]
             self.page.section(f"Attention of layer {layer}")
             who = "the class token" if query == "class" else "the patches, their mean,"
             self.page.text(f"Where {who} look, a column a head; each map by its own largest value.")
-            figure = drawings.tiles(rows, ["image", *(f"head {head}" for head in heads)], 1.0)
+            figure = drawings.tiles(rows, ["image", *(f"head {head}" for head in heads)], 1.0, vmin=0)
             self.page.picture(f"attention-{layer}", f"attention of layer {layer}", figure)
         if not self.found.maps and places(self.encoder):
             self.notes.append(f"attention maps: {self._no_attention()}")
@@ -147,7 +145,7 @@ class Portrait:
             self.notes.append(f"filters: {self.encoder.config.title} has no convolution that meets the pixels")
             return
         components, variance = embeddings.principal_components(conv.weight.detach().cpu())
-        share = (variance / variance.sum()).tolist()
+        share = (variance / variance.sum().clamp(min=1e-300)).tolist()
         what = (
             "patch embedding" if conv.stride == conv.kernel_size else "first convolution, behind which patches are cut"
         )

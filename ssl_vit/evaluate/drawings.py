@@ -46,7 +46,8 @@ def distance_dots(found: Mapping[int, Sequence[float]], uniform: float) -> Any:
     for layer, heads in found.items():
         axes.scatter([layer] * len(heads), heads, s=14, c=[f"C{n % 10}" for n in range(len(heads))])
     axes.axhline(uniform, color="grey", linestyle="--", linewidth=1, label="equal attention to all")
-    axes.set(xlabel="layer", ylabel="mean attention distance, pixels", ylim=(0, None))
+    most = max(uniform, *map(max, found.values()))
+    axes.set(xlabel="layer", ylabel="mean attention distance, pixels", ylim=(0, 1.1 * most or 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
@@ -88,7 +89,7 @@ def scatter(places: np.ndarray, labels: np.ndarray, names: Sequence[str], axes_n
     made, axes = figure(6.5, 5)
     known = [label for label in np.unique(labels) if label >= 0]
     rest = ~np.isin(labels, known[:CLASSES])
-    axes.scatter(*places[rest].T, s=6, color="lightgrey", label="others" if known else None)
+    axes.scatter(*places[rest].T, s=6, color="lightgrey", label="others" if known and rest.any() else None)
     for number, label in enumerate(known[:CLASSES]):
         color = f"C{number}" if len(known) <= 10 else _color(number)
         axes.scatter(*places[labels == label].T, s=6, color=color, label=ascii_of(str(names[int(label)])))

@@ -55,9 +55,12 @@ def nearest(features: Tensor, asked: Tensor, count: int) -> Tensor:
     An image is not its own neighbour.
     """
     rows = normalize(features, dim=1)
-    alike = rows[asked] @ rows.T
-    alike[torch.arange(len(asked)), asked] = -2.0
-    return alike.topk(min(count, len(features) - 1), dim=1).indices
+    found = []
+    for some in asked.split(1024):  # all with all would grow with the square of the images
+        alike = rows[some] @ rows.T
+        alike[torch.arange(len(some)), some] = -2.0
+        found.append(alike.topk(min(count, len(features) - 1), dim=1).indices)
+    return torch.cat(found)
 
 
 def two_dimensions(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ class Wanted:
 
     drawn: int
     measured: int
+    compared: int  # whose features are kept
     layers: frozenset[str]  # whose maps are drawn
     query: Query
     readout: str
@@ -54,16 +55,20 @@ def look(encoder: Any, stream: EvaluationStream, wanted: Wanted) -> Found:
     for start, batch in stream.placed(Share(micro_batch=stream.batch), next(encoder.parameters()).device):
         rows = torch.nonzero(batch["valid"])[:, 0]
         batch = {name: value[rows] for name, value in batch.items()}
-        drawn, measured = (max(0, most - seen) for most in (wanted.drawn, wanted.measured))
+        drawn, measured, compared = (
+            max(0, most - seen) for most in (wanted.drawn, wanted.measured, max(wanted.compared, wanted.drawn))
+        )
         if drawn:
             found.drawn.append({name: value[:drawn].cpu() for name, value in batch.items()})
         for part in batch["image"][:drawn].split(at_once):
             _look(encoder, part, found, wanted, draw=True)
         for part in batch["image"][drawn : max(drawn, measured)].split(at_once):
             _look(encoder, part, found, wanted, draw=False)
-        found.features.append(read_out(encoder(batch["image"]), wanted.readout, encoder.prefix).float().cpu())
-        found.labels.append(batch["label"].cpu())
-        found.at.append(start + rows.cpu())
+        if compared:
+            vectors = read_out(encoder(batch["image"][:compared]), wanted.readout, encoder.prefix)
+            found.features.append(vectors.float().cpu().clone())  # a view would hold all tokens
+            found.labels.append(batch["label"][:compared].cpu())
+            found.at.append(start + rows[:compared].cpu())
         seen += len(rows)
     return found
 

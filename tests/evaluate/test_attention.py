@@ -1,0 +1,615 @@
+"""Attention from outside: the numbers of the paper's facts, plain loops, and what watching leaves as it was."""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ssl_vit.encoders.axial import Axial
+from ssl_vit.encoders.timm_zoo import Bit, TimmZoo
+from ssl_vit.encoders.vit import Vit
+from ssl_vit.evaluate import attention, drawings
+
+QUERIES: tuple[attention.Query, ...] = ("class", "mean")
+PIXELS = 1e-4  # tolerance of a distance
+TABLE = [  # grid, stride; mean of uniform attention, self left out, to a corner, to the centre; the largest: pixels
+    ((14, 14), 16, 116.4922, 117.0896, 161.0302, 86.0189, 294.1564),
+    ((7, 7), 32, 115.5029, 117.9092, 150.6005, 84.8799, 271.5290),
+    ((16, 16), 14, 116.5651, 117.0222, 162.3288, 85.9464, 296.9848),
+    ((28, 28), 8, 116.7216, 116.8707, 166.2204, 85.7835, 305.4701),
+    ((24, 24), 16, 200.0480, 200.3959, 283.4675, 147.1071, 520.4306),
+    ((32, 32), 16, 266.8320, 267.0929, 381.4139, 196.0334, 701.4499),
+    ((37, 37), 14, 269.9919, 270.1892, 387.3013, 198.1278, 712.7636),
+    ((12, 12), 8, 49.8765, 50.2252, 68.2703, 36.9125, 124.4508),
+    ((16, 16), 8, 66.6086, 66.8698, 92.7593, 49.1122, 169.7056),
+    ((8, 8), 4, 16.5459, 16.8086, 21.8880, 12.3756, 39.5980),
+    ((4, 4), 8, 16.0641, 17.1351, 19.2465, 12.7148, 33.9411),
+    ((16, 16), 2, 16.6522, 16.7175, 23.1898, 12.2781, 42.4264),
+    ((7, 7), 4, 14.4379, 14.7387, 18.8251, 10.6100, 33.9411),
+]
+ROLLOUT = [  # tokens, layers; the class row's patch entry, class entry, sum over patches
+    (197, 12, 0.005074903, 0.005319043, 0.994680957),
+    (197, 24, 0.005076142, 0.005076201, 0.994923799),
+    (65, 12, 0.015380859, 0.015625000, 0.984375000),
+    (50, 12, 0.019995117, 0.020239258, 0.979760742),
+]
+
+
+def drawn(*shape: int, seed: int = 0) -> np.ndarray:
+    """Random maps, rows of which add up to 1, of very unlike entries."""
+    made = np.random.default_rng(seed).random(shape) ** 4 + 1e-6
+    return made / made.sum(-1, keepdims=True)
+
+
+def distance(maps: np.ndarray, grid: tuple[int, int], stride: float) -> float:
+    """Mean distance of one map [T, T], pixel by pixel; tokens before the grid's are dropped, rows add up to 1 again."""
+    prefix, total = len(maps) - grid[0] * grid[1], 0.0
+    for query in range(prefix, len(maps)):
+        row = maps[query, prefix:] / maps[query, prefix:].sum()
+        (y, x) = divmod(query - prefix, grid[1])
+        total += sum(
+            share * math.hypot(key // grid[1] - y, key % grid[1] - x) * stride for key, share in enumerate(row)
+        )
+    return total / (len(maps) - prefix)
+
+
+def measured(patches: np.ndarray, grid: tuple[int, int], stride: float) -> float:
+    """What mean_distance makes of one map of patches [N, N]."""
+    return float(attention.mean_distance(torch.from_numpy(patches)[None, None, None], grid, stride))
+
+
+def raster(grid: tuple[int, int]) -> list[tuple[int, int]]:
+    return [(y, x) for y in range(grid[0]) for x in range(grid[1])]
+
+
+@pytest.mark.parametrize(("grid", "stride", "mean", "others", "corner", "centre", "largest"), TABLE)
+def test_distances_of_the_table(grid, stride, mean, others, corner, centre, largest):
+    count = grid[0] * grid[1]
+    middle = grid[0] // 2 * grid[1] + grid[1] // 2
+    assert measured(np.full((count, count), 1 / count), grid, stride) == pytest.approx(mean, abs=PIXELS)
+    alone = (1 - np.eye(count)) / (count - 1)
+    assert measured(alone, grid, stride) == pytest.approx(others, abs=PIXELS)
+    for key, said in ((0, corner), (count - 1, corner), (middle, centre)):
+        assert measured(np.eye(count)[np.full(count, key)], grid, stride) == pytest.approx(said, abs=PIXELS)
+    assert measured(np.eye(count), grid, stride) == 0
+    far = measured(np.eye(count)[::-1].copy(), grid, stride)  # the corners look at those across
+    assert mean < far < largest
+
+
+def test_the_class_token_is_left_out_and_rows_are_normalised():
+    whole = torch.full((1, 1, 1, 197, 197), 1 / 197, dtype=torch.float64)
+    assert attention.mean_distance(whole, (14, 14), 16).item() == pytest.approx(116.4922, abs=PIXELS)
+    patches = drawn(3, 2, 4, 12, 12)
+    share = np.random.default_rng(1).random((3, 2, 4, 12, 1)) * 0.999
+    whole = np.concatenate([share, patches * (1 - share)], -1)
+    whole = np.concatenate([drawn(3, 2, 4, 1, 13), whole], -2)
+    given, bare = torch.from_numpy(whole), torch.from_numpy(patches)
+    torch.testing.assert_close(attention.mean_distance(given, (3, 4), 5), attention.mean_distance(bare, (3, 4), 5))
+
+
+def test_a_row_that_is_the_class_tokens_alone_is_no_nan():
+    whole = torch.zeros(1, 1, 1, 5, 5)
+    whole[..., 0] = 1
+    found = attention.mean_distance(whole, (2, 2), 4)
+    assert found.isfinite().all()
+    assert 0 <= found.item() <= 4 * math.sqrt(2)
+
+
+@pytest.mark.parametrize(("grid", "stride", "row", "right"), [((14, 14), 16, 74.2857, 14.8571), ((8, 8), 4, 10.5, 3.5)])
+def test_own_row_and_right_neighbour(grid, stride, row, right):
+    place = raster(grid)
+    inside = np.array([[float(a[0] == b[0]) / grid[1] for b in place] for a in place])
+    assert measured(inside, grid, stride) == pytest.approx(row, abs=PIXELS)
+    step = np.array([[float(b == (a[0], min(a[1] + 1, grid[1] - 1))) for b in place] for a in place])
+    assert measured(step, grid, stride) == pytest.approx(right, abs=PIXELS)
+
+
+def test_the_window_of_nine():
+    place = raster((14, 14))
+    window = np.array([[float(max(abs(a[0] - b[0]), abs(a[1] - b[1])) <= 1) for b in place] for a in place])
+    window /= window.sum(1, keepdims=True)
+    assert measured(window, (14, 14), 16) == pytest.approx(16.6981, abs=PIXELS)
+
+
+@pytest.mark.parametrize("grid", [(2, 6), (5, 3), (1, 4), (4, 1), (3, 3)])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_distances_are_those_of_a_plain_loop_on_any_grid(grid, prefix):
+    count = prefix + grid[0] * grid[1]
+    maps = drawn(3, 2, 4, count, count)
+    found = attention.mean_distance(torch.from_numpy(maps), grid, 7)
+    assert found.shape == (3, 4)
+    wanted = [[np.mean([distance(one, grid, 7) for one in head]) for head in layer.swapaxes(0, 1)] for layer in maps]
+    np.testing.assert_allclose(found.numpy(), wanted, atol=1e-9)
+    np.testing.assert_allclose(
+        attention.mean_distance(torch.from_numpy(maps).float(), grid, 7).numpy(), wanted, rtol=1e-5
+    )
+    assert found.min() >= 0
+    assert found.max() <= 7 * math.hypot(grid[0] - 1, grid[1] - 1)
+    torch.testing.assert_close(attention.mean_distance(torch.from_numpy(maps), grid, 14), 2 * found)
+    of_images = torch.stack([attention.distances(layer, grid, 7) for layer in torch.from_numpy(maps)])
+    assert of_images.shape == (3, 2, 4)
+    torch.testing.assert_close(of_images.mean(1), found)
+    order = [*range(prefix), *(prefix + y * grid[1] + x for x in range(grid[1]) for y in range(grid[0]))]
+    turned = torch.from_numpy(maps[..., order, :][..., order].copy())
+    torch.testing.assert_close(attention.mean_distance(turned, (grid[1], grid[0]), 7), found)
+
+
+def products(maps: np.ndarray) -> list[np.ndarray]:
+    """After each layer what every token has of each [T, T], of one image's maps [layers, heads, T, T]."""
+    tokens, found = maps.shape[-1], []
+    made = np.eye(tokens)
+    for layer in maps:
+        added = np.zeros((tokens, tokens))
+        for head in layer:
+            added += head / len(layer)
+        added += np.eye(tokens)
+        for row in range(tokens):
+            added[row] /= added[row].sum()
+        made = np.array(
+            [[sum(added[i, k] * made[k, j] for k in range(tokens)) for j in range(tokens)] for i in range(tokens)]
+        )
+        found.append(made)
+    return found
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_rollout_is_a_plain_loop(prefix):
+    maps = drawn(4, 2, 3, 9, 9)
+    given, gradual = torch.from_numpy(maps), attention.Rollout()
+    for depth in range(1, 5):
+        gradual.add(given[depth - 1])
+        partial = np.stack([products(maps[:depth, image])[-1] for image in range(2)])
+        np.testing.assert_allclose(partial.sum(2), 1, atol=1e-12)
+        wanted_of = {"class": partial[:, 0, prefix:], "mean": partial[:, prefix:, prefix:].mean(1)}
+        for query in QUERIES:
+            wanted = wanted_of[query]
+            if query == "class" and not prefix:
+                continue
+            for found in (attention.rollout(given[:depth], prefix, query), gradual.of(prefix, query)):
+                assert found.shape == (2, 9 - prefix)
+                assert (found >= 0).all()
+                np.testing.assert_allclose(found.numpy(), wanted, atol=1e-12)
+
+
+def test_every_row_of_every_partial_product_adds_up_to_one():
+    maps = torch.from_numpy(drawn(12, 2, 3, 10, 10)).float()
+    for depth in range(1, 13):
+        for first in range(10):  # as any token comes first, its row is read
+            order = [first, *(i for i in range(10) if i != first)]
+            turned = maps[:depth][..., order, :][..., order]
+            whole = attention.rollout(turned, 0, "mean")
+            torch.testing.assert_close(whole.sum(1), torch.ones(2), atol=1e-5, rtol=0)
+            row = attention.rollout(turned, 1, "class")
+            own = products(turned[:, 0].double().numpy())[-1][0, 0] if first == 0 and depth < 3 else None
+            assert (row >= 0).all()
+            assert (row.sum(1) <= 1 + 1e-5).all()
+            if own is not None:
+                assert row[0].sum() + own == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "layers", "patch", "own", "total"), ROLLOUT)
+def test_rollout_of_uniform_attention(tokens, layers, patch, own, total):
+    maps = torch.full((layers, 1, 2, tokens, tokens), 1 / tokens, dtype=torch.float64)
+    found = attention.rollout(maps)  # prefix=1, query="class"
+    assert found.shape == (1, tokens - 1)
+    np.testing.assert_allclose(found[0].numpy(), patch, atol=1e-9)
+    assert found.sum().item() == pytest.approx(total, abs=1e-9)
+    assert 1 - found.sum().item() == pytest.approx(own, abs=1e-9)
+    mean = attention.rollout(maps, query="mean")
+    assert mean.sum().item() == pytest.approx(2.0**-layers + (1 - 2.0**-layers) * (tokens - 1) / tokens, abs=1e-9)
+
+
+def test_rollout_of_identity_and_the_order_of_layers():
+    identity = torch.eye(5).expand(3, 2, 4, 5, 5)
+    assert torch.equal(attention.rollout(identity), torch.zeros(2, 4))
+    assert torch.equal(attention.rollout(identity, query="mean"), torch.full((2, 4), 0.25))
+    first = torch.tensor([[0.0, 1, 0], [0, 1, 0], [0, 0, 1]])
+    second = torch.tensor([[0.0, 0, 1], [0, 1, 0], [0, 0, 1]])
+    found = attention.rollout(torch.stack([first, second])[:, None, None])
+    assert found.tolist() == [[0.25, 0.5]]
+
+
+# --- maps that hooks take of real encoders
+
+SMALL: dict[str, Any] = {"size": "Ti", "width": 16, "depth": 3, "heads": 2, "patch": 4, "image": (12, 20)}
+
+
+def loud(encoder: Any, std: float = 0.3) -> Any:
+    """Random weights at which no row of attention is uniform."""
+    torch.manual_seed(3)
+    for name, parameter in encoder.named_parameters():
+        if "backbone" not in name and parameter.ndim > 0:
+            nn.init.normal_(parameter, std=std)
+    return encoder.eval()
+
+
+def image_for(encoder: Any, count: int = 2) -> Tensor:
+    shape = (count, encoder.channels, *encoder.config.image_hw)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def watch(encoder: Any, image: Tensor, **more: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The encoder's output while it is watched, and the maps by layer."""
+    maps: dict[str, Tensor] = {}
+
+    def take(name: str, found: Tensor) -> None:
+        assert name not in maps
+        maps[name] = found.clone()
+
+    with attention.watched(encoder, take):
+        made = encoder(image, **more)
+    return made, maps
+
+
+@torch.no_grad()
+def plainly(encoder: Any, image: Tensor) -> Tensor:
+    """What it gives when nobody looks; without gradients too, which choose other kernels."""
+    return encoder(image)
+
+
+def normed(x: np.ndarray, norm: Any) -> np.ndarray:
+    """LayerNorm."""
+    middle, spread = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - middle) / np.sqrt(spread + norm.eps) * plain(norm.weight) + plain(norm.bias)
+
+
+def plain(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def table_of(positions: Any) -> np.ndarray:
+    """A table [T, D] of positions, of a parameter, of a table's module, or of two axes."""
+    if isinstance(positions, Tensor):
+        return plain(positions)[0]
+    if hasattr(positions, "table"):
+        return plain(positions.table)[0]
+    rows, columns = plain(positions.rows), plain(positions.columns)
+    whole = [np.concatenate([row, column]) for row in rows for column in columns]
+    return np.array(([] if positions.prefix is None else list(plain(positions.prefix))) + whole)
+
+
+def lines(encoder: Any, number: int) -> list[list[int]]:
+    """The groups of tokens that attend to each other in a block: all, or the rows or the columns of patches."""
+    height, width = encoder.grid
+    if not isinstance(encoder.config, Axial):
+        return [list(range(encoder.prefix + height * width))]
+    if number % 2 == 0:
+        return [[y * width + x for x in range(width)] for y in range(height)]
+    return [[y * width + x for y in range(height)] for x in range(width)]
+
+
+def attended(block: Any, x: np.ndarray, groups: list[list[int]], offsets: Tensor | None, prefix: int) -> Any:
+    """One image's maps [heads, T, T] and what the layer makes [T, D], query by query."""
+    heads, (tokens, width) = block.attn.heads, x.shape
+    side = width // heads
+    q, k, v = np.split(x @ plain(block.attn.qkv.weight).T + plain(block.attn.qkv.bias), 3, axis=1)
+    maps, made = np.zeros((heads, tokens, tokens)), np.zeros((tokens, width))
+    for head in range(heads):
+        part = slice(head * side, (head + 1) * side)
+        for group in groups:
+            count = len(group) - prefix
+            for i, asks in enumerate(group):
+                logits = [float(q[asks, part] @ k[answers, part]) for answers in group]
+                if offsets is not None and i >= prefix:
+                    for j in range(prefix, len(group)):
+                        logits[j] += float(q[asks, part] @ plain(offsets)[i - j + count - 1])
+                shares = np.exp((np.array(logits) - max(logits)) / math.sqrt(side))
+                maps[head, asks, group] = shares / shares.sum()
+                made[asks, part] = sum(maps[head, asks, one] * v[one, part] for one in group)
+    return maps, made @ plain(block.attn.proj.weight).T + plain(block.attn.proj.bias)
+
+
+@torch.no_grad()
+def twin(encoder: Any, image: Tensor) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Tokens and maps of an encoder of ours, in float64 from its weights; only patches are its own."""
+    x = plain(encoder.patch_embed(encoder.normalise(image)))
+    where, all_maps, error = encoder.config.where, [], np.vectorize(math.erf)
+    if encoder.cls_token is not None:
+        x = np.concatenate([plain(encoder.cls_token).repeat(len(x), 0), x], axis=1)
+    stem = encoder.pos_embed if where in ("stem", "shared") else None
+    if stem is not None and where == "stem":
+        x = x + table_of(stem)
+    for number, block in enumerate(encoder.blocks):
+        own = stem if where == "shared" else block.pos
+        x = x if own is None else x + table_of(own)
+        offsets = encoder.offsets if where == "shared" else block.attn.offsets
+        both = [attended(block, one, lines(encoder, number), offsets, encoder.prefix) for one in normed(x, block.norm1)]
+        x = x + np.stack([made for _, made in both])
+        all_maps.append(np.stack([maps for maps, _ in both]))
+        hidden = normed(x, block.norm2) @ plain(block.mlp.fc1.weight).T + plain(block.mlp.fc1.bias)
+        hidden = hidden * (1 + error(hidden / math.sqrt(2))) / 2
+        x = x + hidden @ plain(block.mlp.fc2.weight).T + plain(block.mlp.fc2.bias)
+    return normed(x, encoder.norm), all_maps
+
+
+OURS = {
+    "class": Vit(**SMALL),
+    "no class": Vit(**SMALL, class_token=False, pool="mean"),
+    "no positions": Vit(**SMALL, positions="none"),
+    "2d every": Vit(**SMALL, positions="2d", positions_at="every"),
+    "1d shared": Vit(**SMALL, positions_at="shared"),
+    "relative stem": Vit(**SMALL, positions="relative", positions_at="stem"),
+    "relative every": Vit(**SMALL, positions="relative", positions_at="every", class_token=False, pool="mean"),
+    "relative shared": Vit(**SMALL, positions="relative", positions_at="shared"),
+    "axial": Axial(**SMALL),
+    "axial relative stem": Axial(**SMALL, positions="relative", positions_at="stem"),
+    "axial relative every": Axial(**SMALL, positions="relative", positions_at="every"),
+    "axial 2d shared": Axial(**SMALL, positions="2d", positions_at="shared"),
+    "hybrid": Vit(**(SMALL | {"image": (32, 64), "patch": 16}), stem="r50"),
+    "hybrid 32": Vit(**(SMALL | {"image": (64, 96), "patch": 32, "depth": 1}), stem="r50"),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_maps_of_our_encoders_are_those_of_their_weights(name):
+    encoder = loud(OURS[name].build())
+    image = image_for(encoder)
+    before = plainly(encoder, image)
+    made, maps = watch(encoder, image)
+    assert torch.equal(made, before)
+    tokens, wanted = twin(encoder, image)
+    np.testing.assert_allclose(made.numpy(), tokens, atol=2e-4)  # the twin is one
+    assert list(maps) == [place for place, _ in attention.places(encoder)]
+    assert [int(place.split(".")[1]) for place in maps] == list(range(len(encoder.blocks)))
+    for found, expected in zip(maps.values(), wanted, strict=True):
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found.numpy(), expected, atol=2e-5)
+        np.testing.assert_allclose(found.sum(-1).numpy(), 1, atol=1e-5)
+    assert max(float(one.std(-1).mean()) for one in wanted) > 0.008, "uniform attention would tell nothing"
+    assert torch.equal(plainly(encoder, image), before)
+
+
+def test_maps_are_whole_where_only_some_tokens_are_wanted():
+    encoder = loud(OURS["class"].build())
+    image, select = image_for(encoder), torch.tensor([[0, 3], [5, 1]])
+    _, whole = watch(encoder, image)
+    made, maps = watch(encoder, image, select=select)
+    assert torch.equal(made, encoder(image, select=select))
+    for name in whole:
+        torch.testing.assert_close(maps[name], whole[name])
+
+
+ZOO = {
+    "vit": ("vit_tiny_patch16_224", (32, 64)),
+    "beit": ("beit_base_patch16_224", (32, 48)),
+    "eva02": ("eva02_tiny_patch14_224", (28, 56)),
+    "registers": ("vit_small_patch14_reg4_dinov2", (42, 28)),
+}
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Callable[[str], Any]:
+    """timm's models, built once."""
+    pytest.importorskip("timm")
+    built: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in built:
+            kind, image = ZOO[name]
+            built[name] = TimmZoo(name=kind, image=image).build().eval()
+            for part in built[name].modules():  # untrained attention is uniform
+                if hasattr(part, "qkv") and isinstance(part.qkv, nn.Linear):
+                    part.qkv.weight.data *= 6
+        return built[name]
+
+    return get
+
+
+def switches(encoder: nn.Module) -> list[Any]:
+    return [getattr(part, "fused_attn", None) for part in encoder.modules()]
+
+
+def hooks(encoder: nn.Module) -> list[tuple[int, ...]]:
+    """How many hooks each part has, and what was put over its methods."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    return [
+        (*(len(getattr(part, kind)) for kind in kinds), len([x for x in vars(part).values() if callable(x)]))
+        for part in encoder.modules()
+    ]
+
+
+@contextmanager
+def softmaxes() -> Iterator[list[Tensor]]:
+    """Every softmax over four dimensions."""
+    real, seen = Tensor.softmax, []
+
+    def noted(self: Tensor, *given: Any, **named: Any) -> Tensor:
+        made = real(self, *given, **named)
+        if made.ndim == 4:
+            seen.append(made.detach().clone())
+        return made
+
+    Tensor.softmax = noted  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        Tensor.softmax = real  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_maps_of_timm_are_those_that_it_writes_out(name, zoo):
+    encoder = zoo(name)
+    image = image_for(encoder)
+    before, marks, attached = plainly(encoder, image), switches(encoder), hooks(encoder)
+    made, maps = watch(encoder, image)
+    assert torch.equal(made, before)
+    assert (switches(encoder), hooks(encoder)) == (marks, attached)
+    fused = [part for part in encoder.modules() if getattr(part, "fused_attn", False)]
+    assert fused, "nothing would be shown"
+    for part in fused:
+        part.fused_attn = False
+    with softmaxes() as wanted, torch.no_grad():
+        encoder(image)
+    for part in fused:
+        part.fused_attn = True
+    tokens = encoder.prefix + encoder.grid[0] * encoder.grid[1]
+    assert len(maps) == len(wanted) == len(encoder.blocks)
+    for found, expected in zip(maps.values(), wanted, strict=True):
+        assert found.shape == (2, expected.shape[1], tokens, tokens)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(found.sum(-1), torch.ones(found.shape[:-1]))
+    assert max(float(one.std(-1).mean()) for one in wanted) > 0.008
+    assert torch.equal(plainly(encoder, image), before)
+
+
+def test_maps_of_timms_plain_vit_are_softmax_of_queries_and_keys(zoo):
+    encoder = zoo("vit")
+    image, given = image_for(encoder), []
+    handles = [
+        block.attn.register_forward_pre_hook(lambda _, x: given.append(x[0].detach())) for block in encoder.blocks
+    ]
+    _, maps = watch(encoder, image)
+    inputs = given[: len(encoder.blocks)] if len(given) == len(encoder.blocks) else given[::2]
+    for handle in handles:
+        handle.remove()
+    for found, x, block in zip(maps.values(), inputs, encoder.blocks, strict=True):
+        q, k, _ = block.attn.qkv(x).unflatten(2, (3, 3, 64)).permute(2, 0, 3, 1, 4)
+        torch.testing.assert_close(found, (q @ k.transpose(2, 3) / 8).softmax(3).detach(), atol=2e-5, rtol=1e-4)
+
+
+def test_what_has_no_attention_has_no_places():
+    encoder = Bit(image=32).build().eval()
+    assert attention.places(encoder) == []
+    image = image_for(encoder)
+    made, maps = watch(encoder, image)
+    assert not maps
+    assert torch.equal(made, plainly(encoder, image))
+
+
+@pytest.mark.parametrize("name", ["ours", "vit", "beit"])
+@pytest.mark.parametrize("fault", ["forward", "take"])
+def test_nothing_stays_after_a_failure(name, fault, zoo):
+    encoder = loud(OURS["class"].build()) if name == "ours" else zoo(name)
+    image, marks, attached = image_for(encoder), switches(encoder), hooks(encoder)
+    before = plainly(encoder, image)
+
+    def broken(*_: Any) -> None:
+        raise ArithmeticError("on purpose")
+
+    handle = encoder.blocks[2].register_forward_pre_hook(broken) if fault == "forward" else None
+    with (
+        pytest.raises(ArithmeticError, match="on purpose"),
+        attention.watched(encoder, broken if fault == "take" else lambda *_: None),
+    ):
+        encoder(image)
+    if handle is not None:
+        handle.remove()
+    assert (switches(encoder), hooks(encoder)) == (marks, attached)
+    assert torch.equal(plainly(encoder, image), before)
+
+
+@pytest.mark.parametrize("name", ["class", "axial", "vit"])
+def test_none_of_this_runs_where_nobody_watches(name, zoo):
+    encoder = zoo(name) if name == "vit" else loud(OURS[name].build())
+    image, called = image_for(encoder), []
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and (
+            frame.f_code.co_filename == attention.__file__ or frame.f_code.co_name in ("maps", "shares")
+        ):
+            called.append(frame.f_code.co_name)
+
+    def passes() -> list[str]:
+        called.clear()
+        sys.setprofile(note)
+        try:
+            encoder(image)
+        finally:
+            sys.setprofile(None)
+        return list(called)
+
+    assert passes() == []
+    with attention.watched(encoder, lambda *_: None):
+        assert passes()  # the counter counts
+    assert passes() == []
+
+
+@pytest.mark.parametrize("kind", ["ours", "vit"])
+def test_a_training_that_is_watched_draws_the_same_random_numbers(kind, zoo):
+    encoder = loud(Vit(**SMALL, dropout=0.2, drop_path=0.2).build()) if kind == "ours" else zoo("vit")
+    image = image_for(encoder)
+    encoder.train()
+    made = []
+    for watching in (False, True):
+        torch.manual_seed(5)
+        made.append(watch(encoder, image)[0] if watching else plainly(encoder, image))
+    encoder.eval()
+    assert torch.equal(*made)
+
+
+# --- attention planted through weights
+
+
+def planted(at: int, grid: tuple[int, int] = (3, 5), layers: int = 3) -> Any:
+    """A ViT whose tokens attend to themselves, and in the last layer to patch `at` alone."""
+    tokens = 1 + grid[0] * grid[1]
+    width = 2 * tokens
+    numbers = {"width": width, "depth": layers, "heads": 2, "mlp": 4, "patch": 8}
+    encoder = Vit(size="Ti", image=(8 * grid[0], 8 * grid[1]), **numbers).build().eval()  # type: ignore[arg-type]
+    for name, parameter in encoder.named_parameters():
+        if "norm" not in name:
+            nn.init.zeros_(parameter)
+    place = torch.eye(tokens)
+    with torch.no_grad():
+        assert isinstance(encoder.pos_embed, nn.Parameter)
+        encoder.pos_embed[0] = torch.cat([place, place], 1)  # each head sees all of it
+        for number, block in enumerate(encoder.blocks):
+            qkv: Any = block.attn.qkv  # type: ignore[union-attr]
+            qkv.weight[width : 2 * width] = torch.eye(width)
+            if number < layers - 1:
+                qkv.weight[:width] = 100 * torch.eye(width)
+            else:
+                qkv.bias[:width] = 1000 * torch.cat([place[1 + at], place[1 + at]])
+    return encoder
+
+
+@pytest.mark.parametrize("at", [0, 4, 7, 10, 14])
+def test_a_planted_patch_is_lit(at):
+    encoder = planted(at)
+    _, maps = watch(encoder, image_for(encoder))
+    *others, last = maps.values()
+    for one in others:
+        torch.testing.assert_close(one, torch.eye(16).expand_as(one))
+    torch.testing.assert_close(last, torch.eye(16)[1 + at].expand_as(last))
+    for query in QUERIES:
+        found = attention.rollout(torch.stack([*maps.values()]), 1, query)
+        value = 0.5 if query == "class" else (1 + 1 / 15) / 2
+        assert found.argmax(1).tolist() == [at, at]
+        assert found[:, at].tolist() == pytest.approx([value] * 2)
+        seen = drawings.shaded(np.full((24, 40, 3), 200, np.uint8), found[0].reshape(3, 5).numpy(), 8)
+        assert seen.shape == (24, 40, 3)
+        brightness = np.asarray(seen, dtype=float).sum(2)
+        y, x = np.unravel_index(brightness.argmax(), brightness.shape)
+        assert (y // 8, x // 8) == divmod(at, 5)
+        assert brightness.max() > 1.5 * np.median(brightness)
+
+
+def test_the_picture_of_an_empty_map_is_no_division_by_zero():
+    image = np.full((12, 20, 3), 200, np.uint8)
+    seen = np.asarray(drawings.shaded(image, np.zeros((3, 5), np.float32), 4))
+    assert seen.shape == image.shape
+    assert np.isfinite(seen).all()
+
+
+def test_dots_of_a_grid_of_one_patch_are_drawn():
+    drawings.distance_dots({1: [0.0, 0.0]}, 0.0)
+
+
+def test_a_map_is_lit_by_its_values_and_not_elsewhere():
+    """Rows and columns as they lie in the image, also where that is not square; nothing where nothing is."""
+    image = np.full((24, 64, 3), 250, np.uint8)
+    values = np.zeros((3, 8), np.float32)
+    values[2, 1], values[0, 6] = 0.2, 0.1
+    light = np.asarray(drawings.shaded(image, values, 8), dtype=float).sum(2)
+    of_patches = light.reshape(3, 8, 8, 8).mean((1, 3))
+    assert np.unravel_index(of_patches.argmax(), (3, 8)) == (2, 1)
+    assert light.max() == pytest.approx(750, abs=6)
+    assert 0.3 < of_patches[0, 6] / of_patches[2, 1] < 0.7
+    assert of_patches[0, 3] < 0.1 * of_patches[2, 1]
