@@ -36,11 +36,11 @@ class Tracker:
     def __init__(self, accelerator: "Accelerator", folder: Path, start: int, steps: int, quiet: bool, health: Health):
         self.active = accelerator.is_main_process
         self._accelerator = accelerator
+        self._folder = folder
         self._path = folder / "metrics.jsonl"
         self._health = health
         self._bar = None
         self._lines = False
-        accelerator.trackers.clear()  # of an earlier training in this process: rows would go to its folder too
         trackers.start(accelerator, folder, start)
         if self.active:
             self._lines = not quiet and not sys.stderr.isatty()
@@ -97,8 +97,7 @@ class Tracker:
         """Flush and end."""
         if self._bar is not None:
             self._bar.close()
-        for tracker in self._accelerator.trackers:
-            tracker.finish()
+        trackers.end(self._accelerator, self._folder)
 
 
 def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -6,7 +6,9 @@ libraries would tell their makers is switched off; tracker=wandb sends, unless W
 
 import hashlib
 import importlib.util
+import io
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,7 +63,7 @@ def start(accelerator: "Accelerator", folder: Path, step: int) -> None:
     elif name == "mlflow":
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         if "MLFLOW_TRACKING_URI" not in os.environ:
-            os.environ["MLFLOW_TRACKING_URI"] = (folder / "mlruns").resolve().as_uri()
+            os.environ["MLFLOW_TRACKING_URI"] = _store(folder)
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         known = folder / "mlflow_run"
         _begin(accelerator, name, {"run_name": folder.name, "run_id": known.read_text() if known.exists() else None})
@@ -69,13 +71,31 @@ def start(accelerator: "Accelerator", folder: Path, step: int) -> None:
             write_bytes(known, tracker.tracker.info.run_id.encode())
 
 
+def end(accelerator: "Accelerator", folder: Path) -> None:
+    """Flush and end; the next training of this process has a folder of its own."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers.clear()
+    if os.environ.get("MLFLOW_TRACKING_URI") == _store(folder):
+        del os.environ["MLFLOW_TRACKING_URI"]
+
+
+def _store(folder: Path) -> str:
+    """Where MLflow writes what it is told of a run, if nobody says otherwise."""
+    return (folder / "mlruns").resolve().as_uri()
+
+
 def _begin(accelerator: "Accelerator", name: str, options: dict[str, Any]) -> None:
+    terminal, sys.stdin = sys.stdin, io.StringIO()  # which nobody can be asked at: W&B would wait for a key
     try:
         accelerator.init_trackers(PROJECT, init_kwargs={name: options})
     except Exception as error:  # of their own kinds: no key, no server
+        accelerator.trackers.clear()  # else it would be ended, which never began
         text = " ".join(str(error).split())[:200]
         cure = "log in, or WANDB_MODE=offline" if name == "wandb" else "see MLFLOW_TRACKING_URI"
         raise Refusal(USAGE, f"tracker={name} cannot begin ({text}): {cure}, or another tracker") from error
+    finally:
+        sys.stdin = terminal
 
 
 def histogram(accelerator: "Accelerator", name: str, counts: Tensor, step: int) -> None:
