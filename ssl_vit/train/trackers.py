@@ -61,8 +61,10 @@ def start(accelerator: "Accelerator", folder: Path, step: int) -> None:
     elif name == "mlflow":
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         if "MLFLOW_TRACKING_URI" not in os.environ:
-            os.environ["MLFLOW_TRACKING_URI"] = (folder / "mlruns").resolve().as_uri()
+            import mlflow
+
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+            mlflow.set_tracking_uri((folder / "mlruns").resolve().as_uri())  # of this training: a sweep has several
         known = folder / "mlflow_run"
         _begin(accelerator, name, {"run_name": folder.name, "run_id": known.read_text() if known.exists() else None})
         for tracker in accelerator.trackers if accelerator.is_main_process else ():
