@@ -64,7 +64,8 @@ def start(accelerator: "Accelerator", folder: Path, step: int) -> None:
             import mlflow
 
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-            mlflow.set_tracking_uri((folder / "mlruns").resolve().as_uri())  # of this training: a sweep has several
+            mlflow.set_tracking_uri((folder / "mlruns").resolve().as_uri())
+            os.environ.pop("MLFLOW_TRACKING_URI", None)  # which that sets, and the next training of a sweep would take
         known = folder / "mlflow_run"
         _begin(accelerator, name, {"run_name": folder.name, "run_id": known.read_text() if known.exists() else None})
         for tracker in accelerator.trackers if accelerator.is_main_process else ():
