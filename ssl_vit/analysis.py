@@ -19,7 +19,7 @@ from ssl_vit.data.samples import Data
 from ssl_vit.data.stream import EvaluationStream
 from ssl_vit.durable import write_bytes
 from ssl_vit.encoders import weights
-from ssl_vit.evaluate.attention import Query, places
+from ssl_vit.evaluate.attention import Query, has_class_token, places
 from ssl_vit.evaluate.inside import Wanted, look
 from ssl_vit.exits import DATA, USAGE, Refusal
 from ssl_vit.portrait import Portrait
@@ -107,9 +107,9 @@ def _encoder(options: Analyze, name: str) -> weights.AnyEncoder:
     except ValueError as error:
         raise Refusal(USAGE, f"image_size={size}: {error}") from error
     weights.fill(encoder, source, tensors, name)
-    if options.readout == "class" and not encoder.prefix:
+    if options.readout == "class" and not has_class_token(encoder):
         raise Refusal(USAGE, "readout=class: the encoder has no class token; take mean")
-    if options.query == "class" and not encoder.prefix:
+    if options.query == "class" and not has_class_token(encoder):
         raise Refusal(USAGE, "query=class: the encoder has no class token; take mean")
     return encoder.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -73,24 +73,18 @@ class Portrait:
         if not found:
             self.notes.append(f"attention rollout: {self._no_attention()}")
             return
-        rows, columns = self.encoder.grid
-        names = {"class": "class token", "mean": "mean of patches"}
-        drawn = [
-            [
-                image,
-                *(drawings.shaded(image, one[n].reshape(rows, columns), self.encoder.stride) for one in found.values()),
-            ]
-            for n, image in enumerate(self.images)
-        ]
+        drawn, names = [[image] for image in self.images], ["image"]
+        for query, one in found.items():
+            names += [{"class": "class token", "mean": "mean of patches"}[query], "its map"]
+            for row, values in zip(drawn, one.reshape(-1, *self.encoder.grid), strict=True):
+                row += [drawings.shaded(row[0], values, self.encoder.stride), values]
         self.page.section("Attention rollout")
         self.page.text(
             "Bright is what reaches the output through the attention of all layers: heads averaged, the identity "
-            "added, layers multiplied (paper D.8). Masked patch prediction trains no class token: there look at the "
-            "mean of the patches."
+            "added, layers multiplied (paper D.8); beside it the map itself, from its least to its largest value. "
+            "Masked patch prediction trains no class token: there look at the mean of the patches."
         )
-        self.page.picture(
-            "rollout", "attention rollout", drawings.tiles(drawn, ["image", *(names[q] for q in found)], 1.6)
-        )
+        self.page.picture("rollout", "attention rollout", drawings.tiles(drawn, names, 1.4))
         self.numbers["rollout"] = {query: one.tolist() for query, one in found.items()}
 
     def _no_attention(self) -> str:
@@ -108,8 +102,8 @@ class Portrait:
             shown = maps[:, [head - 1 for head in heads]].unflatten(2, self.encoder.grid).numpy()
             rows = [[image, *shown[n]] for n, image in enumerate(self.images)]
             self.page.section(f"Attention of layer {layer}")
-            who = "the class token" if query == "class" else "the patches, their mean,"
-            self.page.text(f"Where {who} look, a column a head; each map by its own largest value.")
+            who = "the class token looks" if query == "class" else "patches look on average"
+            self.page.text(f"Where {who}, a column a head; each map by its own largest value.")
             figure = drawings.tiles(rows, ["image", *(f"head {head}" for head in heads)], 1.0, vmin=0)
             self.page.picture(f"attention-{layer}", f"attention of layer {layer}", figure)
         if not self.found.maps and places(self.encoder):
@@ -127,6 +121,8 @@ class Portrait:
         count = sum(map(len, next(iter(self.found.distances.values()))))
         names = [name for name, _ in places(self.encoder)]
         layers = {names.index(name) + 1: heads.tolist() for name, heads in found.items()}
+        if len(layers) < len(names):
+            self.notes.append(f"attention distance of {len(names) - len(layers)} layers: {self._no_attention()}")
         self.page.section("Mean attention distance")
         self.page.text(
             f"A dot a head: how far from a patch it looks, in pixels, the mean over {count} images (paper D.7). Class "
@@ -202,9 +198,7 @@ class Portrait:
         if not hasattr(head, "panel"):
             raise Refusal(USAGE, f"head.kind={recipe.head.kind} predicts nothing that could be drawn")
         saved = checkpoint.trained(kept[-1])
-        head.load_state_dict(
-            {n.removeprefix("head."): v for n, v in saved.items() if n.startswith("head.")}, strict=False
-        )
+        head.load_state_dict({n.removeprefix("head."): v for n, v in saved.items() if n.startswith("head.")})
         return head
 
     def features(self) -> None:

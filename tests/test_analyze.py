@@ -321,10 +321,12 @@ def test_every_kind_gets_what_applies_and_a_line_on_what_does_not(given: Path, t
     found = analyze(given, tmp_path, "images=2", "samples=4", encoder=exported(given, kind, shape))
     assert pictures(tmp_path) & ALL == ALL - missing
     told = (tmp_path / "report.md").read_text()
-    for name, words in {"rollout": "attention", "distance": "distance", "positions": "position"}.items():
+    for name, words in {"rollout": "rollout", "distance": "mean attention distance", "positions": "position"}.items():
         lines = [line for line in found["not_drawn"] if words in line.lower()]
         assert bool(lines) == (name in missing), found["not_drawn"]
         assert all(line in told for line in lines)
+    partly = [line for line in found["not_drawn"] if "attention distance of 10 layers" in line]
+    assert bool(partly) == (kind == "swin")  # whose last stage has one window, which is all
     names = {
         "rollout": "rollout",
         "distance": "attention_distance",

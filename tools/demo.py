@@ -34,7 +34,10 @@ def main(arguments: list[str]) -> int:
     for name, init in {"finetune": f"{RUNS}/pretrain", "scratch": "none"}.items():
         launch("finetune", "recipe=finetune_demo", f"run={RUNS}/{name}", f"init={init}", *data, *arguments)
     print(table())
-    print(f"\npicture (input, corrupted, true and predicted colours): {RUNS / 'pretrain' / 'reconstruction.png'}")
+    picture = RUNS / "pretrain" / "reconstruction.png"
+    print(f"\npicture (input, corrupted, predicted and true colours, error): {picture}")
+    python("analyze", f"encoder={RUNS}/pretrain", f"data={RUNS}/shards", f"run={RUNS}/inside", "quiet=true")
+    print(f"what the encoder has learned, in pictures: {RUNS / 'inside' / 'report.html'}")
     print(f"the whole demo took {time.monotonic() - began:.0f} s")
     return 0
 
@@ -70,16 +73,16 @@ def table() -> str:
         results[name] = json.loads((RUNS / name / "results.json").read_text())
         rows = [json.loads(line) for line in (RUNS / name / "metrics.jsonl").read_text().splitlines()]
         speed[name] = np.median([row["images_per_second"] for row in rows])
-    masked, line = results["pretrain"], "{:<16}{:>12}{:>20}{:>9}{:>10}".format
-    numbers = [f"{masked[key]:.3f}" for key in ("loss", "unigram_entropy", "uniform")]
+    masked, line = results["pretrain"], "{:<16}{:>12}{:>20}{:>20}{:>9}{:>10}".format
+    numbers = [f"{masked[key]:.3f}" for key in ("loss", "neighbour_loss", "unigram_entropy", "uniform")]
     lines = [
-        line("pretraining", "masked loss", "by label frequency", "uniform", "images/s"),
+        line("pretraining", "masked loss", "copying neighbours", "by label frequency", "uniform", "images/s"),
         line("", *numbers, f"{speed['pretrain']:.0f}"),
-        line("fine-tuning", "top-1", "top-5", "samples", "images/s"),
+        line("fine-tuning", "top-1", "top-5", "", "samples", "images/s"),
     ]
     for name, label in {"finetune": "  pretrained", "scratch": "  from scratch"}.items():
         row = results[name]
-        lines.append(line(label, f"{row['top1']:.1%}", f"{row['top5']:.1%}", row["samples"], f"{speed[name]:.0f}"))
+        lines.append(line(label, f"{row['top1']:.1%}", f"{row['top5']:.1%}", "", row["samples"], f"{speed[name]:.0f}"))
     return "\n" + "\n".join(lines)
 
 

@@ -72,6 +72,11 @@ def mean_distance(maps: Iterable[Tensor], grid: Grid, stride: float) -> Tensor:
     return torch.stack([distances(layer, grid, stride).mean(0) for layer in maps])
 
 
+def has_class_token(encoder: Any) -> bool:
+    """Whether the first token is a class token; some of timm's models have registers alone."""
+    return encoder.prefix > 0 and getattr(getattr(encoder, "model", encoder), "cls_token", None) is not None
+
+
 def places(encoder: nn.Module) -> list[tuple[str, nn.Module]]:
     """The attention layers of an encoder that can be looked into, by name: ours, and those of timm."""
     return [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.data.stream import EvaluationStream, Share
-from ssl_vit.evaluate.attention import Query, Rollout, distances, places, watched
+from ssl_vit.evaluate.attention import Query, Rollout, distances, has_class_token, places, watched
 from ssl_vit.model import Batch, read_out
 
 NUMBERS = 1 << 27  # of attention that are held at once, 0.5 GB
@@ -96,5 +96,5 @@ def _look(encoder: Any, image: Tensor, found: Found, wanted: Wanted, draw: bool)
     with watched(encoder, take):
         encoder(image)
     if draw and layers == len(places(encoder)):
-        for query in ("class", "mean") if encoder.prefix else ("mean",):
+        for query in ("class", "mean") if has_class_token(encoder) else ("mean",):
             found.rollouts[query].append(joint.of(encoder.prefix, query).cpu())

@@ -232,7 +232,7 @@ def advance(live: Live, batches: Iterator[Batch]) -> None:
         raise
     if engine.replicated and (due or run.step % loop.check_every == 0):
         check_replicas(live.accelerator, engine.parameters, run.step)
-    if task.panel is not None and drawn(loop, run.step):
+    if task.panel is not None and drawn(loop, run.step) and not stopping:
         draw(live, task.panel)
     live.postponed = due and bool(live.numbers.skipped) and not (stopping or final)
     if due and not live.postponed:

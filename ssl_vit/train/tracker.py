@@ -36,7 +36,6 @@ class Tracker:
     def __init__(self, accelerator: "Accelerator", folder: Path, start: int, steps: int, quiet: bool, health: Health):
         self.active = accelerator.is_main_process
         self._accelerator = accelerator
-        self._folder = folder
         self._path = folder / "metrics.jsonl"
         self._health = health
         self._bar = None
@@ -97,7 +96,7 @@ class Tracker:
         """Flush and end."""
         if self._bar is not None:
             self._bar.close()
-        trackers.end(self._accelerator, self._folder)
+        trackers.end(self._accelerator)
 
 
 def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:

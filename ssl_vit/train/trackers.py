@@ -63,26 +63,22 @@ def start(accelerator: "Accelerator", folder: Path, step: int) -> None:
     elif name == "mlflow":
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         if "MLFLOW_TRACKING_URI" not in os.environ:
-            os.environ["MLFLOW_TRACKING_URI"] = _store(folder)
+            import mlflow
+
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+            mlflow.set_tracking_uri((folder / "mlruns").resolve().as_uri())
+            os.environ.pop("MLFLOW_TRACKING_URI", None)  # which that sets, and the next training of a sweep would take
         known = folder / "mlflow_run"
         _begin(accelerator, name, {"run_name": folder.name, "run_id": known.read_text() if known.exists() else None})
         for tracker in accelerator.trackers if accelerator.is_main_process else ():
             write_bytes(known, tracker.tracker.info.run_id.encode())
 
 
-def end(accelerator: "Accelerator", folder: Path) -> None:
-    """Flush and end; the next training of this process has a folder of its own."""
+def end(accelerator: "Accelerator") -> None:
+    """Flush and end; the next training of this process begins with its own."""
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.trackers.clear()
-    if os.environ.get("MLFLOW_TRACKING_URI") == _store(folder):
-        del os.environ["MLFLOW_TRACKING_URI"]
-
-
-def _store(folder: Path) -> str:
-    """Where MLflow writes what it is told of a run, if nobody says otherwise."""
-    return (folder / "mlruns").resolve().as_uri()
 
 
 def _begin(accelerator: "Accelerator", name: str, options: dict[str, Any]) -> None:

@@ -17,11 +17,8 @@ from ssl_vit.data.samples import Data
 from ssl_vit.exits import CANNOT_CREATE, DATA, MISMATCH, PREEMPTED, USAGE, Refusal
 from ssl_vit.recipe import Finetune, Pretrain
 from ssl_vit.train import loop, pace
-from ssl_vit.train.clock import PHASES
 from tests.conftest import TINY, draw_squares
-
-SPEEDS = {"images_per_second", "tflops", "mfu", "mfu_data_sheet", "data_wait", "peak_memory_gib"}
-SPEEDS |= {f"time_{name}" for name in PHASES}  # of the clock, not of the run
+from tests.runs import SPEEDS
 
 
 @pytest.fixture(autouse=True)

@@ -193,3 +193,12 @@ def test_the_baseline_that_copies_is_tried_where_a_row_follows(shards: Path, tmp
     assert sum(tried) == 2 * 2  # rows times micro batches
     assert len(tried) > 4  # and every batch of an evaluation
     assert [row["neighbour_loss"] > 0 for row in rows(tmp_path)] == [True, True]
+
+
+def test_each_training_of_a_process_has_its_own_mlflow(shards: Path, tmp_path: Path):
+    """As those of a sweep are."""
+    pytest.importorskip("mlflow")
+    for name in ("one", "two"):
+        assert pretrain(shards, tmp_path / name, "steps=2", "log_every=1", "tracker=mlflow") == 0
+        [held] = (tmp_path / name / "mlruns").glob("*/*/metrics/train/loss")
+        assert [line.split()[2] for line in held.read_text().splitlines()] == ["1", "2"]
