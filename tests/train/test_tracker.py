@@ -1,8 +1,10 @@
 """Whole runs, and what their trackers hold: TensorBoard by its own reader, Weights & Biases offline, MLflow's files."""
 
 import importlib.util
+import io
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,41 @@ def test_mlflow_writes_into_the_run_and_goes_on_in_the_same_run(shards: Path, tm
     lines = [line.split() for line in held.read_text().splitlines()]
     wanted = {row["step"]: row["loss"] for row in rows(tmp_path)}
     assert {int(line[2]): float(line[1]) for line in lines} == pytest.approx(wanted)
+
+
+class Terminal(io.StringIO):
+    """At which nobody answers."""
+
+    asked = False
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self, size: int | None = -1, /) -> str:
+        self.asked = True
+        raise EOFError
+
+
+def test_weights_and_biases_without_a_key_is_refused_and_asks_nobody(shards: Path, tmp_path: Path, monkeypatch: Any):
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it keeps the environment of an earlier test
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("stdin", "stderr"):
+        monkeypatch.setattr(f"sys.{name}", terminal)
+    try:
+        with pytest.raises(Refusal, match=r"tracker=wandb cannot begin .*WANDB_MODE=offline, or another tracker") as end:
+            pretrain(shards, tmp_path / "run", "steps=2", "tracker=wandb")
+        assert sys.stdin is terminal
+        assert not terminal.asked
+    finally:
+        wandb.teardown()
+    assert end.value.code == USAGE
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == USAGE
 
 
 def test_a_tracker_that_is_not_installed(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
