@@ -232,12 +232,12 @@ def advance(live: Live, batches: Iterator[Batch]) -> None:
         raise
     if engine.replicated and (due or run.step % loop.check_every == 0):
         check_replicas(live.accelerator, engine.parameters, run.step)
-    if task.panel is not None and drawn(loop, run.step) and not stopping:
-        draw(live, task.panel)
     live.postponed = due and bool(live.numbers.skipped) and not (stopping or final)
     if due and not live.postponed:
         save(live, must=stopping or final)
         stopping = live.stop.agreed(now=True)  # a signal that came while it saved asks for no second one
+    if task.panel is not None and drawn(loop, run.step):
+        draw(live, task.panel)  # after it saved: a run that is to stop may not have the time
     if stopping:
         raise preempted(live)
 
