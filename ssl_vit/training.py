@@ -63,13 +63,13 @@ def train(session: Session, recipe: Recipe, folder: Run) -> dict[str, Any]:
     from_main(accelerator, lambda: codebook.keep(recipe.head, folder.folder), beat)
     while row is None:
         model = build(recipe, len(data.classes), session.tensors, session.source, say)
-        if left_out is NOTHING:
-            lines = introduction(recipe, model, data, val, accelerator)
-            say("\n".join(lines[: 1 if session.introduced else None]))
-            session.introduced = True
         if kept_head(recipe):
             classified.read_classifier(recipe.init)[1].fill(model.head.layers[0], data.classes, recipe.init)
         task = _task(session, recipe, model, data, val, probed, share, folder)
+        if left_out is NOTHING:
+            lines = introduction(recipe, task, data, val, accelerator)
+            say("\n".join(lines[: 1 if session.introduced else None]))
+            session.introduced = True
         try:
             row = fit(folder, accelerator, recipe, task, beat, left_out=left_out)
         except RollBack as back:
@@ -82,14 +82,16 @@ def train(session: Session, recipe: Recipe, folder: Run) -> dict[str, Any]:
 
 
 def introduction(
-    recipe: Recipe, model: Model, data: Manifest | Tars, val: Manifest | None, accelerator: "Accelerator"
+    recipe: Recipe, task: Task, data: Manifest | Tars, val: Manifest | None, accelerator: "Accelerator"
 ) -> list[str]:
     """What is about to be trained, on what, for how long and by whom."""
-    size = f"{count_parameters(model) / 1e6:,.1f} M parameters, {flops(model) / 1e9:,.2f} GFLOP an image and step"
+    size = f"{count_parameters(task.model) / 1e6:,.1f} M parameters, {task.flops / 1e9:,.2f} GFLOP an image and step"
     images = f"{recipe.steps:,} steps of {recipe.batch:,} images"
     if isinstance(data, Manifest):
-        images += f", {recipe.steps * recipe.batch / max(1, data.samples):,.1f} epochs"
-        samples = f"{data.name}: {data.samples:,} samples in {len(data.shards):,} shards"
+        taken = task.stream.epoch_samples or data.samples
+        images += f", {recipe.steps * recipe.batch / taken:,.1f} epochs"
+        some = f"{taken:,} of " if taken < data.samples else ""
+        samples = f"{data.name}: {some}{data.samples:,} samples in {len(data.shards):,} shards"
     else:
         samples = data.name
     judged = f"; judged on {val.name}: {val.samples:,}" if val is not None else ""
