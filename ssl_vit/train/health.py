@@ -42,7 +42,7 @@ class Health:
         text = f"{same:.0%} of the patches have the same label, so there is little to learn: look at dry_run.png "
         yield "collapsed", 1, f"{text}(dry_run=true), or take a finer target" if same > COLLAPSED else ""
 
-        guess = row.get("unigram_entropy", row.get("variance", row.get("uniform", 0.0)))
+        guess = row.get("unigram_entropy", row.get("variance", 0.0))  # of classified images none
         text = f"the loss, {loss:.3f}, is still that of guessing by frequency, {guess:.3f}: "
         text += "another optim.lr, more warm-up, or something is wrong with the data"
         yield "chance", 1, text if step >= self._settled and loss > CHANCE * guess > 0 and same <= COLLAPSED else ""

@@ -70,3 +70,24 @@ def test_all_signs_at_once_are_all_said():
     found = said([{**row, "bad_samples": n, "loss": 4.5 + (n > 3) * 5} for n in range(1, 30)])
     assert len(found) == 4  # a collapse is why the loss is at chance
     assert {line.split(": ")[0] for _, line in found} >= {"step 50", "step 150"}
+
+
+def test_images_that_are_classified_have_no_guess_to_be_compared_with():
+    assert said([{"loss": 1.609, "top1": 0.2}] * 40) == []
+    assert said([{"loss": loss, "top1": 0.9} for loss in (0.05, 0.2, 0.2, 0.2)]) == []
+    assert len(said([{"loss": loss, "top1": 0.9} for loss in (0.05, 0.3, 0.3, 0.3)])) == 1
+    assert said([{"loss": loss, "top1": 0.0} for loss in (60.0, 70.0, 70.0, 70.0)]) == []  # a sigmoid a class
+
+
+@pytest.mark.parametrize(
+    ("name", "well", "wrong"),
+    [("top_label", 0.899, 0.901), ("data_wait", 0.299, 0.301), ("loss", 0.979 * 4.5, 0.981 * 4.5)],
+)
+def test_where_what_is_borne_ends(name: str, well: float, wrong: float):
+    assert said([{**WELL, "loss": 4.0, name: well}] * 40) == []
+    assert len(said([{**WELL, "loss": 4.0, name: wrong}] * 40)) == 1
+
+
+@pytest.mark.parametrize(("rise", "warnings"), [(0.19, 0), (0.21, 1)])
+def test_how_much_a_loss_may_rise_beside_a_guess(rise: float, warnings: int):
+    assert len(said([{**WELL, "loss": loss} for loss in (3.0, *[3.0 + rise * 4.5] * 3)])) == warnings
