@@ -1,11 +1,14 @@
 """Whole runs, and what their trackers hold: TensorBoard by its own reader, Weights & Biases offline, MLflow's files."""
 
+import hashlib
 import importlib.util
 import io
 import json
 import math
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +74,9 @@ def test_tensorboard_has_pictures_histograms_and_charts_of_what_belongs_together
     histograms = reader.Histograms("labels")
     assert [event.step for event in histograms] == [3, 6, 9, 12]
     for event, row in zip(histograms, rows(run), strict=True):
+        held = event.histogram_value
+        assert held.bucket_limit == pytest.approx([label + 0.5 for label in range(512)])
+        assert held.sum_squares == pytest.approx(sum(n * label**2 for label, n in enumerate(held.bucket)))
         share = [count / event.histogram_value.num for count in event.histogram_value.bucket]
         entropy = -sum(p * math.log(p) for p in share if p)
         assert entropy == pytest.approx(row["unigram_entropy"], rel=1e-5)
@@ -137,21 +143,26 @@ def test_how_often_is_drawn(steps: int, every: int | None, drawn: int):
 def test_weights_and_biases_offline(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
     assert pretrain(shards, tmp_path, "steps=4", "log_every=2", "tracker=wandb") == 0
+    assert os.environ["WANDB_ERROR_REPORTING"] == "false"
     [held] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert held.stem == f"run-{hashlib.sha256(str(tmp_path.resolve()).encode()).hexdigest()[:16]}"  # of every start
     content = held.read_bytes()
     for name in (b"train/loss", b"val/loss", b"gradient_norm/encoder.blocks.00", b"reconstruction"):
         assert name in content, name
 
 
-def test_mlflow_writes_into_the_run_and_goes_on_in_the_same_run(shards: Path, tmp_path: Path):
+def test_mlflow_writes_into_the_run_and_goes_on_in_the_same_run(shards: Path, tmp_path: Path, monkeypatch):
     pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
     words = ["steps=6", "log_every=2", "save_every=2", "tracker=mlflow"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ssl_vit.train.loop.StopSignal", lambda *_: StopAfter(3))
         with pytest.raises(Refusal):
             pretrain(shards, tmp_path, *words)
     assert pretrain(shards, tmp_path, *words) == 0
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
     [held] = (tmp_path / "mlruns").glob("*/*/metrics/train/loss")
     lines = [line.split() for line in held.read_text().splitlines()]
     wanted = {row["step"]: row["loss"] for row in rows(tmp_path)}
@@ -239,3 +250,113 @@ def test_each_training_of_a_process_has_its_own_mlflow(shards: Path, tmp_path: P
         assert pretrain(shards, tmp_path / name, "steps=2", "log_every=1", "tracker=mlflow") == 0
         [held] = (tmp_path / name / "mlruns").glob("*/*/metrics/train/loss")
         assert [line.split()[2] for line in held.read_text().splitlines()] == ["1", "2"]
+
+
+def test_tensorboard_of_a_run_that_was_killed_has_each_step_once(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Rows and pictures that were written after the last checkpoint give way to those of the new start."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from ssl_vit.train import loop
+
+    words = ["steps=8", "log_every=1", "panel_every=2", "save_every=3"]
+    plain = loop.update
+
+    def die(*arguments: Any, **options: Any) -> Any:
+        if arguments[6] == 5:
+            raise RuntimeError("killed")
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr("ssl_vit.train.health.Health.look", lambda _, row: ["alas"] * (row["step"] in (2, 5)))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "update", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            pretrain(shards, tmp_path, *words)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
+    pretrain(shards, tmp_path, *words)
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 9))
+    every = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
+    reader = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance=every).Reload()
+    for name in ("train/loss", "gradient_norm/head.linear"):
+        assert [event.step for event in reader.Scalars(name)] == list(range(1, 9))
+    assert [event.step for event in reader.Histograms("labels")] == list(range(1, 9))
+    assert [event.step for event in reader.Images("reconstruction")] == [2, 4, 6, 8]
+    assert {event.step for event in reader.Tensors("warnings/text_summary")} == {2, 5}  # TensorBoard keeps text twice
+    assert capsys.readouterr().out.splitlines().count("warning: alas") == 3
+
+
+def test_a_picture_that_is_due_where_a_run_stops_is_drawn_after_it_saved(
+    shards: Path, tmp_path: Path, monkeypatch: Any
+):
+    from ssl_vit.train import loop
+
+    did: list[str] = []
+    for name in ("save", "draw"):
+        plain = getattr(loop, name)
+        monkeypatch.setattr(loop, name, lambda *a, n=name, f=plain, **k: (did.append(n), f(*a, **k))[1])
+    monkeypatch.setattr(loop, "StopSignal", lambda *_: StopAfter(2))
+    with pytest.raises(Refusal, match="stopped at step 2"):
+        pretrain(shards, tmp_path, "steps=4", "panel_every=2", "tracker=none")
+    assert did == ["save", "draw"]
+    assert (tmp_path / "reconstruction.png").exists()
+
+
+def test_pictures_leave_the_training_as_it_is(shards: Path, tmp_path: Path):
+    ends = []
+    for every in (1, 4):
+        run = tmp_path / str(every)
+        more = ["encoder.dropout=0.2", "encoder.drop_path=0.2", f"panel_every={every}", f"log_every={every}"]
+        pretrain(shards, run, "steps=4", "tracker=none", *more)
+        ends.append(
+            [(run / "checkpoints/step-00000004" / f"{n}.safetensors").read_bytes() for n in ("model", "optimizer")]
+        )
+    assert ends[0] == ends[1]
+
+
+def test_each_of_several_trainings_has_its_own_tensorboard(shards: Path, tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from ssl_vit.recipe import Finetune
+
+    data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={tmp_path}", "init=none", "seeds=2"]
+    words = [*TINY, *data, "steps=2", "log_every=1", "optim.warmup_steps=1"]
+    session.run(config.parse(Finetune, words, recipe.FOLDER))
+    for seed in (0, 1):
+        told = rows(tmp_path / f"seed-{seed}")
+        reader = EventAccumulator(str(tmp_path / f"seed-{seed}" / "tensorboard")).Reload()
+        assert [event.value for event in reader.Scalars("train/loss")] == pytest.approx([row["loss"] for row in told])
+
+
+def test_trackers_are_ended_once():
+    class Counts:
+        ended = 0
+
+        def finish(self) -> None:
+            self.ended += 1
+
+    accelerator: Any = SimpleNamespace(trackers=[Counts()])
+    [one] = accelerator.trackers
+    trackers.end(accelerator)
+    trackers.end(accelerator)
+    assert one.ended == 1
+
+
+def test_norms_of_gradients_that_are_not_numbers(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Their row is JSON, and the trackers take what is left of it."""
+    from ssl_vit.train.window import Window
+
+    plain = Window.add
+
+    def spoil(self: Window, sums: dict[str, torch.Tensor]) -> None:
+        plain(
+            self, {name: value * math.nan if name == "_gradient/head.linear" else value for name, value in sums.items()}
+        )
+
+    monkeypatch.setattr(Window, "add", spoil)
+    assert pretrain(shards, tmp_path, "steps=1", "log_every=1") == 0
+    [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=lambda name: pytest.fail(name))["gradient_norm_by_layer"]
+    assert found.pop("head.linear") is None
+    assert len(found) > 3
+    assert all(value >= 0 for value in found.values())
