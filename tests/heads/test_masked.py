@@ -32,7 +32,7 @@ from ssl_vit.heads.corruption import (
 )
 from ssl_vit.heads.masked import copying
 from ssl_vit.heads.mean_color import MeanColor, colors, labels
-from ssl_vit.heads.panel import LEGIBLE
+from ssl_vit.heads.panel import LEGIBLE, cells, grid
 from ssl_vit.heads.patch_colors import PatchColors
 from ssl_vit.heads.patch_pixels import PatchPixels
 from ssl_vit.recipe import Pretrain
@@ -522,6 +522,15 @@ def test_a_panel_shows_what_it_says(kind, way, tmp_path):
     assert error.max() > 0
 
 
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 24), (40, 12), (100, 30)])
+def test_what_was_put_side_by_side_comes_apart_again(height: int, width: int):
+    columns = [torch.randint(256, (2, 3, height, width), dtype=torch.uint8) for _ in range(3)]
+    picture = grid(columns)
+    times = max(1, LEGIBLE // max(height, width))
+    assert picture.shape == (3, 2 * (2 + times * height), 3 * (2 + times * width))
+    assert torch.equal(cells(picture, height, width), torch.stack(columns, dim=1))
+
+
 # the baseline that copies
 
 
@@ -588,6 +597,48 @@ def test_copying_is_perfect_on_flat_images_and_reported_by_every_target(kind, tm
             plain = not head.normalise
             assert said["neighbour_loss"] == pytest.approx(0, abs=1e-3) or not perfect
             assert said["neighbour_loss"] > 0.01 or perfect, plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flat_patches_have_the_targets_of_flat_images(kind, tmp_path):
+    """Each patch, at its own place, what an image of its colour alone would have."""
+    encoder, head = make(kind, tmp_path, **({"bits": 2} if kind == "mean_color" else {}))
+    color = torch.randint(256, (2, 3, 4, 4), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    found = head.flat(encoder, color)
+    for place in range(16):
+        image = color[:, :, place // 4, place % 4, None, None].expand(-1, -1, SIDE, SIDE).contiguous()
+        assert torch.equal(found[:, place], head.target(encoder, image)[:, place]), place
+
+
+def test_rectangles_are_filled_up_to_their_middle(tmp_path):
+    """A rectangle of 12 x 12 of 14 x 14 patches on a ramp: the copied colours rise from left to right, as it does."""
+    given = Vit(size="Ti", width=32, depth=1, heads=2, patch=PATCH, image=14 * PATCH)
+    _encoder, head = make("mean_color", tmp_path, given, blocks=True)
+    ramp = torch.arange(14).mul(15).to(torch.uint8).repeat_interleave(PATCH).expand(1, 3, 14 * PATCH, -1)
+    hidden = torch.arange(196).view(14, 14)[1:13, 1:13].reshape(1, -1)
+    middle = head.neighbours(ramp, hidden)[0, 0, 6:8].float()
+    assert (middle[:, 1:] >= middle[:, :-1]).all()
+    assert middle[:, 2].max() < 97 < middle[:, 11].min()  # 97.5 is the mean of all that is seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_copied_is_compared_with_its_own_patches(kind, tmp_path):
+    """Images of padding do not count, nor do steps without a row, in which it is not tried; evaluation always tries."""
+    encoder, head = make(kind, tmp_path)
+    given = batch(4)
+    half = {**given, "valid": torch.tensor([True, True, False, False])}
+    first = {name: value[:2] for name, value in given.items()}
+    want = head(encoder, first)
+    want = head.report(want.sums, 2.0)["neighbour_loss"]
+    found = head(encoder, half)
+    assert head.report(found.sums, 2.0)["neighbour_loss"] == pytest.approx(want, rel=1e-5)
+    head.told = False
+    rest = head(encoder, given)
+    assert found.sums.keys() - rest.sums.keys() == {"copied", "compared"}
+    both = {name: value + rest.sums.get(name, 0) for name, value in found.sums.items()}
+    assert head.report(both, 6.0)["neighbour_loss"] == pytest.approx(want, rel=1e-5)
+    head.eval()
+    assert head(encoder, given).sums.keys() == found.sums.keys()
 
 
 # runs

@@ -21,7 +21,7 @@ from ssl_vit.train import trackers
 from ssl_vit.train.norms import layer_of, squares
 from ssl_vit.train.pace import Loop
 from ssl_vit.train.pace import drawn as is_drawn
-from ssl_vit.train.tracker import _duration
+from ssl_vit.train.tracker import _duration, _numbers
 from tests.conftest import TINY
 from tests.train.test_loop import StopAfter, fresh_accelerate, rows  # noqa: F401
 
@@ -356,7 +356,9 @@ def test_norms_of_gradients_that_are_not_numbers(shards: Path, tmp_path: Path, m
     monkeypatch.setattr(Window, "add", spoil)
     assert pretrain(shards, tmp_path, "steps=1", "log_every=1") == 0
     [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    found = json.loads(line, parse_constant=lambda name: pytest.fail(name))["gradient_norm_by_layer"]
+    row = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert None not in dict(_numbers(row)).values()
+    found = row["gradient_norm_by_layer"]
     assert found.pop("head.linear") is None
     assert len(found) > 3
     assert all(value >= 0 for value in found.values())
