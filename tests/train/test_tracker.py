@@ -25,6 +25,8 @@ from ssl_vit.train.tracker import _duration, _numbers
 from tests.conftest import TINY
 from tests.train.test_loop import StopAfter, fresh_accelerate, rows  # noqa: F401
 
+OF_ITS_STEP = ("gradient_norm_by_layer", "weight_norm_by_layer", "neighbour_loss", "neighbour_accuracy")
+
 
 def pretrain(shards: Path, run: Path, *more: str) -> int:
     data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}"]
@@ -133,7 +135,9 @@ def test_layers_by_name(name: str, layer: str):
     assert layer_of(name) == layer
 
 
-@pytest.mark.parametrize(("steps", "every", "drawn"), [(40, None, 20), (40, 7, 6), (4, None, 2), (3, 99, 1)])
+@pytest.mark.parametrize(
+    ("steps", "every", "drawn"), [(40, None, 20), (50, None, 17), (40, 7, 6), (4, None, 2), (3, 99, 1)]
+)
 def test_how_often_is_drawn(steps: int, every: int | None, drawn: int):
     loop = Loop(steps=steps, panel_every=every, log_every=2)
     assert sum(is_drawn(loop, step) for step in range(1, steps + 1)) == drawn
@@ -302,16 +306,18 @@ def test_a_picture_that_is_due_where_a_run_stops_is_drawn_after_it_saved(
     assert (tmp_path / "reconstruction.png").exists()
 
 
-def test_pictures_leave_the_training_as_it_is(shards: Path, tmp_path: Path):
-    ends = []
+def test_pictures_and_rows_leave_the_training_as_it_is(shards: Path, tmp_path: Path):
+    """And norms and the baseline that copies are those of a row's own step, however many steps it sums."""
+    ends, told = [], []
     for every in (1, 4):
         run = tmp_path / str(every)
         more = ["encoder.dropout=0.2", "encoder.drop_path=0.2", f"panel_every={every}", f"log_every={every}"]
         pretrain(shards, run, "steps=4", "tracker=none", *more)
-        ends.append(
-            [(run / "checkpoints/step-00000004" / f"{n}.safetensors").read_bytes() for n in ("model", "optimizer")]
-        )
+        held = run / "checkpoints" / "step-00000004"
+        ends.append([(held / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")])
+        told.append({name: rows(run)[-1][name] for name in OF_ITS_STEP})
     assert ends[0] == ends[1]
+    assert told[0] == told[1]
 
 
 def test_each_of_several_trainings_has_its_own_tensorboard(shards: Path, tmp_path: Path):
@@ -324,7 +330,9 @@ def test_each_of_several_trainings_has_its_own_tensorboard(shards: Path, tmp_pat
     session.run(config.parse(Finetune, words, recipe.FOLDER))
     for seed in (0, 1):
         told = rows(tmp_path / f"seed-{seed}")
-        reader = EventAccumulator(str(tmp_path / f"seed-{seed}" / "tensorboard")).Reload()
+        board = tmp_path / f"seed-{seed}" / "tensorboard"
+        reader = EventAccumulator(str(board)).Reload()
+        assert len(list(board.iterdir())) == 1  # none of the other's
         assert [event.value for event in reader.Scalars("train/loss")] == pytest.approx([row["loss"] for row in told])
 
 
