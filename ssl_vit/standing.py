@@ -128,6 +128,8 @@ def read(path: Path) -> dict[str, Any]:
 
 def _named(path: Path) -> str:
     """The recipe that the command named, by its file's first line; nothing where it says none."""
+    if not _is_file(path):  # a pipe would never answer
+        return ""
     try:
         with path.open("rb") as file:
             line = file.readline(300).decode(errors="replace")
