@@ -32,7 +32,7 @@ class Standing:
 
     folder: Path
     kind: str  # pretraining, fine-tuning, evaluation
-    recipe: str  # its head and encoder: the name of a recipe is not kept
+    recipe: str  # its name where the command had one; head and encoder
     keys: dict[str, str]  # of the resolved recipe
     state: str  # running, finished, preempted, failed, killed
     why: str
@@ -47,6 +47,7 @@ def standing(folder: Path) -> Standing:
     """Read what a run's folder holds; raises nothing, whatever that is."""
     tree, results, made = read(folder / "recipe.yaml"), read(folder / "results.json"), rows(folder, every=False)
     kind, recipe, keys = _recipe(tree, results)
+    recipe = " ".join(filter(None, [_named(folder / "recipe.yaml"), recipe]))
     last = made[-1] if made else {}
     steps = int(keys["steps"]) if re.fullmatch(r"\d{1,18}", keys.get("steps", "")) else None
     end = read(folder / "exit.json").get("step")
@@ -123,6 +124,19 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _named(path: Path) -> str:
+    """The recipe that the command named, by its file's first line; nothing where it says none."""
+    if not _is_file(path):  # a pipe would never answer
+        return ""
+    try:
+        with path.open("rb") as file:
+            line = file.readline(300).decode(errors="replace")
+    except OSError:
+        return ""
+    found = re.match(r"# recipe: (.+)", line)
+    return Path(found[1].strip()).stem if found else ""
 
 
 def _recipe(tree: dict[str, Any], results: dict[str, Any]) -> tuple[str, str, dict[str, str]]:

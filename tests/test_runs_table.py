@@ -507,3 +507,19 @@ def test_the_command_ends_quietly_where_nobody_reads_on(runs: Path):
         assert process.stderr is not None
         assert process.stderr.read() == b""
         assert process.wait(60) == 0
+
+
+def test_the_recipe_that_a_command_named_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Kept in the first line of recipe.yaml, which stays the same recipe."""
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "recipe=some/where/mpp_flowers.yaml", "steps=2"])
+    for name in ("named", "unnamed"):
+        holder = Run(tmp_path / name)
+        holder.claim(config.parse(Pretrain, [*MORE, f"run={tmp_path / name}"], recipe.FOLDER))
+        holder.release()
+        monkeypatch.setattr(sys, "argv", ["pytest"])
+    named, unnamed = found(tmp_path)
+    assert named["recipe"] == f"mpp_flowers {unnamed['recipe']}"
+    assert named["differing"] == unnamed["differing"] == {}
+    texts = [(tmp_path / name / "recipe.yaml").read_text() for name in ("named", "unnamed")]
+    assert texts[0].startswith("# recipe: some/where/mpp_flowers.yaml\n")
+    assert yaml.safe_load(texts[0]) | {"run": ""} == yaml.safe_load(texts[1]) | {"run": ""}

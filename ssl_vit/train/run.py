@@ -6,6 +6,7 @@ import json
 import math
 import os
 import socket
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -193,7 +194,7 @@ class Run:
                 raise Refusal(MISMATCH, f"run={self.folder}: was started with other keys ({'; '.join(wrong)}); {cure}")
             for line in changed:
                 print(f"allow_change: {line}", flush=True)
-        write_bytes(path, text.encode())
+        write_bytes(path, (_named() + text).encode())
 
     def release(self) -> None:
         """Let another process have the folder."""
@@ -223,6 +224,12 @@ class Run:
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json."""
         write_bytes(self.folder / "results.json", (json.dumps(none_for_nan(results), indent=1) + "\n").encode())
+
+
+def _named() -> str:
+    """A first line for recipe.yaml: which recipe the command line names, for people and tools/runs.py."""
+    name = next((word.removeprefix("recipe=") for word in sys.argv[1:] if word.startswith("recipe=")), "")
+    return f"# recipe: {' '.join(name.split())}\n" if name else ""
 
 
 def holder(folder: Path) -> str | None:
