@@ -193,7 +193,10 @@ class Portrait:
         kept = checkpoint.steps(folder / "checkpoints")
         if not kept or not (folder / "recipe.yaml").is_file():
             raise Refusal(USAGE, "the head is in the checkpoints of a pretraining; give its run as encoder=")
-        recipe = config.parse(Pretrain, [f"recipe={folder / 'recipe.yaml'}"], FOLDER)
+        try:
+            recipe = config.parse(Pretrain, [f"recipe={folder / 'recipe.yaml'}"], FOLDER)
+        except Refusal as error:
+            raise Refusal(USAGE, "its run is no pretraining, so it has no head that predicts patches") from error
         head = recipe.head.build(self.encoder, 1)
         if not hasattr(head, "panel"):
             raise Refusal(USAGE, f"head.kind={recipe.head.kind} predicts nothing that could be drawn")
