@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 Numbers = dict[str, Any]
 SHOWN = ("H200", "H100", "A100", "L40S", "RTX 4090")  # beside the one that was asked for
-HEADER, SAID = (
-    100,
-    8000,
-)  # bytes of a file for each tensor beside its name, and of a checkpoint's JSON and sums: measured
+HEADER = 100  # bytes of a file for each tensor beside its name: measured
+SAID = 8000  # bytes of a checkpoint's JSON and of the sums of its window: measured
 
 
 def trainings(recipe: "Recipe") -> int:
