@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from ssl_vit.bench import made
 from ssl_vit.config import Config
 from ssl_vit.counter import key, permutation
 from ssl_vit.data import find
@@ -17,7 +16,7 @@ from ssl_vit.data.faults import printable
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data
 from ssl_vit.data.stream import EvaluationStream
-from ssl_vit.durable import write_bytes
+from ssl_vit.durable import made, write_bytes
 from ssl_vit.encoders import weights
 from ssl_vit.evaluate.attention import Query, has_class_token, places
 from ssl_vit.evaluate.inside import Wanted, look

@@ -21,7 +21,7 @@ from ssl_vit.evaluate.knn import Knn
 from ssl_vit.evaluate.linear import LinearProbe
 from ssl_vit.evaluate.metrics import Metrics, check_labels
 from ssl_vit.evaluate.sweep import Benchmark
-from ssl_vit.exits import CANNOT_CREATE, DATA, USAGE, Refusal
+from ssl_vit.exits import DATA, USAGE, Refusal
 from ssl_vit.recipe import found
 
 if TYPE_CHECKING:
@@ -64,15 +64,6 @@ class Bench:
     folder: Path
     share: Share
     total: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-
-
-def made(folder: Path, key: str = "run") -> Path:
-    """The folder of a key; raises Refusal(CANNOT_CREATE)."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refusal(CANNOT_CREATE, f"{key}={folder}: {error.strerror}; name another folder") from error
-    return folder
 
 
 def splits(recipe: Evaluate, wanted: tuple[str, ...]) -> dict[str, Manifest]:

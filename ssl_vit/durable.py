@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from ssl_vit.exits import CANNOT_CREATE, Refusal
+
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder's own entries, without which a rename may be lost with the power."""
@@ -56,6 +58,15 @@ def sweep(folder: Path) -> None:
     """Remove the drafts in a folder where all work is done: nobody has use for them, whether or not he is alive."""
     for draft in folder.glob(".*.tmp-*"):
         draft.unlink(missing_ok=True)
+
+
+def made(folder: Path, key: str = "run") -> Path:
+    """The folder of a key; raises Refusal(CANNOT_CREATE)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(CANNOT_CREATE, f"{key}={folder}: {error.strerror}; name another folder") from error
+    return folder
 
 
 def write_bytes(path: Path, data: bytes, flush: bool = True) -> None:

@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.bench import LONG, Bench, Evaluate, made
+from ssl_vit.bench import LONG, Bench, Evaluate
 from ssl_vit.comparison import compared
 from ssl_vit.data.stream import Share
-from ssl_vit.durable import write_bytes
+from ssl_vit.durable import made, write_bytes
 from ssl_vit.evaluate.report import Page
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.family import follow_launcher

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_vit.bench import Bench, Evaluate, built, made, sized, splits
+from ssl_vit.bench import Bench, Evaluate, built, sized, splits
 from ssl_vit.data.faults import printable
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data
 from ssl_vit.data.stream import EvaluationStream, parts
+from ssl_vit.durable import made
 from ssl_vit.encoders import weights
 from ssl_vit.evaluate import features, few_shot, knn, linear, metrics, report
 from ssl_vit.evaluate.features import Name, Split

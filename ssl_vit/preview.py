@@ -13,9 +13,9 @@ from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.sequential import SequentialStream
 from ssl_vit.data.stream import Share, TrainingStream
 from ssl_vit.data.workers import default_workers
-from ssl_vit.durable import write_bytes
+from ssl_vit.durable import made, write_bytes
 from ssl_vit.encoders import Encoder, weights
-from ssl_vit.exits import CANNOT_CREATE, USAGE, Refusal
+from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.forecast import Numbers
 from ssl_vit.model import Batch, Model
 from ssl_vit.recipe import Recipe, build, flops, sources, streamed
@@ -49,15 +49,6 @@ def preview(recipe: Recipe, tensors: weights.Weights | None, source: Encoder | N
     write_bytes(folder / "dry_run.json", (json.dumps(found, indent=1) + "\n").encode())
     print("\n".join([*lines(found, folder), *warnings(found), *plan]))
     return 0
-
-
-def made(folder: Path) -> Path:
-    """The run's folder, which is there now; raises Refusal(CANNOT_CREATE)."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refusal(CANNOT_CREATE, f"run={folder}: {error.strerror}; name another folder") from error
-    return folder
 
 
 def first(stream: TrainingStream | SequentialStream, recipe: Recipe) -> tuple[Batch, float]:
