@@ -89,8 +89,9 @@ class Tracker:
     def picture(self, name: str, image: Tensor, step: int, folder: Path) -> None:
         """A picture uint8 [3, h, w]: for the tracker, and the newest as a PNG in the run's folder."""
         if self.active:
-            write_png(image, folder / f"{name}.png")
-            trackers.picture(self._accelerator, name, image, step)
+            path = folder / f"{name}.png"
+            write_png(image, path)
+            trackers.picture(self._accelerator, name, image, path, step)
 
     def close(self) -> None:
         """Flush and end."""

@@ -107,14 +107,13 @@ def histogram(accelerator: "Accelerator", name: str, counts: Tensor, step: int) 
         )  # fmt: skip
 
 
-def picture(accelerator: "Accelerator", name: str, image: Tensor, step: int) -> None:
-    """A picture uint8 [3, h, w], for TensorBoard and Weights & Biases."""
-    pixels = image.cpu().numpy()
+def picture(accelerator: "Accelerator", name: str, image: Tensor, path: Path, step: int) -> None:
+    """A picture uint8 [3, h, w], which is also at `path`, for TensorBoard and Weights & Biases."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.writer.add_image(name, pixels, step)
-        elif tracker.name == "wandb":
-            tracker.log_images({name: [pixels.transpose(1, 2, 0)]}, step=step)
+            tracker.writer.add_image(name, image.cpu().numpy(), step)
+        elif tracker.name == "wandb":  # copies it; of numbers it would make a file in a folder that forks remove
+            tracker.log_images({name: [str(path)]}, step=step)
 
 
 def text(accelerator: "Accelerator", name: str, words: str, step: int) -> None:

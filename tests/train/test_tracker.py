@@ -150,6 +150,8 @@ def test_weights_and_biases_offline(shards: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
     assert pretrain(shards, tmp_path, "steps=4", "log_every=2", "tracker=wandb") == 0
     assert os.environ["WANDB_ERROR_REPORTING"] == "false"
+    pictures = sorted((tmp_path / "wandb").glob("offline-run-*/files/media/images/reconstruction_*.png"))
+    assert pictures[-1].read_bytes() == (tmp_path / "reconstruction.png").read_bytes()
     [held] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert held.stem == f"run-{hashlib.sha256(str(tmp_path.resolve()).encode()).hexdigest()[:16]}"  # of every start
     content = held.read_bytes()
