@@ -42,7 +42,8 @@ class Portrait:
         self.tables: dict[str, list[Sequence[Any]]] = {}
         self.numbers: dict[str, Any] = {"encoder": options.encoder, "title": encoder.config.title}
         self.images = [image.permute(1, 2, 0).numpy() for batch in found.drawn for image in batch["image"]]
-        self.labels = torch.cat(found.labels).numpy()
+        self.vectors, self.labels = torch.cat(found.features), torch.cat(found.labels).numpy()
+        self.layers = {name: number for number, (name, _) in enumerate(places(encoder), start=1)}
         self.ids = np.asarray(stream.ids)[torch.cat(found.at).numpy()]
 
     def draw(self) -> None:
@@ -89,15 +90,15 @@ class Portrait:
 
     def _no_attention(self) -> str:
         title = self.encoder.config.title
-        if not places(self.encoder):
+        if not self.layers:
             return f"{title} has no attention that can be looked into"
         return f"not every attention layer of {title} is among all patches; windows, channels or class tokens are not"
 
     def attention(self) -> None:
         """Maps of the layers and heads that were asked for."""
-        names, query = [name for name, _ in places(self.encoder)], self.options.query
+        query = self.options.query
         for name, parts in self.found.maps.items():
-            maps, layer = torch.cat(parts), names.index(name) + 1  # [B, heads, N]
+            maps, layer = torch.cat(parts), self.layers[name]  # [B, heads, N]
             heads = self.options.heads or tuple(range(1, maps.shape[1] + 1))
             shown = maps[:, [head - 1 for head in heads]].unflatten(2, self.encoder.grid).numpy()
             rows = [[image, *shown[n]] for n, image in enumerate(self.images)]
@@ -106,7 +107,7 @@ class Portrait:
             self.page.text(f"Where {who}, a column a head; each map by its own largest value.")
             figure = drawings.tiles(rows, ["image", *(f"head {head}" for head in heads)], 1.0, vmin=0)
             self.page.picture(f"attention-{layer}", f"attention of layer {layer}", figure)
-        if not self.found.maps and places(self.encoder):
+        if not self.found.maps and self.layers:
             self.notes.append(f"attention maps: {self._no_attention()}")
 
     def distance(self) -> None:
@@ -119,10 +120,9 @@ class Portrait:
         patches = grid[0] * grid[1]
         equal = float(distances(torch.ones(1, 1, patches, patches, dtype=torch.float64), grid, stride))
         count = sum(map(len, next(iter(self.found.distances.values()))))
-        names = [name for name, _ in places(self.encoder)]
-        layers = {names.index(name) + 1: heads.tolist() for name, heads in found.items()}
-        if len(layers) < len(names):
-            self.notes.append(f"attention distance of {len(names) - len(layers)} layers: {self._no_attention()}")
+        layers = {self.layers[name]: heads.tolist() for name, heads in found.items()}
+        if len(layers) < len(self.layers):
+            self.notes.append(f"attention distance of {len(self.layers) - len(layers)} layers: {self._no_attention()}")
         self.page.section("Mean attention distance")
         self.page.text(
             f"A dot a head: how far from a patch it looks, in pixels, the mean over {count} images (paper D.7). Class "
@@ -206,16 +206,15 @@ class Portrait:
 
     def features(self) -> None:
         """Features of all images in two dimensions, coloured by class."""
-        vectors = torch.cat(self.found.features)
         if self.options.projection == "tsne":
-            at, axes = _tsne(vectors, self.options.seed), ("", "")
+            at, axes = _tsne(self.vectors, self.options.seed), ("", "")
             what = "t-SNE keeps neighbours; distances between groups mean little"
         else:
-            at, share = embeddings.two_dimensions(vectors)
+            at, share = embeddings.two_dimensions(self.vectors)
             axes = f"component 1, {share[0]:.1%} of the variance", f"component 2, {share[1]:.1%}"
             what = "the first two principal components"
         self.page.section("Features")
-        self.page.text(f"{len(vectors):,} images by their features ({_READOUTS[self.options.readout]}): {what}.")
+        self.page.text(f"{len(self.vectors):,} images by their features ({_READOUTS[self.options.readout]}): {what}.")
         figure = drawings.scatter(at.numpy(), self.labels, self.split.classes, axes)
         self.page.picture("features", "features of images", figure)
         places = zip(self.ids.tolist(), self.labels.tolist(), at.tolist(), strict=True)
@@ -224,7 +223,7 @@ class Portrait:
 
     def neighbours(self) -> None:
         """For some images those whose features are nearest."""
-        vectors = torch.cat(self.found.features)
+        vectors = self.vectors
         asked = torch.arange(len(self.images))
         near = embeddings.nearest(vectors, asked, NEIGHBOURS)
         rows = [[image, *(self._image(n) for n in near[i].tolist())] for i, image in enumerate(self.images)]

@@ -138,8 +138,8 @@ class MaskedHead(nn.Module):
             around = F.avg_pool2d(known, 3, stride=1, padding=1)
             around = torch.cat([around[:, :-1] / around[:, -1:].clamp(min=0.1), (around[:, -1:] > 0).float()], dim=1)
             known = torch.where(known[:, -1:] > 0, known, around)
-        whole = (color * seen).sum((2, 3), keepdim=True) / seen.sum((2, 3), keepdim=True).clamp(min=1)
-        whole = torch.where(seen.sum((2, 3), keepdim=True) > 0, whole, 127.5)
+        count = seen.sum((2, 3), keepdim=True)
+        whole = torch.where(count > 0, (color * seen).sum((2, 3), keepdim=True) / count.clamp(min=1), 127.5)
         return torch.where(known[:, -1:] > 0, known[:, :-1], whole).round().to(torch.uint8)
 
     def flat(self, encoder: Encoder, color: Tensor) -> Tensor:

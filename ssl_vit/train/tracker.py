@@ -90,7 +90,7 @@ class Tracker:
         """A picture uint8 [3, h, w]: for the tracker, and the newest as a PNG in the run's folder."""
         if self.active:
             path = folder / f"{name}.png"
-            write_png(image, path)
+            write_bytes(path, png(image))
             trackers.picture(self._accelerator, name, image, path, step)
 
     def close(self) -> None:
@@ -156,8 +156,3 @@ def _step(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return 0
-
-
-def write_png(image: Tensor, path: Path) -> None:
-    """Write a picture uint8 [3, h, w]."""
-    write_bytes(path, png(image))
