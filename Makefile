@@ -1,10 +1,10 @@
-# make demo | make test | make check | make test-long | make chaos | make gpu (on a machine with one)
+# make demo | make test | make test-all | make check | make test-long | make chaos | make gpu (on a machine with one)
 # Needs Linux, Python >= 3.11 and make; everything else goes into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long check chaos gpu install
+.PHONY: demo test test-all test-process test-long check chaos gpu install
 .DEFAULT_GOAL := demo
 
 install: .venv/installed
@@ -21,11 +21,20 @@ install: .venv/installed
 demo: install
 	$(BIN)/python tools/demo.py
 
+# the tiers, and when to run which: docs/testing.md
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST) -n 2
+
+test-all: install
+	$(PYTEST) -n 2 -m "not long" --hypothesis-profile=all
+
+test-process: install
+	$(PYTEST) -n 2 -m "process and not long"
 
 test-long: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -s
+	$(PYTEST) -m long -s
 
 # random faults for so many minutes, on 1 and 2 processes; the same seed repeats them
 MINUTES ?= 10

@@ -355,7 +355,7 @@ def soak(asked: Soak, folder: Path) -> int:
     peace: dict[int, float] = {}
     for world in (1, 2):
         began = time.monotonic()
-        reference[world] = runs.results(runs.straight(folder / "shards", folder, world, *WORDS))
+        reference[world] = runs.results(runs.straight(folder / "shards", world, folder / f"straight-{world}", *WORDS))
         peace[world] = time.monotonic() - began
     sums = dict.fromkeys(PROMISED, 0)
     lives: list[Life] = []

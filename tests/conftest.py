@@ -1,15 +1,23 @@
-"""One tiny data set for all: squares whose colour is their class, as a folder of PNGs and as shards."""
+"""What all tests share: the tiers, the two workers, one tiny data set and one tiny run. See docs/testing.md."""
 
 import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
+from hypothesis import settings
 from PIL import Image
 
 from ssl_vit import exits
 from ssl_vit.data.shards import MakeShards, convert
+from tests.count_starts import StartCounter
 
 COLORS = {"blue": (20, 40, 220), "green": (30, 200, 60), "red": (220, 30, 40)}
 TINY = [
@@ -21,10 +29,54 @@ TINY = [
 torch.set_num_threads(1)
 
 
+settings.register_profile("default", deadline=None, derandomize=True, database=None, max_examples=20)
+settings.register_profile("all", settings.get_profile("default"), max_examples=100)
+settings.load_profile("default")  # make test-all: --hypothesis-profile=all
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run files, and the tests of each, in a random order")
+    parser.addoption("--starts", action="store_true", help="print how many processes each file starts")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The suite is the CPU's, in fp32, wherever it runs; `pytest -m gpu` is the GPU's."""
     if config.option.markexpr != "gpu":
         os.environ["ACCELERATE_USE_CPU"] = "1"
+    config.pluginmanager.register(StartCounter())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep together what shares a module fixture, and on one worker all that starts several ranks (`ranks`)."""
+    for item in items:
+        if item.get_closest_marker("ranks"):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+        elif any(part.scope in ("module", "class") for part in _fixtures(item)):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    if (seed := config.option.shuffle) is not None:
+        order = random.Random(seed)
+        files = {item.nodeid.partition("::")[0]: order.random() for item in items}
+        items.sort(key=lambda item: (files[item.nodeid.partition("::")[0]], order.random()))
+    items.sort(key=lambda item: item.get_closest_marker("ranks") is None)  # the longest group begins first
+
+
+def _fixtures(item: pytest.Item) -> list[pytest.FixtureDef]:
+    found = getattr(item, "_fixtureinfo", None)
+    return [parts[-1] for parts in found.name2fixturedefs.values()] if found else []
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder of this name that `make` has filled, once for all workers of this session."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / name
+    with FileLock(root / f"{name}.lock"):
+        if not (root / f"{name}.done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            (root / f"{name}.done").touch()
+    return folder
 
 
 def draw_squares(folder: Path, count: int = 12, side: int = 20) -> None:
@@ -38,31 +90,47 @@ def draw_squares(folder: Path, count: int = 12, side: int = 20) -> None:
             Image.fromarray(pixels).save(folder / name / f"{i:02d}.png")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes minutes runs where it is asked for: `make test-long`."""
-    if "long" not in config.option.markexpr:
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
-
-
 @pytest.fixture(autouse=True)
 def own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tool that runs in this process leaves its signals alone: they are answered for a whole process."""
     monkeypatch.setattr(exits, "_answer_signals", lambda: None)
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its state in the process; a training that a test runs in this one is a start of its own."""
+    yield
+    if "accelerate.state" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+
 @pytest.fixture(scope="session")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A class folder of coloured squares."""
-    folder = tmp_path_factory.mktemp("squares")
-    draw_squares(folder)
-    return folder
+    """A class folder of coloured squares; tests only read it."""
+    return once(tmp_path_factory, "squares", draw_squares)
 
 
 @pytest.fixture(scope="session")
 def shards(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The squares as shards, train/ and val/."""
-    folder = tmp_path_factory.mktemp("shards")
-    convert(
-        MakeShards(input=str(squares), output=str(folder), val_fraction=0.3, shard_samples=7, workers=1, quiet=True)
-    )
-    return folder
+    """The squares as shards, train/ and val/: 25 and 11 samples; tests only read them."""
+
+    def make(folder: Path) -> None:
+        options = {"val_fraction": 0.3, "shard_samples": 7, "workers": 1, "quiet": True}
+        convert(MakeShards(input=str(squares), output=str(folder), **options))
+
+    return once(tmp_path_factory, "shards", make)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The finished run of tests/runs.py on so many ranks, which others are compared with; tests only read it."""
+    from tests import runs
+
+    def get(world: int) -> Path:
+        make = partial(runs.straight, shards, world)
+        return once(tmp_path_factory, f"tiny-run-{world}", make) / "run"
+
+    return get

@@ -92,9 +92,8 @@ def lost_samples(run: Path, shards: Path, steps: int = STEPS) -> int:
     return lost + BATCH * (steps - done)
 
 
-def straight(shards: Path, folder: Path, world: int, *more: str) -> Path:
-    """A run of this many ranks that nothing happens to."""
-    run = folder / f"straight-{world}"
-    start = Start(words(shards, run, *more), folder / "logs", world)
+def straight(shards: Path, world: int, folder: Path, *more: str) -> Path:
+    """A run of this many ranks that nothing happens to, folder/run."""
+    start = Start(words(shards, folder / "run", *more), folder / "logs", world)
     assert start.wait(600) == [0] * world, start.said()
-    return run
+    return folder / "run"

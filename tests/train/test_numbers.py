@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def test_a_loss_that_jumps(shards: Path, tmp_path: Path, world: int, policy: str
     [(2, 1, "check_every=3", 12), (2, 1, "check_every=100", 14), (3, 0, "check_every=4", 12)],
 )
 def test_a_flipped_weight_is_found(
-    shards: Path, peaceful: dict[int, Path], tmp_path: Path, world: int, victim: int, more: str, found: int
+    shards: Path, tiny_run: Callable[[int], Path], tmp_path: Path, world: int, victim: int, more: str, found: int
 ):
     """At the next comparison, or before the next checkpoint; of three ranks the one that differs is named."""
     run, batch = tmp_path / "run", "batch=9" if world == 3 else "batch=8"
@@ -183,10 +184,10 @@ def test_a_flipped_weight_is_found(
     again = Start(words, tmp_path / "logs", world)
     assert again.wait() == [0] * world, again.said()
     if world == 2:
-        assert runs.differing(runs.results(peaceful[2]), runs.results(run)) == {}
+        assert runs.differing(runs.results(tiny_run(2)), runs.results(run)) == {}
 
 
-def test_a_step_that_cannot_be_repeated_is_refused(shards: Path, peaceful: dict[int, Path], tmp_path: Path):
+def test_a_step_that_cannot_be_repeated_is_refused(shards: Path, tiny_run: Callable[[int], Path], tmp_path: Path):
     """Before anything is trained; where it can, looking leaves no trace."""
     for world in (1, 2):
         bad = Start(
@@ -199,10 +200,10 @@ def test_a_step_that_cannot_be_repeated_is_refused(shards: Path, peaceful: dict[
         good = Start(runs.words(shards, run, "verify_step=true"), tmp_path / "logs", world)
         assert good.wait() == [0] * world, good.said()
         assert "two passes over one batch gave the same bits" in good.said()
-        assert runs.differing(runs.results(peaceful[world]), runs.results(run)) == {}
+        assert runs.differing(runs.results(tiny_run(world)), runs.results(run)) == {}
 
 
-def test_another_rate_must_be_allowed_and_then_acts(shards: Path, peaceful: dict[int, Path], tmp_path: Path):
+def test_another_rate_must_be_allowed_and_then_acts(shards: Path, tiny_run: Callable[[int], Path], tmp_path: Path):
     """What a checkpoint holds never brings old rates back in silence, nor new ones: old -> new is said."""
     run, logs = tmp_path / "run", tmp_path / "logs"
     assert Start(runs.words(shards, run), logs, 1, "term:point=save.mid:step=14").wait() == [PREEMPTED]
@@ -221,5 +222,5 @@ def test_another_rate_must_be_allowed_and_then_acts(shards: Path, peaceful: dict
     rates = {row["step"]: row["lr"] for row in runs.rows(run)}
     for step, lr in ((12, 0.001), (15, 0.002), (30, 0.002)):
         assert rates[step] == learning_rate(step - 1, lr, runs.STEPS, 2)
-    assert runs.differing(runs.state(peaceful[1]), runs.state(run))
+    assert runs.differing(runs.state(tiny_run(1)), runs.state(run))
     assert Start(runs.words(shards, run, *words), logs).wait() == [0]  # it is the run's now

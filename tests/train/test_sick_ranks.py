@@ -6,6 +6,7 @@ import signal
 import socket
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -228,13 +229,13 @@ def test_a_worker_that_stops_after_its_work(shards: Path, tmp_path: Path):
     assert start.orphans == []
 
 
-def test_what_a_fault_leaves_is_resumed(ended: dict[str, Ended], shards: Path, peaceful: dict[int, Path]):
+def test_what_a_fault_leaves_is_resumed(ended: dict[str, Ended], shards: Path, tiny_run: Callable[[int], Path]):
     """The same command again gives the bits of a run that nothing happened to."""
     for name in ("killed while rank 0 hangs", "worker aborts"):
         run, world = ended[name].run, len(ended[name].codes)
         again = Start(runs.words(shards, run), run.parent / "logs", world)
         assert again.wait() == [0] * world, again.said()
-        assert runs.differing(runs.results(peaceful[world]), runs.results(run)) == {}, name
+        assert runs.differing(runs.results(tiny_run(world)), runs.results(run)) == {}, name
 
 
 def test_another_recipe_on_a_rank_is_refused(ended: dict[str, Ended]):
@@ -246,11 +247,11 @@ def test_another_recipe_on_a_rank_is_refused(ended: dict[str, Ended]):
     assert not (end.run / "checkpoints").exists()
 
 
-def test_ranks_with_uneven_shards_take_equal_steps(shards: Path, peaceful: dict[int, Path]):
+def test_ranks_with_uneven_shards_take_equal_steps(shards: Path, tiny_run: Callable[[int], Path]):
     """25 samples in shards of 7 on two ranks: the batches are those of one rank, and nobody waits for ever."""
-    digests = [[row["samples_digest"] for row in runs.rows(peaceful[world])] for world in (1, 2)]
+    digests = [[row["samples_digest"] for row in runs.rows(tiny_run(world))] for world in (1, 2)]
     assert digests[0] == digests[1]
-    assert [runs.lost_samples(peaceful[world], shards) for world in (1, 2)] == [0, 0]
+    assert [runs.lost_samples(tiny_run(world), shards) for world in (1, 2)] == [0, 0]
 
 
 def test_a_port_in_use_is_named(shards: Path, tmp_path: Path):
@@ -287,7 +288,7 @@ def test_two_starts_on_one_folder(shards: Path, tmp_path: Path):
     third.wait()
 
 
-def test_a_clock_that_jumps_has_no_effect(shards: Path, peaceful: dict[int, Path], tmp_path: Path):
+def test_a_clock_that_jumps_has_no_effect(shards: Path, tiny_run: Callable[[int], Path], tmp_path: Path):
     """An hour back, then a year ahead; nor do times of files: the newest checkpoint is that of the highest step."""
     run = tmp_path / "run"
     stopped = Start(
@@ -299,7 +300,7 @@ def test_a_clock_that_jumps_has_no_effect(shards: Path, peaceful: dict[int, Path
             os.utime(path, (1e9 - age, 1e9 - age))
     again = Start(runs.words(shards, run), tmp_path / "logs", 2, prepare=odd_clock, JUMP="31536000")
     assert again.wait() == [0, 0], again.said()
-    assert runs.differing(runs.results(peaceful[2]), runs.results(run)) == {}
+    assert runs.differing(runs.results(tiny_run(2)), runs.results(run)) == {}
 
 
 @pytest.mark.parametrize("batch", [16, 3])
@@ -341,7 +342,7 @@ def test_deaths_at_random_times(shards: Path, tmp_path: Path):
         noticed.append(start.ended[1 - victim] - start.ended[victim])
         assert noticed[-1] < GONE, said
     assert Start(runs.words(shards, run, *more), tmp_path / "logs", 2).wait(600) == [0, 0]
-    assert runs.differing(runs.results(runs.straight(shards, tmp_path, 2, *more)), runs.results(run)) == {}
+    assert runs.differing(runs.results(runs.straight(shards, 2, tmp_path / "straight", *more)), runs.results(run)) == {}
     print(
         f"\n{DEATHS} deaths: noticed after {statistics.median(noticed):.2f} s in the median, {max(noticed):.2f} at most"
     )

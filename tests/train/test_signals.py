@@ -7,7 +7,7 @@ import json
 import signal
 import statistics
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from random import Random
 
@@ -53,7 +53,7 @@ def told(start: Start, run: Path, codes: list[int], lines: Collection[int] = (1,
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_signal_at_any_place(shards: Path, peaceful: dict[int, Path], tmp_path: Path, world: int):
+def test_a_signal_at_any_place(shards: Path, tiny_run: Callable[[int], Path], tmp_path: Path, world: int):
     """One checkpoint more, of the step that was under way or of the save; then everything as if nothing had been."""
     run, before = tmp_path / "run", []
     for number, (name, place, step) in enumerate(WALK):
@@ -77,11 +77,11 @@ def test_a_signal_at_any_place(shards: Path, peaceful: dict[int, Path], tmp_path
         assert runs.saved(run)[-1] == runs.STEPS
     start = Start(runs.words(shards, run, "keep=99"), tmp_path / "logs", world)
     assert start.wait() == [0] * world, start.said()
-    assert runs.differing(runs.results(peaceful[world]), runs.results(run)) == {}
+    assert runs.differing(runs.results(tiny_run(world)), runs.results(run)) == {}
     assert runs.lost_samples(run, shards) == 0
 
 
-def test_a_signal_while_a_start_is_under_way(shards: Path, peaceful: dict[int, Path], tmp_path: Path):
+def test_a_signal_while_a_start_is_under_way(shards: Path, tiny_run: Callable[[int], Path], tmp_path: Path):
     """Before the first step: nothing was made, nothing is lost, and all ranks say so, whichever it came to."""
     run = tmp_path / "run"
     early = [
@@ -100,7 +100,7 @@ def test_a_signal_while_a_start_is_under_way(shards: Path, peaceful: dict[int, P
         assert runs.saved(run) in ([], [7, 10])
     again = Start(runs.words(shards, run), tmp_path / "logs", 2)
     assert again.wait() == [0, 0], again.said()
-    assert runs.differing(runs.results(peaceful[2]), runs.results(run)) == {}
+    assert runs.differing(runs.results(tiny_run(2)), runs.results(run)) == {}
 
 
 @pytest.mark.parametrize(("world", "name", "rank"), [(1, "int", 0), (2, "term", None), (2, "usr2", 1), (2, "usr1", 0)])
@@ -117,7 +117,7 @@ def test_a_signal_from_outside(shards: Path, tmp_path: Path, world: int, name: s
     assert checkpoint.flaw(runs.last(run)) is None
 
 
-def test_a_second_signal_leaves_at_once(shards: Path, peaceful: dict[int, Path], tmp_path: Path):
+def test_a_second_signal_leaves_at_once(shards: Path, tiny_run: Callable[[int], Path], tmp_path: Path):
     """Within AGAIN it is taken for the first one, which Slurm sends twice; a later one ends even a stuck save."""
     starts = {}
     for world, number in ((1, signal.SIGINT), (2, signal.SIGTERM)):
@@ -147,7 +147,7 @@ def test_a_second_signal_leaves_at_once(shards: Path, peaceful: dict[int, Path],
         assert checkpoint.flaw(runs.last(run)) is None
         again = Start(runs.words(shards, run), tmp_path / "logs", world)
         assert again.wait() == [0] * world, again.said()
-        assert runs.differing(runs.results(peaceful[world]), runs.results(run)) == {}
+        assert runs.differing(runs.results(tiny_run(world)), runs.results(run)) == {}
 
 
 @pytest.mark.parametrize("name", ["term", "usr2"])
@@ -200,7 +200,7 @@ def test_signals_at_random_times(shards: Path, tmp_path: Path, world: int):
             assert checkpoint.flaw(runs.last(run)) is None
             kept = max(kept, json.loads((runs.last(run) / "state.json").read_text())["step"])
     assert Start(runs.words(shards, run, *more), tmp_path / "logs", world).wait(600) == [0] * world
-    peace = runs.straight(shards, tmp_path, world, *more)
+    peace = runs.straight(shards, world, tmp_path / "straight", *more)
     assert runs.differing(runs.results(peace), runs.results(run)) == {}
     figures = f"median {statistics.median(lasted):.2f} s, longest {max(lasted):.2f} s, at step {kept} after the last"
     print(f"\n{RANDOM_SIGNALS} SIGTERMs on {world} ranks: all durable; signal to end: {figures}")
