@@ -22,6 +22,7 @@ from pydantic import Field
 
 from ssl_vit import config
 from ssl_vit.data.shards import MakeShards, convert
+from ssl_vit.exits import CANNOT_CREATE, DISK, INTEGRITY, INTERNAL, PREEMPTED
 from ssl_vit.train import checkpoint
 from tests import runs
 from tests.conftest import draw_squares
@@ -34,11 +35,10 @@ LATE = 25.0  # seconds from a signal to the end
 STEPS = 60
 WORDS = [f"steps={STEPS}", "timeout=8", "data.timeout=4"]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-PLACES = "batch loss weights update row eval.batch save.begin save.mid"
-PLACES += " save.written save.published save.pruned"
+PLACES = "batch loss weights update row eval.batch save.begin save.mid save.written save.published save.pruned"
 ONCE = "claimed resume.chosen resume.loaded finish"
 PROMISED: tuple[str, ...] = ("bits differing", "manual actions", "good samples lost", "orphan processes")
-KILLED, DONE, INTERNAL, CANNOT_CREATE, DISK, PREEMPTED, INTEGRITY = -9, 0, 70, 73, 74, 75, 76
+KILLED, DONE = -9, 0
 
 
 class Soak(config.Config):
@@ -94,7 +94,8 @@ class Life:
 
     def reached(self) -> int:
         """The step that the run came to, from the rows and exit.json."""
-        lines = (self.run / "metrics.jsonl").read_bytes().splitlines() if (self.run / "metrics.jsonl").exists() else []
+        path = self.run / "metrics.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
         rows = [json.loads(line) for line in lines[-1:] if line.endswith(b"}")]
         told = runs.told(self.run)["step"] if (self.run / "exit.json").exists() else 0
         return max([told, *(row["step"] for row in rows)])
@@ -120,17 +121,13 @@ class Life:
         return codes
 
 
-def nothing(life: Life) -> None:
-    """Leave it in peace."""
-
-
 @dataclass
 class Fault:
     """What happens to a start: to it from outside, or in it at a place; and how it may end."""
 
     name: str
     ends: set[int]
-    during: Callable[[Life], None] = nothing
+    during: Callable[[Life], None] = lambda life: None
     variable: Callable[[Life], str] = lambda life: ""
     worlds: tuple[int, ...] = (1, 2)
     quiet: bool = False  # it may have happened though the start ended well
@@ -150,8 +147,7 @@ def met(life: Life) -> bool:
     """Wait until the ranks have met and hold the folder; before that, only a launcher can see that one is gone."""
     start = life.start
     assert start is not None
-    holder = f"pid {start.processes[0].pid} "
-    while start.running and not ((life.run / ".lock").exists() and holder in (life.run / ".lock").read_text()):
+    while start.running and not runs.holds(start, life.run):
         time.sleep(0.005)
     return start.running
 
@@ -164,10 +160,8 @@ def signal_some(everyone: bool) -> Callable[[Life], None]:
             sent = time.monotonic()
             life.start.signal(life.random.choice(SIGNALS), None if everyone else life.rank())
             life.start.wait(WAIT)
-            if max(life.start.ended.values()) - sent > LATE:
-                raise Broken(
-                    f"{max(life.start.ended.values()) - sent:.1f} s from a signal to the end: {life.start.said()}"
-                )
+            if (lasted := max(life.start.ended.values()) - sent) > LATE:
+                raise Broken(f"{lasted:.1f} s from a signal to the end: {life.start.said()}")
 
     return during
 
@@ -182,10 +176,6 @@ def signal_twice(life: Life) -> None:
     for _ in range(2):
         start.signal(signal.SIGTERM)
         time.sleep(5.5)
-
-
-def stuck(life: Life) -> str:
-    return "hang:point=save.mid:rank=0:step=14"
 
 
 def stop(life: Life) -> None:
@@ -222,9 +212,8 @@ def injected(actions: str, places: str) -> Callable[[Life], str]:
 
 def at_any(actions: str) -> Callable[[Life], str]:
     """At places that have no step, or that come once."""
-    return lambda life: (
-        f"{life.random.choice(actions.split())}:point={life.random.choice(ONCE.split())}:rank={life.rank()}"
-    )
+    draw = lambda life, names: life.random.choice(names.split())  # noqa: E731
+    return lambda life: f"{draw(life, actions)}:point={draw(life, ONCE)}:rank={life.rank()}"
 
 
 def flip(life: Life) -> str:
@@ -288,7 +277,12 @@ FAULTS = [
     Fault("kill -9 of a rank", {KILLED, INTERNAL}, kill_one),
     Fault("signal to a rank", {PREEMPTED}, signal_some(False)),
     Fault("signal to all", {PREEMPTED}, signal_some(True)),
-    Fault("second signal", {PREEMPTED, 128 + signal.SIGTERM, INTERNAL}, signal_twice, stuck),
+    Fault(
+        "second signal",
+        {PREEMPTED, 128 + signal.SIGTERM, INTERNAL},
+        signal_twice,
+        lambda life: "hang:point=save.mid:rank=0:step=14",
+    ),
     Fault("SIGSTOP of a rank", {KILLED, INTERNAL}, stop, quiet=True),
     Fault("kill -9 of a worker", {INTERNAL}, to_worker(signal.SIGKILL)),
     Fault("SIGSTOP of a worker", {INTERNAL}, to_worker(signal.SIGSTOP)),

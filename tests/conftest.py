@@ -1,5 +1,6 @@
 """What all tests share: the tiers, the two workers, one tiny data set and one tiny run. See docs/testing.md."""
 
+import gc
 import os
 import random
 import shutil
@@ -15,7 +16,6 @@ from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
 
-from ssl_vit import exits
 from ssl_vit.data.shards import MakeShards, convert
 from tests.count_starts import StartCounter
 
@@ -60,6 +60,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.get_closest_marker("ranks") is None)  # the longest group begins first
 
 
+def pytest_collection_finish() -> None:
+    """Accelerate collects garbage after each training; a million objects of imports are none of it."""
+    gc.freeze()
+
+
 def _fixtures(item: pytest.Item) -> list[pytest.FixtureDef]:
     found = getattr(item, "_fixtureinfo", None)
     return [parts[-1] for parts in found.name2fixturedefs.values()] if found else []
@@ -88,12 +93,6 @@ def draw_squares(folder: Path, count: int = 12, side: int = 20) -> None:
             noise = random.integers(-20, 20, (side, side, 3))
             pixels = (np.array(color) + noise).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i:02d}.png")
-
-
-@pytest.fixture(autouse=True)
-def own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tool that runs in this process leaves its signals alone: they are answered for a whole process."""
-    monkeypatch.setattr(exits, "_answer_signals", lambda: None)
 
 
 @pytest.fixture(autouse=True)

@@ -48,8 +48,9 @@ class StartCounter:
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Hand the counts of a worker to the controller."""
-        if hasattr(session.config, "workeroutput"):
-            session.config.workeroutput["starts"] = dict(self.starts)
+        output = getattr(session.config, "workeroutput", None)
+        if output is not None:
+            output["starts"] = dict(self.starts)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: Any) -> None:

@@ -1,6 +1,7 @@
 """A classifier that timm wrote, images that need no resizing, and starts of the tools that judge it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,41 @@ from PIL import Image
 from ssl_vit.data.shards import MakeShards, convert
 from ssl_vit.encoders import export
 from ssl_vit.encoders.vit import Vit
-from tests.starts import Start
+from tests.starts import Start, call
 
 SIDE = 16
 QUICK = ["few_shot.shots=1,2", "linear.l2=0.01", "metrics.bootstrap=20", "random=false", "batch=3", "data.workers=0"]
 LOUD = 0.3  # standard deviation of weights at which predictions differ between images
 
 
-def run_tool(tool: str, words: list[str], folder: Path, world: int = 1, codes: tuple[int, ...] = (0,)) -> str:
-    """What a tool said in its own process; its exit code has to be one of `codes`, and a refusal is one line."""
-    start = Start(words, folder / "logs", world, tool=tool)
-    ended = start.wait(120)
-    said = start.said()
+def run_tool(tool: str, words: list[str], logs: Path, world: int = 1, codes: tuple[int, ...] = (0,)) -> str:
+    """What a tool said, in this process or, of several ranks, in its own; it ended with one of `codes`.
+
+    A refusal is one line.
+    """
+    if world == 1:
+        code, said = call(tool, words)
+        ended = [code]
+    else:
+        start = Start(words, logs / "logs", world, tool=tool)
+        ended, said = start.wait(120), start.said()
+        assert not start.orphans
     assert set(ended) <= set(codes), f"{ended}: {said}"
-    assert not start.orphans
     if codes != (0,):
         assert "Traceback" not in said, said
-        closing = [line for line in said.splitlines() if line.startswith(f"{tool}.py: ")]
-        assert len(closing) == 1, said
+        assert len(closing(tool, said)) == 1, said
     return said
 
 
-def refused(tool: str, words: list[str], folder: Path) -> str:
+def closing(tool: str, said: str) -> list[str]:
+    """The lines that a tool ends with."""
+    return [line for line in said.splitlines() if line.startswith(f"{tool}.py: ")]
+
+
+def refused(tool: str, words: list[str], logs: Path, code: int | None = None) -> str:
     """The one line with which a tool refuses what it was given, as usage (64) or data (65)."""
-    said = run_tool(tool, words, folder, codes=(64, 65))
-    return next(line for line in said.splitlines() if line.startswith(f"{tool}.py: "))
+    said = run_tool(tool, words, logs, codes=(64, 65) if code is None else (code,))
+    return closing(tool, said)[0]
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -95,20 +106,21 @@ def logits(model: torch.nn.Module, files: list[Path]) -> np.ndarray:
     return model((torch.stack(pixels) / 255 - 0.5) / 0.5).numpy()
 
 
-def encoder(folder: Path, **numbers: Any) -> Path:
-    """A tiny encoder as a run exports it, RUN/encoder, with loud random weights; returns the run."""
+def encoder(folder: Path, change: Callable[[Any], object] = lambda made: None, **numbers: Any) -> Path:
+    """A tiny encoder as a run exports it, RUN/encoder, with loud random weights and then changed; returns the run."""
     torch.manual_seed(0)
     given: dict[str, Any] = {"size": "Ti", "width": 16, "depth": 2, "heads": 2, "patch": 4, "image": SIDE}
     made = Vit(**(given | numbers)).build()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=LOUD)
+    change(made)
     export.export(made, folder / "encoder")
     return folder
 
 
-def shards(folder: Path, names: list[str], **more: Any) -> Path:
+def shards(folder: Path, names: list[str], seed: int = 0, **more: Any) -> Path:
     """Images of these names, converted."""
-    draw(folder / "images", names)
+    draw(folder / "images", names, seed)
     convert(MakeShards(input=str(folder / "images"), output=str(folder / "shards"), workers=1, quiet=True, **more))
     return folder / "shards"
 

@@ -1,6 +1,7 @@
 """What a run leaves behind, as bits that can be compared with those of a run that nothing happened to."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ def last(run: Path) -> Path:
     return checkpoint.steps(run / "checkpoints")[-1]
 
 
+def holds(start: Start, run: Path) -> bool:
+    """Whether a start's ranks have met and hold the folder; before that, only a launcher can see that one is gone."""
+    return (run / ".lock").exists() and f"pid {start.processes[0].pid} " in (run / ".lock").read_text()
+
+
 def told(run: Path) -> dict[str, Any]:
     """How the last start ended."""
     return json.loads((run / "exit.json").read_text())
@@ -60,11 +66,21 @@ def state(run: Path) -> dict[str, bytes]:
 
 
 def results(run: Path) -> dict[str, bytes]:
-    """All bits that a finished run leaves: the last checkpoint, the rows of metrics, the encoder."""
+    """All bits that a finished run leaves: its last checkpoint, rows, encoder, results, and how it ended."""
     found = state(run)
     found |= {f"row {row['step']}": json.dumps(row, sort_keys=True).encode() for row in rows(run)}
     found |= {f"encoder/{path.name}": path.read_bytes() for path in (run / "encoder").iterdir()}
+    if (run / "exit.json").exists():  # a part of a sweep has none of its own
+        found |= {"end": f"{told(run)['code']}, {told(run)['step']}".encode()}
+        found |= {"results.json": (run / "results.json").read_bytes()}
     return found
+
+
+def names(run: Path) -> list[str]:
+    """What is in a run's folder, but for what a run has beyond that which nothing happened to: aside, or noted."""
+    found = [path.relative_to(run).as_posix() for folder in (run, run / "checkpoints") for path in folder.iterdir()]
+    more = re.compile(r"before-|.*\.corrupt-|numerics\.jsonl|bad_samples-|\.lock")
+    return sorted(name for name in found if not more.match(name))
 
 
 def differing(mine: dict[str, bytes], theirs: dict[str, bytes]) -> dict[str, int]:

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from multiprocessing import connection
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from ssl_vit import exits
+from ssl_vit import exits, inject
 
 GRACE = 2.0  # seconds for workers to end after their rank
 BASE = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
@@ -54,8 +55,11 @@ def live(
             prepare()  # before there are threads, which would forbid a namespace of its own
         threading.Thread(target=_follow, daemon=True).start()
         runpy.run_path(str(TOOLS / f"{tool}.py"), run_name="__main__")
+        code = 0
     except SystemExit as end:
         code = end.code
+    except BaseException as error:
+        traceback.print_exception(error)
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -82,12 +86,15 @@ def call(tool: str, words: Sequence[str], **environment: str) -> Ended:
     """
     module = runpy.run_path(str(TOOLS / f"{tool}.py"), run_name=tool)
     screen, code = io.StringIO(), 0
-    with patch.dict(os.environ, environment), patch.object(sys, "argv", [f"{tool}.py", *words]):
+    own_signals = patch.object(exits, "_answer_signals", lambda: None)  # they are answered for a whole process
+    with patch.dict(os.environ, environment), patch.object(sys, "argv", [f"{tool}.py", *words]), own_signals:
         with redirect_stdout(screen), redirect_stderr(screen):
             try:
                 exits.run(module["main"])
             except SystemExit as end:
                 code = int(end.code or 0)
+            finally:
+                inject.arm("")  # what comes next in this process asked for no fault
         if "accelerate.state" in sys.modules:
             from accelerate.state import AcceleratorState, GradientState
 

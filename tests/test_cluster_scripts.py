@@ -4,19 +4,22 @@ What the real ones do was seen first (docs/scaling.md); the stubs copy it: srun 
 step, a launcher ends with 1 whatever its ranks end with, and a start that is refused early writes no exit.json.
 """
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.starts import members
+
 ROOT = Path(__file__).parent.parent
+LIMIT = 60  # seconds
 STUBS = {
     "srun": """#!/bin/bash
         until [[ $1 == bash ]]; do shift; done
@@ -81,21 +84,15 @@ def stubs(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "the place").mkdir()
     (tmp_path / "the place" / "tools").symlink_to(ROOT / "tools")
     yield folder
-    for group in folder.glob("group-*"):
-        deadline = time.monotonic() + 10
-        while alive(int(group.name.removeprefix("group-"))):
-            assert time.monotonic() < deadline, "a process was left behind"
-            time.sleep(0.02)
+    groups = {int(path.name.removeprefix("group-")) for path in folder.glob("group-*")}
+    wait_until(lambda: not members(groups), "a process was left behind")
 
 
-def alive(group: int) -> bool:
-    """Whether a process of a group still runs (Linux)."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state != "Z":
-                return True
-    return False
+def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.01)
 
 
 def start(stubs: Path, plan: object, *words: str) -> subprocess.Popen[str]:
@@ -103,23 +100,16 @@ def start(stubs: Path, plan: object, *words: str) -> subprocess.Popen[str]:
     (stubs / "plan").write_text(json.dumps(plan))
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "n[0-1]"}
     environment = {"PATH": f"{stubs}:/usr/bin:/bin", "STUBS": str(stubs), **slurm}
-    place, pipe = stubs.parent / "the place", subprocess.PIPE
-    process = subprocess.Popen(
-        ["env", "--default-signal", "bash", *words],
-        cwd=place,
-        env=environment,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-        start_new_session=True,
-    )
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    command = ["env", "--default-signal", "bash", *words]
+    process = subprocess.Popen(command, cwd=stubs.parent / "the place", env=environment, **pipes)
     (stubs / f"group-{process.pid}").touch()
     return process
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and closing line."""
-    out, errors = process.communicate(timeout=30)
+    out, errors = process.communicate(timeout=LIMIT)
     assert errors in ("", "Hangup\n")  # bash says so of its sleep, where a terminal closes
     return process.returncode, out.splitlines()[-1]
 
@@ -127,10 +117,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 def launched(stubs: Path) -> list[list]:
     """What the two launchers were given, once both run: the signals they ignore, and their words."""
     files = [stubs / "launch-0.json", stubs / "launch-1.json"]
-    deadline = time.monotonic() + 20
-    while not all(file.exists() for file in files):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: all(file.exists() for file in files), "they do not run")
     return [json.loads(file.read_text()) for file in files]
 
 
@@ -139,16 +126,7 @@ HOSTS = ("tools/hosts.sh", "a,me@b", "recipe=mpp", "run=my run", "data.train=it'
 
 
 def expected(rank: int, address: str, port: str) -> list[str]:
-    machines = [
-        "--num_machines",
-        "2",
-        "--num_processes",
-        "8",
-        "--main_process_ip",
-        address,
-        "--main_process_port",
-        port,
-    ]
+    machines = f"--num_machines 2 --num_processes 8 --main_process_ip {address} --main_process_port {port}".split()
     machine = ["launch", "--machine_rank", str(rank), "--config_file", "accelerate_config.yaml", *machines]
     return [*machine, "tools/pretrain.py", *SLURM[1:]]
 
@@ -160,6 +138,7 @@ def test_a_job_that_is_done_ends_with_0(stubs: Path):
     assert not (stubs / "requeued").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("state", "requeued"), [("RUNNING", True), ("COMPLETING", False)])
 def test_a_warned_job_saves_and_is_requeued_unless_it_was_cancelled(stubs: Path, state: str, requeued: bool):
     process = start(stubs, "wait", *SLURM)
@@ -172,6 +151,7 @@ def test_a_warned_job_saves_and_is_requeued_unless_it_was_cancelled(stubs: Path,
     assert (stubs / "requeued").exists() == requeued
 
 
+@pytest.mark.process
 def test_a_refusal_is_not_requeued(stubs: Path):
     text = 'ended with code 78: it \\"said\\" 78; not requeued'
     assert finish(start(stubs, 78, *SLURM)) == (78, f"slurm.sbatch: job 7: {text}")
@@ -184,6 +164,7 @@ def test_a_refusal_is_not_requeued(stubs: Path):
     assert not (stubs / "requeued").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("crash", [None, 70])
 def test_a_crash_is_requeued_a_few_times_without_progress(stubs: Path, crash: int | None):
     def codes(starts: int) -> list[int]:
@@ -195,9 +176,10 @@ def test_a_crash_is_requeued_a_few_times_without_progress(stubs: Path, crash: in
     assert (stubs / "requeued").read_text() == "requeue 7\n" * 4
 
 
+@pytest.mark.process
 def test_the_run_folder_is_the_recipes_and_the_tool_is_the_first_word(stubs: Path):
     process = start(stubs, 0, "tools/slurm.sbatch", "tools/finetune.py", "recipe=../other/mpp_v1.yaml", "steps=2")
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=LIMIT)
     assert "StopIteration" in errors  # the stub of rank 0 has no run= to write to
     assert (stubs.parent / "the place" / "runs" / "mpp_v1").is_dir()
     assert launched(stubs)[1][1][-3:] == ["tools/finetune.py", "recipe=../other/mpp_v1.yaml", "steps=2"]
@@ -212,6 +194,7 @@ def test_hosts_that_are_done_end_with_0(stubs: Path):
     assert set((stubs / "hosts").read_text().split()) == {"a", "me@b"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_a_stopped_script_stops_its_hosts(stubs: Path, number: signal.Signals):
     process = start(stubs, "wait", *HOSTS)
@@ -219,14 +202,15 @@ def test_a_stopped_script_stops_its_hosts(stubs: Path, number: signal.Signals):
     terminal = number in (signal.SIGINT, signal.SIGHUP)  # which signals the whole group
     (os.killpg if terminal else os.kill)(process.pid, number)
     if number == signal.SIGKILL:  # the fixture sees that the launchers end
-        process.communicate(timeout=30)
+        process.communicate(timeout=LIMIT)
     else:
         assert finish(process) == (75, 'hosts.sh: ended with code 75: it \\"said\\" 75')
 
 
+@pytest.mark.process
 def test_where_a_host_fails_the_others_are_stopped(stubs: Path):
     process = start(stubs, "wait", HOSTS[0], "a,down,b", *HOSTS[2:])
-    out, errors = process.communicate(timeout=30)
+    out, errors = process.communicate(timeout=LIMIT)
     assert (process.returncode, errors) == (75, "")
     assert out.splitlines()[1:] == [
         "hosts.sh: down failed; stopping the others",
@@ -234,6 +218,7 @@ def test_where_a_host_fails_the_others_are_stopped(stubs: Path):
     ]
 
 
+@pytest.mark.process
 def test_hosts_refusals_and_crashes(stubs: Path):
     assert finish(start(stubs, 78, *HOSTS)) == (78, 'hosts.sh: ended with code 78: it \\"said\\" 78')
     code, line = finish(start(stubs, None, *HOSTS))

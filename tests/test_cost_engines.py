@@ -6,7 +6,6 @@ sizes, so that libraries, buckets and buffers of fixed size drop out.
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from ssl_vit.encoders.vit import Vit
 from ssl_vit.heads.mean_color import MeanColor
 from ssl_vit.model import Batch, Model, count_parameters
 from ssl_vit.train.optim import AdamW
+from tests.train.engines import BIN, launched
 
 BUCKET = 4_000_000  # parameters, far below a model's
 COLLECTIVES = {
@@ -68,10 +68,10 @@ def engine(name: str, model: Model, micro_batches: int) -> Callable[[Batch, bool
     if name.startswith("zero"):
         import deepspeed  # type: ignore
 
-        zero = {"stage": int(name[-1]), "reduce_bucket_size": BUCKET}
         settings = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": micro_batches}
-        settings |= {"zero_optimization": zero, "zero_allow_untested_optimizer": True, "gradient_clipping": 1.0}
-        settings |= {"zero_force_ds_cpu_optimizer": False}
+        settings |= {"zero_optimization": {"stage": int(name[-1]), "reduce_bucket_size": BUCKET}}
+        settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        settings |= {"gradient_clipping": 1.0}
         made, *_ = deepspeed.initialize(model=model, optimizer=AdamW().build(model), config=settings)
 
         def take(batch: Batch, last: bool) -> None:
@@ -132,14 +132,10 @@ def work(name: str, depth: int, micro_batches: int) -> dict[str, Any]:
 def measured(name: str, depth: int, micro_batches: int, folder: Path) -> dict[str, Any]:
     """What the first of two processes found."""
     output = folder / f"{depth}.json"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "1"}
     # every tensor is given back to the system when it is freed
-    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    environment |= {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONWARNINGS": "ignore"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = [__file__, name, str(depth), str(micro_batches), str(output)]
-    done = subprocess.run([*launcher, *words], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    words = [BIN / "torchrun", "--standalone", "--nproc_per_node", 2, __file__, name, depth, micro_batches, output]
+    launched(*words, **malloc, DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="1", PYTHONWARNINGS="ignore")
     return json.loads(output.read_text())
 
 

@@ -11,19 +11,17 @@ import torch
 
 from ssl_vit import config, recipe, session
 from ssl_vit.encoders.vit import Vit
-from ssl_vit.exits import PREEMPTED, Refusal
 from ssl_vit.model import Model
 from ssl_vit.recipe import Pretrain
-from ssl_vit.train import loop
 from ssl_vit.train.attention import check_gradients, pin
 from ssl_vit.train.engine import prepare
 from ssl_vit.train.launch import start
 from ssl_vit.train.loop import Task, Window, update
 from ssl_vit.train.outfit import outfit
 from ssl_vit.train.pace import Loop
-from tests.train.test_engines import BIN, ENGINES, launched
-from tests.train.test_engines import rows as training_rows
-from tests.train.test_loop import StopAfter, fresh_accelerate  # noqa: F401 - a fixture
+from tests.train.engines import BIN, ENGINES, launched
+from tests.train.engines import rows as training_rows
+from tests.train.test_loop import stopped
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,14 +38,10 @@ def vit_b16(shards: Path, run: Path) -> int:
     return session.run(config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes, "quiet=true"], recipe.FOLDER))
 
 
-def test_vit_b16_trains_in_bf16_with_compile_stops_and_resumes(shards: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(loop, "StopSignal", lambda accelerator: StopAfter(120))
-    with pytest.raises(Refusal) as end:
-        vit_b16(shards, tmp_path)
-    assert end.value.code == PREEMPTED
-    monkeypatch.undo()
+def test_vit_b16_trains_in_bf16_with_compile_stops_and_resumes(shards: Path, tmp_path: Path):
+    stopped(120, vit_b16, shards, tmp_path)
     assert vit_b16(shards, tmp_path) == 0
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = training_rows(tmp_path)
     assert [row["step"] for row in rows] == [50, 100, 150, 200]
     assert all(math.isfinite(row["loss"]) and row["skipped_updates"] == 0 for row in rows)
     assert rows[-1]["loss"] < rows[0]["loss"] < math.log(512)
@@ -164,16 +158,9 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path):
 @pytest.mark.parametrize("words", [["compile=false"], ["compile=false", "micro_batch=32"], []], ids=" ".join)
 def test_a_dry_run_foretells_memory_and_time(shards: Path, tmp_path: Path, words: list[str]):
     """Memory by formula is that of eager blocks: compiled ones keep less, which a dry run tells by trying."""
-    data = [
-        f"data.train={shards}/train",
-        "data.val=none",
-        f"run={tmp_path}",
-        "data.workers=8",
-        "quiet=true",
-        "fresh=true",
-    ]
+    data = [f"data.train={shards}/train", "data.val=none", f"run={tmp_path}", "data.workers=8"]
     sizes = ["recipe=mpp_vit_b16", "batch=128", "steps=60", "log_every=20", "save_every=1000", "tracker=none"]
-    recipe_of = [*sizes, *data, *words]
+    recipe_of = [*sizes, *data, "quiet=true", "fresh=true", *words]
     assert session.run(config.parse(Pretrain, [*recipe_of, "dry_run=true"], recipe.FOLDER)) == 0
     here = json.loads((tmp_path / "dry_run.json").read_text())["here"]
     gc.collect()  # the model that was tried

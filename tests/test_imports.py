@@ -32,21 +32,13 @@ HOMES = {"accelerate": {"train"}, "deepspeed": {"train"}, "webdataset": {"data"}
 def imported(file: Path) -> list[tuple[str, bool]]:
     """Dotted names that a file imports, and whether at module level (code for type checkers only does not count)."""
     tree = ast.parse(file.read_text())
-    guarded = {
-        node
-        for test in ast.walk(tree)
-        if isinstance(test, ast.If) and ast.unparse(test.test) == "TYPE_CHECKING"
-        for node in ast.walk(test)
-    }
+    ifs = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+    guarded = {node for one in ifs if ast.unparse(one.test) == "TYPE_CHECKING" for node in ast.walk(one)}
     found = []
-    for node in ast.walk(tree):
-        if node in guarded:
-            continue
-        top = node in tree.body
-        if isinstance(node, ast.Import):
-            found += [(alias.name, top) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [(f"{node.module}.{alias.name}", top) for alias in node.names]
+    for node in {*ast.walk(tree)} - guarded:
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module):
+            home = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            found += [(home + alias.name, node in tree.body) for alias in node.names]
     return found
 
 

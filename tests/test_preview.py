@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ from ssl_vit.sketch import images, sketch
 from ssl_vit.train.environment import uses_bf16
 from ssl_vit.wording import human, span
 from tests.conftest import TINY
-from tests.train.test_loop import fresh_accelerate  # noqa: F401 - a fixture
 
+process = pytest.mark.process
 IMAGES, CLASSES = 6, 5
 H100 = Device()
 SMALL = ["encoder.size=Ti", "encoder.width=64", "encoder.depth=3", "encoder.heads=2", "encoder.patch=8"]
@@ -33,6 +34,15 @@ SMALL += ["data.image_size=32,64"]
 
 def made(schema: type[Recipe], *words: str) -> Recipe:
     return resolve(config.parse(schema, list(words), recipe.FOLDER))[0]
+
+
+def model_of(of: Recipe, classes: int = 1) -> Model:
+    encoder = of.encoder.build()
+    return Model(encoder, of.head.build(encoder, classes))
+
+
+def foretold(of: Recipe, classes: int = 1, images: int = IMAGES, device: str = "cpu", bf16: bool = False) -> Any:
+    return forecast.memory(of, model_of(of, classes), classes, images, device, bf16)
 
 
 def a_batch(of: Recipe, count: int = IMAGES) -> Batch:
@@ -47,9 +57,8 @@ def a_batch(of: Recipe, count: int = IMAGES) -> Batch:
 
 def real(of: Recipe) -> dict[str, int]:
     """Bytes that one real step on the CPU holds, by part."""
-    encoder = of.encoder.build()
-    encoder.activation_checkpointing = of.activation_checkpointing
-    model = Model(encoder, of.head.build(encoder, CLASSES))
+    model = model_of(of, CLASSES)
+    model.encoder.activation_checkpointing = of.activation_checkpointing
     optimizer, kept = of.optim.build(model), {}
     whole = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
@@ -88,16 +97,14 @@ CASES: dict[str, tuple[type[Recipe], list[str]]] = {
     "BiT": (Pretrain, ["encoder.kind=bit", "head.kind=classifier", "data.image_size=64"]),
     "batch norms": (Pretrain, ["encoder.kind=timm", "encoder.name=test_resnet", "head.kind=classifier"]),
 }
+SLOW = ("hybrid", "BiT")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=process if name in SLOW else ()) for name in CASES])
 def test_memory_is_that_of_a_real_step_to_the_byte(name: str):
     schema, words = CASES[name]
     of = made(schema, *words)
-    encoder = of.encoder.build()
-    found = forecast.memory(
-        of, Model(encoder, of.head.build(encoder, CLASSES)), CLASSES, IMAGES, "cpu", uses_bf16(of.precision)
-    )
+    found = foretold(of, CLASSES, bf16=uses_bf16(of.precision))
     again = found.pop("computed again", 0)
     assert found.pop("sum") == sum(found.values()) + again
     assert found == real(of)
@@ -105,38 +112,36 @@ def test_memory_is_that_of_a_real_step_to_the_byte(name: str):
 
 
 def test_a_block_computed_again_is_what_a_block_keeps():
-    plain, again = (made(Pretrain, *SMALL, f"activation_checkpointing={yes}") for yes in ("false", "true"))
-    less = made(Pretrain, *SMALL, "encoder.depth=2")
-    sizes = {}
-    for name, of in {"plain": plain, "again": again, "less": less}.items():
-        encoder = of.encoder.build()
-        sizes[name] = forecast.memory(of, Model(encoder, of.head.build(encoder, 1)), 1, IMAGES, "cpu", False)
-    block = sizes["plain"]["activations"] - sizes["less"]["activations"]
-    assert sizes["again"]["computed again"] == pytest.approx(block, rel=0.1)  # the last one computes fewer tokens
+    others = ("activation_checkpointing=false", "activation_checkpointing=true", "encoder.depth=2")
+    plain, again, less = (foretold(made(Pretrain, *SMALL, other)) for other in others)
+    block = plain["activations"] - less["activations"]
+    assert again["computed again"] == pytest.approx(block, rel=0.1)  # the last one computes fewer tokens
 
 
 def test_on_a_gpu_weights_are_copied_to_bf16_and_activations_are_halves():
     of = made(Pretrain, *SMALL)
-    encoder = of.encoder.build()
-    model = Model(encoder, of.head.build(encoder, 1))
-    one, two = (forecast.memory(of, model, 1, images, "cuda", True)["activations"] for images in (8, 16))
-    kernels = sum(2 * p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name)
+    cases = ((8, True), (16, True), (8, False))
+    one, two, in_fp32 = (foretold(of, 1, images, "cuda", bf16)["activations"] for images, bf16 in cases)
+    named = model_of(of).named_parameters()
+    kernels = sum(2 * p.numel() for name, p in named if p.ndim > 1 and "embed" not in name)
     assert 2 * one - two == pytest.approx(kernels, rel=0.1)
-    in_fp32 = forecast.memory(of, model, 1, 8, "cuda", False)["activations"]
     assert 1.2 < in_fp32 / one < 2
 
 
-def dry(run: Path, data: Path, *words: str) -> dict[str, Any]:
+def train(run: Path, data: Path, *words: str) -> None:
     given = [*TINY, *SMALL, f"data.train={data}/train", f"data.val={data}/val", f"run={run}", "tracker=none", *words]
-    assert session.run(config.parse(Pretrain, [*given, "dry_run=true"], recipe.FOLDER)) == 0
+    assert session.run(config.parse(Pretrain, given, recipe.FOLDER)) == 0
+
+
+def dry(run: Path, data: Path, *words: str) -> dict[str, Any]:
+    train(run, data, *words, "dry_run=true")
     return json.loads((run / "dry_run.json").read_text())
 
 
 def test_a_run_leaves_what_was_foretold_on_disk(shards: Path, tmp_path: Path):
     words = ["steps=5", "save_every=2", "average=0.99", "best=val_loss", "eval_every=2", "keep=1"]
     disk = dry(tmp_path, shards, *words)["disk"]
-    given = [*TINY, *SMALL, f"data.train={shards}/train", f"data.val={shards}/val", f"run={tmp_path}", "tracker=none"]
-    assert session.run(config.parse(Pretrain, [*given, *words], recipe.FOLDER)) == 0
+    train(tmp_path, shards, *words)
 
     def size(folder: Path) -> int:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -161,8 +166,7 @@ def test_a_run_leaves_what_was_foretold_on_disk(shards: Path, tmp_path: Path):
 )
 def test_no_more_checkpoints_are_counted_than_are_written(words: list[str], kept: int, making: int):
     of = made(Pretrain, *TINY, *words)
-    encoder = of.encoder.build()
-    disk = forecast.disk(of, Model(encoder, of.head.build(encoder, 1)))
+    disk = forecast.disk(of, model_of(of))
     assert (disk["kept"], disk["in_the_making"], disk["exports"]) == (kept, making, 1)
 
 
@@ -211,15 +215,12 @@ def test_loaders_work_beside_the_step(
     assert rehearsal.together(computed, data, workers) == seconds
 
 
-@pytest.mark.parametrize("name", GPUS)
-def test_a_gpu_is_known_whatever_its_capitals(name: str):
-    for written in (name, name.lower(), name.replace(" ", ""), name.replace(" ", "_")):
-        assert Device(gpu=written).gpu == name
-    assert Device(gpu=name).gigabytes == GPUS[name].memory_gb
-    assert Device(gpu=name, memory_gb=40).gigabytes == 40
-
-
-def test_another_gpu_is_refused_with_those_there_are():
+def test_a_gpu_is_known_whatever_its_capitals_and_another_is_refused_with_those_there_are():
+    for name, known in GPUS.items():
+        for written in (name, name.lower(), name.replace(" ", ""), name.replace(" ", "_")):
+            assert Device(gpu=written).gpu == name
+        assert Device(gpu=name).gigabytes == known.memory_gb
+        assert Device(gpu=name, memory_gb=40).gigabytes == 40
     with pytest.raises(Refusal, match=r"device.gpu: 'H900' is not in the table.*H100 PCIe, .*RTX 3090") as end:
         made(Pretrain, "device.gpu=H900")
     assert end.value.code == USAGE
@@ -235,8 +236,6 @@ def test_what_fits_is_said_with_the_largest_that_does():
 
 class Clocked(Trial):
     """Takes 3 ms and 2 ms an image, and 5 ms for an update."""
-
-    micro = 100
 
     def __init__(self, *arguments: Any):
         self.device, self.tried = torch.device("cpu"), []
@@ -256,17 +255,15 @@ def test_a_step_is_a_straight_line_in_its_images(micro: int, most: int, tried: i
     assert found.step(3) == pytest.approx(3 * (0.003 + 0.002 * micro) + 0.005 + rehearsal.LOOP)
 
 
-def test_a_trial_steps_as_a_training_does():
+def test_a_trial_steps_as_a_training_does(monkeypatch: pytest.MonkeyPatch):
     of = made(Pretrain, *SMALL, "optim.clip=0.5", "optim.lr=0.1")
     torch.manual_seed(0)
-    encoder = of.encoder.build()
-    model = Model(encoder, of.head.build(encoder, 1))
+    model = model_of(of)
     before = {name: value.clone() for name, value in model.named_parameters()}
     norms = []
     clip = torch.nn.utils.clip_grad_norm_
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rehearsal.nn.utils, "clip_grad_norm_", lambda p, most: norms.append(most) or clip(p, most))
-        found = rehearse(of, model, 8, 1, 1e5)
+    monkeypatch.setattr(rehearsal.nn.utils, "clip_grad_norm_", lambda p, most: norms.append(most) or clip(p, most))
+    found = rehearse(of, model, 8, 1, 1e5)
     assert not isinstance(found, str)
     assert found.images == 8
     assert found.peak is None
@@ -280,25 +277,24 @@ def test_what_is_too_large_to_try_is_not_tried(monkeypatch: pytest.MonkeyPatch):
     of = made(Pretrain, *SMALL)
     monkeypatch.setattr(rehearsal, "free", lambda: 1000)
     assert "more than half of the free memory" in str(rehearse(of, None, 8, 501, 1))  # type: ignore[arg-type]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rehearsal, "Trial", lambda *_: (_ for _ in ()).throw(MemoryError()))
-        encoder = of.encoder.build()
-        said = rehearse(of, Model(encoder, of.head.build(encoder, 1)), 8, 500, 1)
+    monkeypatch.setattr(rehearsal, "Trial", Mock(side_effect=MemoryError))
+    said = rehearse(of, model_of(of), 8, 500, 1)
     assert said == "out of memory here with 8 images at once"
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (224, 224), (64, 128), (448, 112)])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), pytest.param(224, 224, marks=process), (64, 128), (448, 112)])
 def test_each_image_stands_beside_its_corruption(height: int, width: int):
-    of = made(Pretrain, "encoder.size=Ti", "encoder.width=8", "encoder.depth=1", "encoder.heads=1", "encoder.patch=16",
-              f"data.image_size={height},{width}")  # fmt: skip
-    encoder = of.encoder.build()
-    model, batch = Model(encoder, of.head.build(encoder, 1)), a_batch(of, 16)
-    columns = cells(model.head.panel(encoder, batch), height, width)
+    size = ["encoder.size=Ti", "encoder.width=8", "encoder.depth=1", "encoder.heads=1", "encoder.patch=16"]
+    of = made(Pretrain, *size, f"data.image_size={height},{width}")
+    model, batch = model_of(of), a_batch(of, 16)
+    columns = cells(model.head.panel(model.encoder, batch), height, width)
     assert torch.equal(columns[:, 0], batch["image"])
     shown, text = images(model, batch)
     assert "grey is masked" in text
-    image, seen = (torch.nn.functional.interpolate(one.float(), scale_factor=max(1, round(160 / max(height, width))))
-                   for one in columns[:1, :2].unbind(1))  # fmt: skip
+    scale = max(1, round(160 / max(height, width)))
+    image, seen = (
+        torch.nn.functional.interpolate(one.float(), scale_factor=scale) for one in columns[:1, :2].unbind(1)
+    )
     if max(height, width) <= 224:
         h, w = image.shape[2:]
         assert torch.equal(shown[:, :h, 8 : 8 + w].float(), image[0])
@@ -353,9 +349,7 @@ def test_a_full_disk_and_too_little_memory_are_warned_of(
 
 
 def test_bytes_and_hours_are_written_for_people():
-    assert [human(size) for size in (0, 999, 1000, 85_600_000, 999_600_000, 3.21e12)] == [
-        "0 B", "999 B", "1 kB", "85.6 MB", "1 GB", "3.21 TB"
-    ]  # fmt: skip
-    assert [span(hours) for hours in (1e-5 / 3.6, 1 / 3600, 0.5, 3.76, 26_321)] == [
-        "10 ms", "1 s", "30 minutes", "3.76 hours", "26,321 hours"
-    ]  # fmt: skip
+    sizes = [human(size) for size in (0, 999, 1000, 85_600_000, 999_600_000, 3.21e12)]
+    assert sizes == ["0 B", "999 B", "1 kB", "85.6 MB", "1 GB", "3.21 TB"]
+    spans = [span(hours) for hours in (1e-5 / 3.6, 1 / 3600, 0.5, 3.76, 26_321)]
+    assert spans == ["10 ms", "1 s", "30 minutes", "3.76 hours", "26,321 hours"]

@@ -67,6 +67,11 @@ def found(*runs: Path, **more: Any) -> list[dict[str, Any]]:
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def one(folder: Path) -> dict[str, Any]:
     return next(run for run in found(folder) if run["path"] == str(folder))
 
@@ -141,8 +146,7 @@ def test_checkpoints_are_those_of_one_run_and_its_parts(runs: Path):
 def test_the_table_says_what_the_rows_say(runs: Path):
     """Computed from the files with plain loops."""
     for run in found(runs):
-        path = runs / run["run"] / "metrics.jsonl"
-        made = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        made = rows_of(runs / run["run"])
         if not made:
             assert (run["step"], run["loss"], run["images_per_second"]) == (None, None, None)
             continue
@@ -161,13 +165,11 @@ def test_the_table_says_what_the_rows_say(runs: Path):
     )
     assert one(runs / "judged")["best"]["value"] == 0.65
     table = {row[0]: row for row in map(cells, lines(runs)[1 : 1 + len(ALL)])}
-    last = json.loads((runs / "failed" / "metrics.jsonl").read_text().splitlines()[-1])
-    values = [
-        json.loads(line).get("knn_top1", -1) for line in (runs / "failed" / "metrics.jsonl").read_text().splitlines()
-    ]
+    rows = rows_of(runs / "failed")
+    values = [row.get("knn_top1", -1) for row in rows]
     best = f"knn_top1 {100 * max(values):.2f}% @{1 + values.index(max(values))}"
     speed = f"{one(runs / 'failed')['images_per_second']:,.0f}"
-    said = ["failed", "failed", "17 of 40", f"{last['loss']:#.4g}", best, speed]
+    said = ["failed", "failed", "17 of 40", f"{rows[-1]['loss']:#.4g}", best, speed]
     assert table["failed"] == [*said, "patch_colors ViT-16x2x2x64/4", "the loss is not a number (65)"]
     assert table["tuned"][:5] == ["tuned", "finished", "-", "-", "top1 70.00% ± 1.00"]
     assert table["judged"][6] == "evaluation of done"
@@ -390,20 +392,14 @@ def test_where_there_is_no_run(tmp_path: Path):
 
 def test_ten_thousand_rows_are_not_all_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Those with an evaluation are, and the last few."""
-    made = logged(written(tmp_path / "long"), range(1, 10_001), 0, "other")
-    (tmp_path / "long" / "metrics.jsonl").write_text(
-        "".join(
-            json.dumps(row | ({"val_loss": 1.0} if row["step"] % 1000 == 0 else {})) + "\n" for row in map(bare, made)
-        )
-    )
+    run = written(tmp_path / "long")
+    row = {"loss": 2.0, "accuracy": 0.5, "images_per_second": 70.0}
+    made = [{"step": step, **row, **({"val_loss": 1.0} if step % 1000 == 0 else {})} for step in range(1, 10_001)]
+    append(run, "".join(json.dumps(row) + "\n" for row in made))
     seen = []
     monkeypatch.setattr(scores, "_row", lambda line, of=scores._row: seen.append(line) or of(line))
-    assert one(tmp_path / "long")["best"] == {"metric": "val_loss", "value": 1.0, "step": 1000}
+    assert one(run)["best"] == {"metric": "val_loss", "value": 1.0, "step": 1000}
     assert len(seen) < 30
-
-
-def bare(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if not name.startswith("val_")}
 
 
 def test_the_curves_are_the_rows(runs: Path):

@@ -31,6 +31,11 @@ def a_job(world: int, encoder: Vit | None = None, **changes: object) -> Job:
     return replace(job, **changes)  # type: ignore[arg-type]
 
 
+def device(**changes: float) -> Device:
+    """One that is short of nothing but these."""
+    return RICH.model_copy(update=changes)
+
+
 def named(warnings: list[str]) -> list[str]:
     return [warning.split(":")[0] for warning in warnings]
 
@@ -78,9 +83,9 @@ def test_loader_and_storage_by_hand():
     images = 512 / job.seconds(H100)
     cores, gigabytes = images / LARGE[1], 8 * images * LARGE[0] / 1e9
     for factor, expected in ((1.01, []), (0.99, ["loader", "storage"])):
-        device = RICH.model_copy(update={"cores": cores * factor, "storage_gbs": gigabytes * factor})
-        assert named(plan(job, device)[1]) == expected
-    slow = RICH.model_copy(update={"storage_gbs": gigabytes / 3})
+        there = device(cores=cores * factor, storage_gbs=gigabytes * factor)
+        assert named(plan(job, there)[1]) == expected
+    slow = device(storage_gbs=gigabytes / 3)
     lines, warnings = plan(job, slow)
     assert warnings == ["storage: 3 times too slow: shards made with resize=256, or a copy on each node's own disk"]
     assert lines[2].endswith("11.4 hours with the worst of the limits below")
@@ -95,15 +100,14 @@ def test_network_by_hand():
     sent = 2 * 511 / 512 * 4 * job.parameters
     need = 8 * sent / (2 / 3 * job.seconds(H100)) / 8 / 1e9
     for factor, expected in ((1.01, []), (0.99, ["network"])):
-        assert named(plan(job, RICH.model_copy(update={"network_gbps": need * factor}))[1]) == expected
-    fast, slow = (plan(job, RICH.model_copy(update={"network_gbps": need * factor})) for factor in (1, 0.5))
+        assert named(plan(job, device(network_gbps=need * factor))[1]) == expected
+    fast, slow = (plan(job, device(network_gbps=need * factor)) for factor in (1, 0.5))
     hours = [float(re.findall(r"([\d.]+) hours", lines[2])[-1]) for lines, _ in (fast, slow)]
     assert hours[1] / hours[0] == pytest.approx(1 + 2 / 3, rel=0.01), "the forward pass waits for nothing"
     pieces = replace(job, micro_batch=64)
-    half = RICH.model_copy(update={"network_gbps": need * 1.01})
-    (warning,) = plan(pieces, half)[1]
+    (warning,) = plan(pieces, device(network_gbps=need * 1.01))[1]
     assert warning.startswith("network: 2 times too slow"), "only the last micro batch hides it"
-    lines = plan(a_job(8), RICH.model_copy(update={"network_gbps": 1e-3}))[0]
+    lines = plan(a_job(8), device(network_gbps=1e-3))[0]
     assert any(line.startswith("network") and line.endswith("within the node") for line in lines)
     assert not any(line.startswith("network") for line in plan(a_job(1), RICH)[0])
 
@@ -120,18 +124,20 @@ def test_a_small_batch_starves_and_the_cure_feeds():
 G = Vit(patch=14, width=1408, depth=40, heads=16, mlp=6144)
 
 
-@pytest.mark.parametrize(("encoder", "world"), [(Vit(), 1), (Vit(size="L"), 8), (G, 8), (G, 64)])
+@pytest.mark.parametrize(
+    ("encoder", "world"), [(Vit(), 1), pytest.param(Vit(size="L"), 8, marks=pytest.mark.process), (G, 8), (G, 64)]
+)
 def test_cures_of_too_little_memory(encoder: Vit, world: int):
-    device = RICH.model_copy(update={"memory_gb": 80 if world < 64 else 20})
+    there = device(memory_gb=80 if world < 64 else 20)
     job = a_job(world, encoder)
-    lines, (warning,) = plan(job, device)
+    lines, (warning,) = plan(job, there)
     assert "take this" not in "".join(lines)
     assert warning.startswith("memory: ")
     (images, engine, gigabytes) = re.findall(r"micro_batch=(\d+) under (\w+), or .*\(([\d.]+) GB\)", warning)[0]
     cured = replace(job, micro_batch=int(images))
-    assert any(line.startswith(f"  {engine} ") and "take this" in line for line in plan(cured, device)[0])
-    assert job.memory(engine, 2 * int(images), False)[1] > 0.9e9 * device.gigabytes, "the largest is named"
-    lines, warnings = plan(replace(job, activation_checkpointing=True), device)
+    assert any(line.startswith(f"  {engine} ") and "take this" in line for line in plan(cured, there)[0])
+    assert job.memory(engine, 2 * int(images), False)[1] > 0.9e9 * there.gigabytes, "the largest is named"
+    lines, warnings = plan(replace(job, activation_checkpointing=True), there)
     (taken,) = (line for line in lines if "take this" in line)
     assert float(re.findall(r"= +([\d.]+) GB", taken)[0]) == pytest.approx(float(gigabytes), rel=0.01)
     assert warnings == []
@@ -143,8 +149,8 @@ def test_the_first_engine_that_fits_is_taken():
     sizes = {engine: job.memory(engine, 1, False)[1] / 1e9 for engine in cost.ENGINES}
     assert sizes["ddp"] > sizes["zero1"] > sizes["fsdp2"]
     for engine in ("ddp", "zero1", "fsdp2"):
-        device = RICH.model_copy(update={"memory_gb": sizes[engine] * 1.001 / scaling.USABLE})
-        (taken,) = (line.split()[0] for line in plan(job, device)[0] if "take this" in line)
+        there = device(memory_gb=sizes[engine] * 1.001 / scaling.USABLE)
+        (taken,) = (line.split()[0] for line in plan(job, there)[0] if "take this" in line)
         assert taken == engine
     alone = plan(replace(job, world=1, batch=1), RICH)[0]
     assert [line.split()[0] for line in alone if line.startswith("  ")] == ["ddp"]
@@ -161,7 +167,7 @@ def test_memory_by_hand():
     in_fp32 = replace(job, bf16=False).memory("ddp", 512, False)
     assert in_fp32[1] == between + 512 * cost.activation_bytes(Vit(), False, False)
     for gigabytes, fits in ((peak / 0.899e9, True), (peak / 0.901e9, False)):
-        lines = plan(job, RICH.model_copy(update={"memory_gb": gigabytes}))[0]
+        lines = plan(job, device(memory_gb=gigabytes))[0]
         assert lines[4].startswith("  ddp ")
         assert ("take this" in lines[4]) == fits
 
@@ -170,7 +176,7 @@ def test_the_cure_is_an_engine_under_which_enough_images_fit():
     """Where ddp has room for one image of g, another engine for more."""
     job = a_job(64, G, batch=64 * 256)
     room = job.memory("ddp", 1, False)[1] * 1.001 / scaling.USABLE / 1e9
-    (warning,) = plan(job, RICH.model_copy(update={"memory_gb": room}))[1]
+    (warning,) = plan(job, device(memory_gb=room))[1]
     (images, engine) = re.findall(r"micro_batch=(\d+) under (\w+)", warning)[0]
     assert engine != "ddp"
     assert int(images) >= job.enough(RICH)
@@ -187,7 +193,3 @@ def test_lanes_are_spoken_of_where_shards_are_remote():
     (warning,) = plan(a_job(512, batch=512 * 64, lanes=16), RICH)[1]
     assert warning.startswith("data.lanes=16: each shard is fetched by 4 nodes: data.lanes=64")
     assert plan(a_job(512, batch=512 * 64, lanes=64), RICH)[1] == []
-
-
-def test_every_key_of_a_device_is_described():
-    assert all(field.description for field in Device.model_fields.values())

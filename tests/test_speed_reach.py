@@ -1,5 +1,6 @@
 """The benchmarks of attention, memory and inference, by the real command line at tiny sizes; no speed is judged."""
 
+import itertools
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 attention, memory, inference = (import_module(f"benchmark_{name}") for name in ("attention", "memory", "inference"))
 
 Rows = list[dict[str, Any]]
-SMALL = ["encoder.width=128", "encoder.depth=4", "encoder.patch=4", "data.image_size=16"]
+SMALL = ["recipe=mpp_vit_b16", "encoder.width=128", "encoder.depth=4", "encoder.patch=4", "data.image_size=16"]
 
 
 def run(folder: Path, name: str, *keys: str) -> Rows:
@@ -35,11 +36,10 @@ def attend(folder: Path, tokens: str, ways: str) -> Rows:
 
 
 def test_every_way_to_attend_is_judged_and_one_that_cannot_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    rows = attend(tmp_path, "5,17", "flash,efficient,math,written out")
+    ways = ("flash", "efficient", "math", "written out")
+    rows = attend(tmp_path, "5,17", ",".join(ways))
     table = capsys.readouterr().out
-    assert [(row["tokens"], row["who"]) for row in rows] == [
-        (tokens, way) for tokens in (5, 17) for way in ("flash", "efficient", "math", "written out")
-    ]
+    assert [(row["tokens"], row["who"]) for row in rows] == [(tokens, way) for tokens in (5, 17) for way in ways]
     for row in rows:
         if row["who"] == "efficient":  # a CPU has none
             assert "scaled_dot_product_attention" in row["refused"]
@@ -57,29 +57,22 @@ def test_every_way_to_attend_is_judged_and_one_that_cannot_says_so(tmp_path: Pat
     assert table.count("fastest") == 2
 
 
-def no_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.transpose(2, 3)).softmax(3) @ v
-
-
-class Poisoned:
-    """Right forward; its gradient to q is NaN from a number of calls on, as cuDNN's was."""
-
-    def __init__(self, after: int):
-        self.calls, self.after = 0, after
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls > self.after:
-            q.register_hook(lambda gradient: gradient * torch.nan)
-        return attention.written(q, k, v)
-
-
 @pytest.mark.parametrize("after", [0, 5])  # from the first, or after a check, three steps of warm-up and one of a round
 def test_gradients_that_are_not_finite_never_win(
     after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    real = attention.race
-    monkeypatch.setattr(attention, "pinned", {"flash": Poisoned(after), "math": no_scale}.__getitem__)
+    """Poisoned: right forward; its gradient to q is NaN from a number of calls on, as cuDNN's was."""
+    real, calls = attention.race, itertools.count()
+
+    def poisoned_ones(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if next(calls) >= after:
+            q.register_hook(lambda gradient: gradient * torch.nan)
+        return attention.written(q, k, v)
+
+    def no_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(2, 3)).softmax(3) @ v
+
+    monkeypatch.setattr(attention, "pinned", {"flash": poisoned_ones, "math": no_scale}.__getitem__)
     monkeypatch.setattr(attention, "race", lambda *given: real(*given) | {"flash": [1e-6]})  # however fast they are
     poisoned, wrong = attend(tmp_path, "17", "flash,math")
     assert not poisoned["finite"]
@@ -102,9 +95,8 @@ def test_gradients_that_are_not_finite_never_win(
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(name: str, key: str, said: str, tmp_path: Path):
-    small = [*SMALL, "recipe=mpp_vit_b16"] if name == "memory" else []
     with pytest.raises(Refusal, match=said):
-        run(tmp_path, name, *small, key)
+        run(tmp_path, name, *(SMALL if name == "memory" else []), key)
 
 
 @pytest.mark.parametrize("granularity", [1, 5, 16, 64])
@@ -127,23 +119,21 @@ def test_the_largest_that_fits_is_found(granularity: int, most: int):
         assert not [size for size in range(low + 1, high) if size % granularity == 0]  # nothing is left to try
 
 
-def test_doubling_ends_at_the_most():
+def test_doubling_ends_at_the_most_and_the_slope_is_of_batches_far_from_each_other():
     assert list(memory.doubled(8, 64)) == [8, 16, 32, 64]
     assert list(memory.doubled(8, 50)) == [8, 16, 32, 50]
     assert list(memory.doubled(50, 50)) == [50]
     assert list(memory.doubled(128, 100)) == [100]  # after 64
     assert list(memory.doubled(128, 64)) == []
-
-
-def test_the_slope_is_of_batches_far_from_each_other():
     peaks = {8: 18 * 10**6, 16: 26 * 10**6, 20: 10**9, 24: 34 * 10**6, 32: 58 * 10**6, 48: None}
     assert memory.slope(peaks) == 2.0  # from 16 to 32
     assert memory.slope({8: 1, 12: 2, 16: None}) is None
 
 
+@pytest.mark.process
 def test_memory_is_measured_in_processes_that_a_limit_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     sizes = ["batches=128,1024", "granularity=512", "limit=0.5", "who=ssl_vit"]
-    ours, formula = run(tmp_path, "memory", "recipe=mpp_vit_b16", *SMALL, *sizes)
+    ours, formula = run(tmp_path, "memory", *SMALL, *sizes)
     assert (ours["who"], formula["who"]) == ("ssl_vit", "formula")
     assert (ours["largest_batch"], ours["fails_at"], ours["ratio"]) == (512, 1024, 1.0)
     assert ours["peak_gib"].keys() == {"128", "512", "1024"}
@@ -182,7 +172,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_on_a_gpu_running_out_of_memory_is_an_answer(tmp_path: Path, gpu: dict[str, Any]):
-    rows = run(tmp_path, "memory", "recipe=mpp_vit_b16", *SMALL, "who=ssl_vit,timm")
+    rows = run(tmp_path, "memory", *SMALL, "who=ssl_vit,timm")
     ours, timm = rows[:2]
     assert [row["who"] for row in rows] == ["ssl_vit", "timm", "timm, fused AdamW", "timm, compiled", "formula"]
     for row in (ours, timm):
@@ -201,11 +191,12 @@ def test_other_errors_than_of_memory_are_not_taken_for_it(
 
     monkeypatch.setattr(memory, "train", broken)
     with pytest.raises(RuntimeError, match="shapes"):
-        run(tmp_path, "memory", "recipe=mpp_vit_b16", *SMALL)
+        run(tmp_path, "memory", *SMALL)
     for said in ("std::bad_alloc", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory"):
         assert memory.lacks_memory(RuntimeError(said))
 
 
+@pytest.mark.process
 def test_encoders_run_at_every_size_beside_timms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -213,13 +204,9 @@ def test_encoders_run_at_every_size_beside_timms(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     keys = ["encoders=Ti/16,R50x1", "sizes=16,40", "most=2", "rounds=1", "round_steps=1"]
     rows = run(tmp_path, "inference", *keys)
+    cases = {"ViT-Ti/16 at 16 x 16": 16, "ViT-Ti/16 at 32 x 32": 40, "R50x1 at 16 x 16": 16, "R50x1 at 40 x 40": 40}
     assert [(row["case"], row["size"], row["who"]) for row in rows] == [
-        ("ViT-Ti/16 at 16 x 16", 16, "ssl_vit"),
-        ("ViT-Ti/16 at 16 x 16", 16, "timm"),
-        ("ViT-Ti/16 at 32 x 32", 40, "ssl_vit"),
-        ("ViT-Ti/16 at 32 x 32", 40, "timm"),
-        ("R50x1 at 16 x 16", 16, "ssl_vit"),
-        ("R50x1 at 40 x 40", 40, "ssl_vit"),
+        (case, size, who) for case, size in cases.items() for who in ("ssl_vit", "timm")[: 1 + case.startswith("ViT")]
     ]
     configs = [Vit(size="Ti", image=16)] * 2 + [Vit(size="Ti", image=32)] * 2 + [Bit(image=16), Bit(image=40)]
     for row, config in zip(rows, configs, strict=True):
@@ -254,19 +241,12 @@ class Passes:
 OOM = torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize(
-    ("fits", "most", "tried"),
-    [
-        (1000, 1000, [1, 2, 4, 8, 16, 32]),  # two beyond the best
-        (1000, 16, [1, 2, 4, 8, 16]),
-        (5, 1000, [1, 2, 4]),
-        (0, 1000, []),
-    ],
-)
-def test_batches_double_while_that_pays(fits: int, most: int, tried: list[int], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("fits", "most", "last"), [(1000, 1000, 32), (1000, 16, 16), (5, 1000, 4), (0, 1000, 0)])
+def test_batches_double_while_that_pays(fits: int, most: int, last: int, monkeypatch: pytest.MonkeyPatch):
+    """Where all fit, two are tried beyond the best."""
     monkeypatch.setattr(inference, "race", lambda steps, *_, **__: {who: [step()] for who, step in steps.items()})
     rates = inference.sweep(Passes(fits, OOM), most, steps=1)
-    assert rates == {batch: min(batch, 8) for batch in tried}
+    assert rates == {batch: min(batch, 8) for batch in (1, 2, 4, 8, 16, 32) if batch <= last}
     with pytest.raises(RuntimeError, match="broken"):
         inference.sweep(Passes(0, RuntimeError("broken")), most, steps=1)
 
@@ -317,7 +297,7 @@ def test_on_a_gpu_all_three_measure(tmp_path: Path):
         assert rows[way]["finite"]
         assert max(rows[way]["output_error"], rows[way]["gradient_error"]) < 0.05
     keys = [*SMALL, "batches=512,2048", "most=2048", "who=ssl_vit", "compile=false"]
-    ours, formula = run(tmp_path, "memory", "recipe=mpp_vit_b16", *keys)
+    ours, formula = run(tmp_path, "memory", *keys)
     assert ours["largest_batch"] == 2048
     assert 0.8 * formula["mb_an_image"] < ours["mb_an_image"] < 1.5 * formula["mb_an_image"]
     keys = ["encoders=Ti/16,R50x1", "sizes=64", "most=64", "rounds=1"]

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_vit import config, recipe
@@ -28,6 +29,7 @@ scaling: Any = import_module("benchmark_scaling")
 data: Any = import_module("benchmark_scaling_data")
 memory: Any = import_module("benchmark_scaling_memory")
 processes: Any = import_module("benchmark_scaling_processes")
+process = pytest.mark.process  # one axis is measured by default: the rest of what they share is
 SMALL = [*TINY, "rounds=2", "round_steps=1", "tracker=none"]
 WIDTH, DEPTH, PATCH, IMAGE, BATCH = 16, 2, 4, 16, 8  # of TINY
 
@@ -41,26 +43,18 @@ def options(*words: str) -> Any:
     return config.parse(scaling.Options, [*SMALL, *words], recipe.FOLDER)
 
 
-@settings(deadline=None, max_examples=50)
-@given(
-    st.lists(st.integers(1, 10**7), min_size=2, max_size=6, unique=True),
-    st.floats(-3, 3),
-    st.floats(1e-6, 1e3),
-)
+@given(st.lists(st.integers(1, 10**7), min_size=2, max_size=6, unique=True), st.floats(-3, 3), st.floats(1e-6, 1e3))
 def test_the_exponent_of_a_power_is_found(values: list[int], power: float, factor: float):
     assert exponents.exponent(values, [factor * value**power for value in values]) == pytest.approx(power, abs=1e-6)
 
 
-def test_a_line_has_numpys_slope_and_standard_error():
+def test_a_line_has_numpys_slope_and_standard_error_and_a_row_a_fit_a_round():
+    """Rounds in which the cost grows with power 2, 1 and 4; by the formula it is 3."""
     x, y = [0, 1, 2, 4, 7], [1.0, 2.5, 2.0, 5.5, 7.0]
     coefficients, covariance = np.polyfit(x, y, 1, cov=True)
     assert exponents.line(x, y) == pytest.approx((coefficients[0], np.sqrt(covariance[0, 0])))
     assert exponents.line([1, 3], [2, 8]) == (3.0, None)
     assert exponents.exponent([5], [1.0]) is None
-
-
-def test_a_row_has_a_fit_a_round():
-    """Rounds in which the cost grows with power 2, 1 and 4; by the formula it is 3."""
     seconds = {value: [value**2.0, value**1.0, value**4.0] for value in (2, 4, 8)} | {16: [1.0, 1.0, 1.0]}
     row = exponents.growth("size", "x", seconds, lambda v: 7.0 * v**3, lambda v: 10 * v, {16: "too large", 32: "gone"})
     assert (row["exponent"], row["exponent_spread"], row["formula"]) == (2, [1, 4], 3)
@@ -90,17 +84,13 @@ def flops(image: int = IMAGE, patch: int = PATCH, depth: int = DEPTH, width: int
 AXES = {"image": (16, 32, 48), "patch": (8, 4, 2), "depth": (1, 2, 5), "width": (16, 32, 64), "batch": (1, 4, 8)}
 
 
-@pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The rows of the step's axes."""
-    words = [f"{scaling.STEPS[axis]}={','.join(map(str, values))}" for axis, values in AXES.items()]
-    rows = measured(tmp_path_factory.mktemp("scaling"), f"axes={','.join(AXES)}", *words)
-    return {row["axis"]: row for row in rows}
+def words_of(axis: str) -> str:
+    return f"{scaling.STEPS[axis]}={','.join(map(str, AXES[axis]))}"
 
 
-@pytest.mark.parametrize("axis", AXES)
-def test_a_formula_is_the_one_by_hand(axis: str, steps: dict[str, dict[str, Any]]):
-    row, values = steps[axis], AXES[axis]
+@pytest.mark.parametrize("axis", ["image", *(pytest.param(axis, marks=process) for axis in AXES if axis != "image")])
+def test_a_formula_is_the_one_by_hand(axis: str, tmp_path: Path):
+    (row,), values = measured(tmp_path, f"axes={axis}", words_of(axis)), AXES[axis]
     costs = [flops() * value if axis == "batch" else flops(**{axis: value}) * BATCH for value in values]
     assert row["values"] == list(values)
     assert row["formula"] == pytest.approx(np.polyfit(np.log(values), np.log(costs), 1)[0], abs=1e-3)
@@ -119,13 +109,11 @@ def test_the_formulas_powers_are_those_of_a_large_model():
     expected = {"image": (2, 2.3), "patch": (-2.3, -2), "depth": (0.98, 1), "width": (1.7, 2)}
     values = {"image": (128, 256), "patch": (14, 28), "depth": (12, 24, 48), "width": (512, 1024)}
     for axis, (least, most) in expected.items():
-        costs = [by_formula(scaling.resolved(scaling.changed(large, axis, value))) for value in values[axis]]
+        costs = []
+        for value in values[axis]:
+            with torch.device("meta"):
+                costs.append(recipe.flops(recipe.build(scaling.resolved(scaling.changed(large, axis, value)), 1)))
         assert least < exponents.exponent(values[axis], costs) < most, axis
-
-
-def by_formula(made: Any) -> int:
-    with torch.device("meta"):
-        return recipe.flops(recipe.build(made, 1))
 
 
 def test_every_step_is_that_of_its_value(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -142,28 +130,21 @@ def test_every_step_is_that_of_its_value(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     monkeypatch.setattr(scaling.contestants, "ours", ours)
     monkeypatch.setattr(scaling, "race", lambda steps, *_: {who: [float(who) ** 1.5] * 2 for who in steps})
-    words = [f"{scaling.STEPS[axis]}={','.join(map(str, values))}" for axis, values in AXES.items()]
-    rows = measured(tmp_path, f"axes={','.join(AXES)}", *words)
+    rows = measured(tmp_path, f"axes={','.join(AXES)}", *map(words_of, AXES))
     assert [row["exponent"] for row in rows] == [1.5] * 5
-    assert set(seen) == {
-        *((8, image // 4, 2, 16) for image in AXES["image"]),
-        *((8, 16 // patch, 2, 16) for patch in AXES["patch"]),
-        *((8, 4, depth, 16) for depth in AXES["depth"]),
-        *((8, 4, 2, width) for width in AXES["width"]),
-        *((batch, 4, 2, 16) for batch in AXES["batch"]),
-    }
+    wanted = {"image": lambda v: (8, v // 4, 2, 16), "patch": lambda v: (8, 16 // v, 2, 16)}
+    wanted |= {"depth": lambda v: (8, 4, v, 16), "width": lambda v: (8, 4, 2, v), "batch": lambda v: (v, 4, 2, 16)}
+    assert set(seen) == {wanted[axis](value) for axis, values in AXES.items() for value in values}
     assert [seen[8, 4, 2, width][2:] for width in AXES["width"]] == [(2, 64), (4, 128), (8, 256)]
     assert all(images == batch for (batch, *_), (images, *_) in seen.items())
     assert {seen[8, 16 // patch, 2, 16][1] for patch in (2, 8)} == {2, 8}
 
 
 def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture):
-    real = scaling.contestants.ours
-
-    def ours(made: Any, *rest: Any) -> Callable[[], object]:
+    def ours(made: Any, *_: Any) -> Callable[[], object]:
         if made.batch == 32:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(made, *rest)
+        return lambda: None
 
     monkeypatch.setattr(scaling.contestants, "ours", ours)
     (row,) = measured(tmp_path, "axes=batch", "batches=8,16,32")
@@ -172,30 +153,30 @@ def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "batch 32: does not fit into the memory" in capsys.readouterr().out
 
 
+BIT = ["axes=width", "encoder.kind=bit", "head.kind=classifier", "data.image_size=32"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["axes=image", "images=16,30"], "cannot be cut into patches of 4"),
         (["axes=depth", "depths=0"], "depths"),
         (["axes=jump"], "axes"),
-        (["axes=width", "encoder.kind=bit", "head.kind=classifier"], "width is no number of encoder.kind=bit"),
+        (BIT, "width is no number of encoder.kind=bit"),
+        (["WORLD_SIZE=2"], "starts its processes itself"),  # of a launcher
     ],
 )
 def test_bad_values_are_refused_before_anything_is_measured(
     words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(scaling, "built", None)
-    given = words if "encoder.kind=bit" not in words else [*words, "data.image_size=32"]
-    tiny = SMALL if "encoder.kind=bit" not in words else [word for word in SMALL if not word.startswith("encoder.")]
+    if words == ["WORLD_SIZE=2"]:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        words = []
+    tiny = [word for word in SMALL if words != BIT or not word.startswith("encoder.")]
     with pytest.raises(Refusal, match=said) as end:
-        import_module("benchmark").main(["scaling", *tiny, *given])
+        import_module("benchmark").main(["scaling", *tiny, *words])
     assert end.value.code == USAGE
-
-
-def test_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(Refusal, match="starts its processes itself"):
-        list(scaling.measure(options()))
 
 
 @pytest.mark.parametrize(("samples", "shards"), [(5, 1), (640, 3), (2000, 50)])
@@ -212,18 +193,13 @@ def test_a_set_of_any_size_is_made_and_can_be_read(samples: int, shards: int, tm
     assert made.index(0)["label"].tolist() == [0] * each
 
 
+@process
 @pytest.mark.parametrize(("axis", "key"), [("samples", "samples=1000,4000"), ("shards", "shards=1,20")])
 def test_the_axes_of_data(axis: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(data, "PLANS", 5)
-    sizes: list[tuple[int, int]] = []
-    real = data.enlarged
-
-    def enlarged(plain: Any, folder: Path, samples: int, shards: int) -> Path:
-        sizes.append((samples, shards))
-        return real(plain, folder, samples, shards)
-
-    monkeypatch.setattr(data, "enlarged", enlarged)
-    start, plan, batch = measured(tmp_path, f"axes={axis}", key)
+    with patch.object(data, "enlarged", wraps=data.enlarged) as enlarged:
+        start, plan, batch = measured(tmp_path, f"axes={axis}", key)
+    sizes = [call.args[2:] for call in enlarged.call_args_list]
     assert sizes == ([(1000, 1), (4000, 4)] if axis == "samples" else [(2000, 1), (2000, 20)])
     values = [int(value) for value in key.partition("=")[2].split(",")]
     assert all(row["axis"] == axis and row["values"] == values for row in (start, plan, batch))
@@ -241,6 +217,7 @@ def test_a_set_that_cannot_be_read_is_no_measurement(tmp_path: Path):
     assert end.value.code == DATA
 
 
+@process
 def test_workers_are_fitted_up_to_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: Path):
     monkeypatch.setattr(data, "OPENING", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
@@ -263,6 +240,8 @@ def test_workers_are_fitted_up_to_the_cores(tmp_path: Path, monkeypatch: pytest.
     assert row["images_per_second"] == pytest.approx([BATCH / 1.2, BATCH / 0.6, BATCH / 0.3, BATCH / 0.2], rel=1e-2)
 
 
+@process
+@pytest.mark.ranks
 def test_two_processes_by_a_real_launch(tmp_path: Path):
     (row,) = measured(tmp_path, "axes=processes", "processes=2")
     assert (row["values"], row["exponent"], row["efficiency"]) == ([2], None, [1])
@@ -291,14 +270,13 @@ def test_processes_are_launched_with_as_many_images_each(monkeypatch: pytest.Mon
 
 
 def test_a_launch_that_fails_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    def run(command: list[str], **_: Any) -> Any:
-        return processes.subprocess.CompletedProcess(command, 1, stderr="what went wrong")
-
-    monkeypatch.setattr(processes.subprocess, "run", run)
+    failed = processes.subprocess.CompletedProcess([], 1, stderr="what went wrong")
+    monkeypatch.setattr(processes.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(Refusal, match="a launch of 1 ended with 1"):
         measured(tmp_path, "axes=processes", "processes=1")
 
 
+@process
 def test_memory_of_a_training_is_watched(tmp_path: Path, capsys: pytest.CaptureFixture):
     row, step = measured(tmp_path, "axes=batch,time", "batches=8", "steps_over_time=80", "flat_below=20000")
     assert (row["axis"], step["axis"]) == ("time", "batch")  # before others, whose freed memory would hide growth
@@ -309,6 +287,7 @@ def test_memory_of_a_training_is_watched(tmp_path: Path, capsys: pytest.CaptureF
     assert "flat, which is up to 20,000" in capsys.readouterr().out
 
 
+@process
 @pytest.mark.parametrize("where", ["the loop", "a worker"])
 def test_memory_that_grows_is_seen(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """50 kB a step that nobody gives back."""

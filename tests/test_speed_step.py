@@ -1,12 +1,16 @@
-"""The benchmarks of a step and of the loop, at tiny sizes: that contestants compute the same; no speed is judged."""
+"""The benchmarks of a step and of the loop, at tiny sizes: that contestants compute the same; no speed is judged.
+
+Turns, ratios and tables of all benchmarks are those of a clock that the test holds.
+"""
 
 import json
 import math
 import sys
-from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from itertools import repeat
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,16 +27,6 @@ benchmark, contestants, levers, products, racing = (
 )
 TINY = ["recipe=mpp_demo", "data.image_size=16", "encoder.patch=4", "encoder.width=32", "encoder.depth=2", "batch=4"]
 TINY += ["encoder.heads=2", "encoder.mlp=64"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state in the process; torch its kernels of attention, and linear layers their library."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def built() -> tuple[recipe.Recipe, Model, dict[str, torch.Tensor]]:
@@ -70,10 +64,8 @@ def test_without_a_lever_a_step_is_the_same_step(tmp_path: Path):
     assert len(steps) >= 7
     for who, build in steps.items():
         step = build()
-        found = []
-        for _ in range(3):
-            made_of_it = step()
-            found.append(made_of_it if isinstance(made_of_it, float) else float(made_of_it[0]))
+        answers = [step() for _ in range(3)]
+        found = [answer if isinstance(answer, float) else float(answer[0]) for answer in answers]
         assert found == pytest.approx(wanted, rel=1e-4), who
 
 
@@ -92,7 +84,7 @@ def test_rivals_take_the_same_steps(tmp_path: Path):
         assert float(fast()) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_the_products_are_the_steps(monkeypatch: pytest.MonkeyPatch):
+def test_the_products_are_the_steps():
     """Their FLOPs are the formula's, but for the gradient of the pixels, which only the products compute."""
     made, model, _ = built()
     counted = sum(6 * rows * given * out * count for rows, given, out, count in products.layers(made))
@@ -101,17 +93,9 @@ def test_the_products_are_the_steps(monkeypatch: pytest.MonkeyPatch):
     pixels = 2 * made.batch * 16 * 48 * 32
     assert counted - pixels == made.batch * recipe.flops(model)
     ways = products.products(made, torch.device("cpu"), half=False)
-    monkeypatch.setattr(torch, "mm", counting(torch.mm, calls := []))
-    ways["products"]()
-    assert len(calls) == 3 * sum(count for *_, count in products.layers(made))
-
-
-def counting(work, calls):
-    def run(*given, **named):
-        calls.append(given)
-        return work(*given, **named)
-
-    return run
+    with patch.object(torch, "mm", wraps=torch.mm) as mm:
+        ways["products"]()
+    assert mm.call_count == 3 * sum(count for *_, count in products.layers(made))
 
 
 def test_the_loop_is_measured_beside_the_bare_step_and_from_shards(shards: Path, tmp_path: Path):
@@ -130,6 +114,21 @@ def test_the_loop_is_measured_beside_the_bare_step_and_from_shards(shards: Path,
 def test_other_encoders_have_no_rivals():
     with pytest.raises(Refusal, match="rivals are plain ViTs, and the encoder is Axial-ViT"):
         benchmark.main(["step", "recipe=mpp_demo", "encoder.kind=axial", "rounds=1"])
+
+
+def test_contestants_take_turns_each_begins_a_round_and_speed_is_a_median_of_ratios_within_rounds():
+    takes, order = {"a": 1.0, "b": 2.0, "c": 4.0}, []
+    contestants = {who: partial(order.append, who) for who in takes}
+    seconds = racing.race(contestants, 3, steps=2, warm_up=1, clock=lambda: sum(takes[who] for who in order))
+    assert seconds == {who: [each] * 3 for who, each in takes.items()}
+    assert "".join(order) == "abc" + "aabbcc" + "bbccaa" + "ccaabb"
+    seconds = {"a": [1.0, 2.0, 4.0], "b": [2.0, 2.0, 2.0]}
+    row = racing.speed(seconds, "a", 10, "b")
+    assert row == {"images_per_second": 5.0, "milliseconds": 2000.0, "ratio": 1.0, "ratio_spread": [0.5, 2.0]}
+    assert racing.speed(seconds, "b", 10, None)["ratio"] is None
+    assert racing.between(row["ratio_spread"]) == "0.50-2.00"
+    lines = racing.grid(["who", "speed"], [["ours", "10.5"], ["theirs alone", "9"]]).splitlines()
+    assert lines == ["who             speed", "ours             10.5", "theirs alone        9"]
 
 
 @pytest.mark.long

@@ -1,6 +1,7 @@
 """The sweep of learning rates (paper B.1.1): judged on a held-out part of train, then all of train, test read once."""
 
 import json
+import os
 import shutil
 import statistics
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
+from ssl_vit import inject, tuning
 from ssl_vit.data import manifest
 from ssl_vit.data.samples import Data
 from ssl_vit.data.stream import TrainingStream, parts
-from tests import odd, runs, synthetic
-from tests.conftest import TINY
-from tests.starts import Start
+from tests import frozen, odd, runs, synthetic
+from tests.conftest import TINY, once
+from tests.frozen import results as told
+from tests.starts import Start, call
 
 RATES = ("30", "0.3")  # the first learns nothing
 SWEEP = [*TINY, "steps=12", "log_every=4", "save_every=4", "optim.warmup_steps=2", "tracker=none", "compile=false"]
@@ -26,30 +29,23 @@ def words(shards: Path, run: Path, *more: str) -> list[str]:
     return [*SWEEP, f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", *more]
 
 
-def start(tmp_path: Path, shards: Path, *more: str, run: str = "run", **options: Any) -> Start:
-    return Start(words(shards, tmp_path / run, *more), tmp_path / "logs", tool="finetune", **options)
-
-
-def told(run: Path) -> dict[str, Any]:
-    return json.loads((run / "results.json").read_text())
+def sweep(shards: Path, run: Path, *more: str) -> None:
+    frozen.run_tool("finetune", words(shards, run, *more), run.parent)
 
 
 def asked(run: Path) -> dict[str, Any]:
     return yaml.safe_load((run / "recipe.yaml").read_text())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthetic.hard(tmp_path_factory.mktemp("hard"))
+    return once(tmp_path_factory, "kinds-of-noise", synthetic.hard) / "shards"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def swept(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of two rates, then three runs, that nothing happened to."""
-    folder = tmp_path_factory.mktemp("swept")
-    begun = start(folder, shards)
-    assert begun.wait() == [0], begun.said()
-    return folder / "run"
+    """A sweep of two rates, then three runs, that nothing happened to; tests only read it."""
+    return once(tmp_path_factory, "swept", lambda folder: sweep(shards, folder / "run")) / "run"
 
 
 @pytest.mark.parametrize(
@@ -135,9 +131,8 @@ def bits(run: Path) -> dict[str, bytes]:
     """All bits of its trainings, of which a member of the sweep keeps its numbers alone, and what it says."""
     found = {}
     for place in TRAININGS:
-        left = (
-            runs.results(run / place) if place.startswith("seed") else {"rows": repr(runs.rows(run / place)).encode()}
-        )
+        final = place.startswith("seed")
+        left = runs.results(run / place) if final else {"rows": repr(runs.rows(run / place)).encode()}
         found |= {f"{place}: {name}": value for name, value in left.items()}
     said = {name: value for name, value in told(run).items() if name not in ("protocol", "command")}
     return found | {"results": json.dumps(said, sort_keys=True).encode()}
@@ -149,72 +144,78 @@ def stamps(place: Path) -> dict[str, int]:
     return {path.relative_to(place).as_posix(): path.stat().st_mtime_ns for path in files}
 
 
-@pytest.mark.parametrize("begun", ["sweep/lr-0.3", "seed-1"])
-def test_a_killed_sweep_goes_on_in_the_member_it_was_in(begun: str, swept: Path, shards: Path, tmp_path: Path):
+def hit_in_a_member() -> None:
+    """Have the training MEMBER meet the fault FAULT, and no other."""
+    whole = tuning.train
+
+    def train(session: Any, recipe: Any, folder: Any) -> Any:
+        inject.arm(os.environ["FAULT"] if recipe.run.endswith(os.environ["MEMBER"]) else "")
+        return whole(session, recipe, folder)
+
+    tuning.train = train
+
+
+@pytest.mark.parametrize(
+    ("member", "fault"),
+    [
+        ("seed-1", "kill:point=save.published:step=4"),
+        ("sweep/lr-30", "term:point=row:step=4"),
+        pytest.param("sweep/lr-0.3", "kill:point=save.published:step=4", marks=pytest.mark.process),
+        pytest.param("sweep/lr-30", "kill:point=save.mid:step=8", marks=pytest.mark.process),
+        pytest.param("sweep/lr-30", "kill:point=finish", marks=pytest.mark.process),
+    ],
+)
+def test_a_sweep_that_is_stopped_goes_on_in_the_member_it_was_in(member, fault, swept, shards: Path, tmp_path: Path):
+    """A kill, and a signal, which stops the whole sweep with 75 and a checkpoint, and not the member alone."""
     run = tmp_path / "run"
-    first = start(tmp_path, shards)
-    first.until(lambda: any((run / begun / "checkpoints").glob("step-*4")))
-    first.kill()
-    assert first.wait() == [-9]
+    options: dict[str, Any] = {"tool": "finetune", "prepare": hit_in_a_member, "MEMBER": member, "FAULT": fault}
+    first = Start(words(shards, run), tmp_path / "logs", **options)
+    assert first.wait() == [-9 if fault.startswith("kill") else 75], first.said()
+    begun = TRAININGS.index(member)
     done = [place for place in TRAININGS if (run / place / "results.json").exists()]
-    assert done == TRAININGS[: TRAININGS.index(begun)]
+    assert done == TRAININGS[:begun]
+    assert not any((run / place / "metrics.jsonl").exists() for place in TRAININGS[begun + 1 :])
     assert not (run / "results.json").exists()
     before = {place: stamps(run / place) for place in done}
-    again = start(tmp_path, shards)
-    assert again.wait() == [0], again.said()
-    for place in done:  # neither trained nor judged again
-        assert stamps(run / place) == before[place], place
+    sweep(shards, run)
+    assert {place: stamps(run / place) for place in done} == before  # neither trained nor judged again
     assert runs.differing(bits(run), bits(swept)) == {}
 
 
-@pytest.mark.parametrize("fault", ["kill:point=save.mid:step=8", "kill:point=finish"])
-def test_a_sweep_survives_a_kill_at_a_place(fault: str, swept: Path, shards: Path, tmp_path: Path):
-    first = start(tmp_path, shards, fault=fault)
-    assert first.wait() == [-9], first.said()
-    again = start(tmp_path, shards)
-    assert again.wait() == [0], again.said()
-    assert runs.differing(bits(tmp_path / "run"), bits(swept)) == {}
+def test_a_finished_sweep_is_left_alone_and_seeds_can_be_added(swept: Path, shards: Path, tmp_path: Path):
+    """A fourth run beside the three that are there, which are not trained again."""
+    run = shutil.copytree(swept, tmp_path / "run")
+    before = {place: stamps(run / place) for place in TRAININGS}
+    for more in ((), ("seeds=4",)):
+        sweep(shards, run, *more)
+        assert {place: stamps(run / place) for place in TRAININGS} == before
+    tops = [told(run / f"seed-{seed}")["top1"] for seed in range(4)]
+    assert told(run)["top1_sd"] == pytest.approx(statistics.stdev(tops))
 
 
-def test_a_signal_stops_the_whole_sweep(swept: Path, shards: Path, tmp_path: Path):
-    """75 and a checkpoint, not the next member."""
-    first = start(tmp_path, shards, fault="term:point=row:step=4")
-    assert first.wait() == [75], first.said()
-    assert not (tmp_path / "run" / "sweep" / f"lr-{RATES[1]}" / "metrics.jsonl").exists()
-    again = start(tmp_path, shards)
-    assert again.wait() == [0], again.said()
-    assert runs.differing(bits(tmp_path / "run"), bits(swept)) == {}
-
-
-def test_a_finished_sweep_is_left_alone(swept: Path, shards: Path):
-    before = {place: stamps(swept / place) for place in TRAININGS}
-    again = Start(words(shards, swept), swept.parent / "logs", tool="finetune")
-    assert again.wait() == [0], again.said()
-    assert {place: stamps(swept / place) for place in TRAININGS} == before
-
-
+@pytest.mark.process
+@pytest.mark.ranks
 def test_two_processes_sweep_as_one_does(swept: Path, shards: Path, tmp_path: Path):
-    both = start(tmp_path, shards, world=2)
-    assert both.wait(120) == [0, 0], both.said()
+    frozen.run_tool("finetune", words(shards, tmp_path / "run"), tmp_path, world=2)
     mine, theirs = told(tmp_path / "run"), told(swept)
     assert (mine["lr"], mine["samples"]) == (theirs["lr"], theirs["samples"])
     assert [row["top1"] for row in mine["seeds"]] == pytest.approx([row["top1"] for row in theirs["seeds"]], abs=0.11)
 
 
+SHORT = ["sweep.lr=0.3", "seeds=1"]
+
+
 def test_a_given_split_judges_the_sweep(shards: Path, tmp_path: Path):
-    begun = start(tmp_path, shards, f"sweep.val={shards}/train", "seeds=1", "sweep.lr=0.3")
-    assert begun.wait() == [0], begun.said()
-    val = manifest.load(shards / "train").samples
+    sweep(shards, tmp_path / "run", *SHORT, f"sweep.val={shards}/train")
     member = tmp_path / "run" / "sweep" / "lr-0.3"
-    assert told(member)["samples"] == val
+    assert told(member)["samples"] == manifest.load(shards / "train").samples
     assert asked(member)["data"]["hold_out"] == 0.0
-    assert "top1_sd" not in told(tmp_path / "run") or told(tmp_path / "run")["top1_sd"] is None
+    assert told(tmp_path / "run").get("top1_sd") is None
 
 
 def test_a_rate_that_diverges_is_the_worst_and_ends_nothing(shards: Path, tmp_path: Path):
     wild = ["sweep.lr=0.05,1e36", "seeds=1", "optim.clip=none", "optim.momentum=0.99", "steps=30", "save_every=30"]
-    begun = start(tmp_path, shards, *wild)
-    assert begun.wait() == [0], begun.said()
+    sweep(shards, tmp_path / "run", *wild)
     tried = told(tmp_path / "run")["sweep"]["tried"]
     assert "diverged" in tried[1]
     assert "diverged" not in tried[0]
@@ -222,23 +223,13 @@ def test_a_rate_that_diverges_is_the_worst_and_ends_nothing(shards: Path, tmp_pa
     assert "diverged" in (tmp_path / "run" / "report.md").read_text()
 
 
-def test_what_chooses_the_rate_may_not_judge_it(shards: Path, tmp_path: Path):
-    begun = start(tmp_path, shards, f"sweep.val={shards}/val")
-    assert begun.wait() == [64]
-    assert "sweep.val: is data.val" in begun.said()
-
-
-def test_results_are_not_told_of_other_data(shards: Path, tmp_path: Path):
-    for seeds in ("1", "2"):
-        words = ["sweep.lr=", f"seeds={seeds}", f"run={tmp_path}/run{seeds}"]
-        begun = start(tmp_path, shards, *words)
-        assert begun.wait() == [0], begun.said()
-        again = start(tmp_path, shards, *words, f"data.val={shards}/train")
-        assert again.wait() == [78], again.said()
-        assert "other data" in again.said()
-
-
-SHORT = ["sweep.lr=0.3", "seeds=1"]
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_results_are_not_told_of_other_data(seeds: int, shards: Path, tmp_path: Path):
+    more = ["sweep.lr=", f"seeds={seeds}"]
+    sweep(shards, tmp_path / "run", *more)
+    again = call("finetune", words(shards, tmp_path / "run", *more, f"data.val={shards}/train"))
+    assert again.code == 78, again.said
+    assert "other data" in again.said
 
 
 @pytest.mark.parametrize(
@@ -253,47 +244,34 @@ SHORT = ["sweep.lr=0.3", "seeds=1"]
         (["data.val=none"], 64, "data.val: it must be given"),
         (["data.val=/nowhere"], 65, "/nowhere: no such folder"),
         (["metrics.label_sets=/nowhere.json"], 65, "/nowhere.json: cannot be read"),
+        (["sweep.val={shards}/val"], 64, "sweep.val: is data.val"),
         (["data.val=none", "data.hold_out=0.2"], 64, "data.hold_out: what judges the rates would judge the final"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_anything_is_trained(more, code, text, shards: Path, tmp_path: Path):
-    begun = start(tmp_path, shards, *more)
-    assert begun.wait() == [code], begun.said()
-    assert text in begun.said().strip().splitlines()[-1]
-    assert "Traceback" not in begun.said()
+    ended = call("finetune", words(shards, tmp_path / "run", *(word.format(shards=shards) for word in more)))
+    assert ended.code == code, ended.said
+    assert text in ended.line
+    assert "Traceback" not in ended.said
     assert not list(tmp_path.glob("run/**/metrics.jsonl"))
 
 
 def test_a_fresh_start_takes_nothing_over(shards: Path, tmp_path: Path):
-    first = start(tmp_path, shards, *SHORT)
-    assert first.wait() == [0], first.said()
-    made = {path.name for path in (tmp_path / "run").iterdir()} - {".lock", "exit.json"}
-    again = start(tmp_path, shards, *SHORT, "fresh=true", "steps=4")
-    assert again.wait() == [0], again.said()
-    aside = next((tmp_path / "run").glob("before-*"))
+    run = tmp_path / "run"
+    sweep(shards, run, *SHORT)
+    made = {path.name for path in run.iterdir()} - {".lock", "exit.json"}
+    sweep(shards, run, *SHORT, "fresh=true", "steps=4")
+    aside = next(run.glob("before-*"))
     assert {path.name for path in aside.iterdir()} == made
-    assert asked(tmp_path / "run" / "sweep" / "lr-0.3")["steps"] == 4
-
-
-def test_seeds_can_be_added(swept: Path, shards: Path, tmp_path: Path):
-    """A fourth run beside the three that are there, which are not trained again."""
-    run = shutil.copytree(swept, tmp_path / "run")
-    before = {place: stamps(run / place) for place in TRAININGS}
-    more = start(tmp_path, shards, "seeds=4")
-    assert more.wait() == [0], more.said()
-    assert {place: stamps(run / place) for place in TRAININGS} == before
-    tops = [told(run / f"seed-{seed}")["top1"] for seed in range(4)]
-    assert told(run)["top1_sd"] == pytest.approx(statistics.stdev(tops))
+    assert asked(run / "sweep" / "lr-0.3")["steps"] == 4
 
 
 def test_label_sets_are_averaged_over_the_runs(shards: Path, tmp_path: Path):
     sets = {f"{number:03d}.png": [[], [number % 3], [0, 1]][number % 7 % 3] for number in range(60)}
     (tmp_path / "sets.json").write_text(json.dumps(sets))
-    more = ["sweep.lr=", "seeds=2", "optim.lr=0.3", f"metrics.label_sets={tmp_path / 'sets.json'}"]
-    begun = start(tmp_path, shards, *more)
-    assert begun.wait() == [0], begun.said()
-    found = [told(tmp_path / "run" / f"seed-{seed}")["label_sets"] for seed in range(2)]
-    mean = told(tmp_path / "run")["label_sets"]
+    run, more = tmp_path / "run", ["sweep.lr=", "seeds=2", "optim.lr=0.3"]
+    sweep(shards, run, *more, f"metrics.label_sets={tmp_path / 'sets.json'}")
+    found, mean = [told(run / f"seed-{seed}")["label_sets"] for seed in range(2)], told(run)["label_sets"]
     assert mean["samples"] == found[0]["samples"] == sum(bool(one) for one in sets.values())
     assert mean["top1"] == pytest.approx(statistics.mean(one["top1"] for one in found))
     assert mean["top1_sd"] == pytest.approx(statistics.stdev(one["top1"] for one in found))
@@ -303,16 +281,13 @@ def test_a_task_killed_before_its_page_is_written_gets_it(shards: Path, tmp_path
     """Its training has written results.json by then, which is not yet all of the task's."""
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "one").symlink_to(shards)
-    listed = yaml.safe_dump(
-        {"tasks": [{"name": "one", "train": "train", "val": "val"}], "tasks_root": f"{tmp_path}/root"}
-    )
-    (tmp_path / "suite.yaml").write_text(listed)
+    listed = {"tasks": [{"name": "one", "train": "train", "val": "val"}], "tasks_root": f"{tmp_path}/root"}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(listed))
     suite = [f"recipe={tmp_path / 'suite.yaml'}", *SWEEP, *SHORT, f"run={tmp_path / 'run'}"]
     first = Start(suite, tmp_path / "logs", tool="finetune", prepare=odd.killed_before_it_tells)
     assert first.wait() == [-9], first.said()
     assert (tmp_path / "run" / "one" / "results.json").exists()
-    again = Start(suite, tmp_path / "logs", tool="finetune")
-    assert again.wait() == [0], again.said()
+    frozen.run_tool("finetune", suite, tmp_path)
     assert told(tmp_path / "run" / "one")["lr"] == 0.3
     assert (tmp_path / "run" / "one" / "report.html").exists()
     assert told(tmp_path / "run")["mean"] == told(tmp_path / "run" / "one")["top1"]
@@ -320,9 +295,6 @@ def test_a_task_killed_before_its_page_is_written_gets_it(shards: Path, tmp_path
 
 def test_a_folder_of_images_is_converted_once(shards: Path, tmp_path: Path):
     images = shards.parent / "images"
-    more = ["sweep.lr=0.3", "seeds=2", f"data.train={images}", f"data.val={images}"]
-    begun = start(tmp_path, shards, *more)
-    assert begun.wait() == [0], begun.said()
-    made = {path.parent.parent for path in tmp_path.rglob("manifest.json")}
-    assert [path.parent for path in made] == [tmp_path / "shards"]
+    sweep(shards, tmp_path / "run", "sweep.lr=0.3", "seeds=2", f"data.train={images}", f"data.val={images}")
+    assert {path.parents[2] for path in tmp_path.rglob("manifest.json")} == {tmp_path / "shards"}
     assert told(tmp_path / "run")["samples"] == 60

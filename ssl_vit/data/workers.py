@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing import connection
 from multiprocessing.queues import Queue
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
@@ -92,13 +93,26 @@ def _bounded(iterator: Any, timeout: float) -> Iterator[Any]:
     try:
         while True:
             asked.append(time.monotonic())
-            batch = next(iterator, over)
+            try:
+                batch = next(iterator, over)
+            except (ConnectionError, EOFError) as error:
+                raise _worker_error(iterator, error) from error
             asked.clear()
             if batch is over:
                 return
             yield batch
     finally:
         over.set()
+
+
+def _worker_error(iterator: Any, error: Exception) -> Exception:
+    """torch's own error where a worker ended while it handed over a batch: its socket may break before torch sees it.
+
+    An error of the data set, which a living worker passed on, stays as it is.
+    """
+    ended = connection.wait([worker.sentinel for worker in iterator._workers], timeout=1.0)
+    gone = ", ".join(str(worker.pid) for worker in iterator._workers if worker.sentinel in ended)
+    return RuntimeError(f"DataLoader worker (pid(s) {gone}) exited unexpectedly") if ended else error
 
 
 def now_at(sample: int) -> None:

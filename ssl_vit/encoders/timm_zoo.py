@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ssl_vit.encoders.linear import convolve_in_fp32_on_cpu
 from ssl_vit.encoders.pixels import NO_CLASS_TOKEN, Normalised, Pixels, Pool
 from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.model import Edit
@@ -141,6 +142,7 @@ class TimmEncoder(Normalised):
     def __init__(self, config: Any):
         super().__init__(config)
         self.model = config.create()
+        convolve_in_fp32_on_cpu(self.model)
         with torch.device("meta"), torch.enable_grad():
             twin, seen = config.create().eval(), []
             if hasattr(twin, "patch_embed"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssl_vit.encoders import positions
-from ssl_vit.encoders.linear import Linear, linear
+from ssl_vit.encoders.linear import Linear, convolve_in_fp32_on_cpu, linear
 from ssl_vit.encoders.pixels import NO_CLASS_TOKEN, Normalised, Pixels
 from ssl_vit.model import Edit
 
@@ -317,6 +317,7 @@ class VitEncoder(Normalised):
         self.offsets = self._offsets(config.grid) if config.where == "shared" else None
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self._initialise()
+        convolve_in_fp32_on_cpu(self.patch_embed)
 
     def _patches(self) -> nn.Module:
         if isinstance(self.config, Vit) and self.config.stem == "r50":

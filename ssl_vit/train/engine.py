@@ -5,14 +5,15 @@ so a checkpoint of one engine and world size is a checkpoint of all, and an expo
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ssl_vit.train.checkpoint import Tensors
-from ssl_vit.train.norms import squares
+from ssl_vit.train.norms import local, squares
 from ssl_vit.train.optim import Optim
 
 if TYPE_CHECKING:
@@ -55,6 +56,25 @@ class Engine:
         self._prepared.zero_grad()
         return norm
 
+    def gradients(self, value: Callable[[], Tensor]) -> list[Tensor]:
+        """This process's part of the gradient of a value, which `value` computes by the wrapped model.
+
+        Of every learned parameter, zeros where the value does not depend on it. No update follows, and nothing is left
+        behind. Averaged over processes where parameters are cut over them, as FSDP2 does it; else this process's own.
+        """
+        if self.replicated:
+            with getattr(self.model, "no_sync", nullcontext)():
+                return self._differentiate(value())
+        value().backward()
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.learned.values()]
+        self._prepared.zero_grad()
+        return [local(gradient) for gradient in found]
+
+    def _differentiate(self, value: Tensor) -> list[Tensor]:
+        """By autograd alone: the hooks by which DDP and ZeRO reduce gradients are not called."""
+        learned = list(self.learned.values())
+        return list(torch.autograd.grad(value, learned, allow_unused=True, materialize_grads=True))
+
     def gradient_squares(self) -> dict[str, Tensor]:
         """Before a step, the sum of squares of each layer's gradients; what processes hold adds up."""
         return squares(((name, p.grad) for name, p in self.parameters.items()), self._copies())
@@ -70,6 +90,11 @@ class Engine:
     def replicated(self) -> bool:
         """Whether every process holds a copy of all weights, and updates it by itself."""
         return not any(map(_is_dtensor, self.parameters.values()))
+
+    @property
+    def cuts_gradients(self) -> bool:
+        """Whether `gradients` gives a part of them, as FSDP2 does."""
+        return not self.replicated
 
     def forget_gathered(self) -> None:
         """After parameters were written to: FSDP2 would go on with what it gathered for a pass without backward."""
@@ -120,6 +145,17 @@ class Zero(Engine):
         norm = math.inf if self._zero.overflow else self.model.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.model.device)
 
+    def gradients(self, value: Callable[[], Tensor]) -> list[Tensor]:
+        """This process's own, of whole parameters; see `Engine`.
+
+        Of DeepSpeed's module, whose hooks gather parameters under stage 3: its engine would reduce after any backward.
+        """
+        engine, self.model = self.model, self.model.module
+        try:
+            return self._differentiate(value())
+        finally:
+            self.model = engine
+
     def gradient_squares(self) -> dict[str, Tensor]:
         """None: DeepSpeed is through with the gradients when `backward` returns."""
         return {}
@@ -134,6 +170,11 @@ class Zero(Engine):
     @property
     def replicated(self) -> bool:
         """Each process's copy, where there is one, is overwritten with every update."""
+        return False
+
+    @property
+    def cuts_gradients(self) -> bool:
+        """Autograd gives whole ones before ZeRO cuts them."""
         return False
 
     @property

@@ -29,6 +29,7 @@ from ssl_vit.train.optim import Optim, set_rate
 from ssl_vit.train.outfit import cuts_layers, outfit, pin_attention
 from ssl_vit.train.pace import Loop, drawn, judged, shared, told
 from ssl_vit.train.peak import Peak
+from ssl_vit.train.precision import compare_with_fp32
 from ssl_vit.train.profile import Profile
 from ssl_vit.train.run import Run
 from ssl_vit.train.state import on_main, resume
@@ -134,6 +135,8 @@ def fit(
     if loop.verify_step:
         batches = verified(accelerator, task.model, batches, loop.seed)
     engine = prepare(accelerator, task.model, task.optim, moments)
+    if half and accelerator.device.type == "cpu":
+        batches = compare_with_fp32(accelerator, engine, task.model, batches)
     average = Average(engine, loop.average, state.average) if loop.average is not None else None
     del moments
     engine.model.register_forward_pre_hook(lambda *_: beat(f"step {run.step + 1}"))  # of an evaluation too

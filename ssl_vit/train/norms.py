@@ -27,10 +27,11 @@ def squares(tensors: Iterable[tuple[str, Tensor | None]], copies: int = 1) -> di
     found: dict[str, list[Tensor]] = defaultdict(list)
     for name, tensor in tensors:
         if tensor is not None:
-            found[layer_of(name)].append(_local(tensor))
+            found[layer_of(name)].append(local(tensor))
     return {layer: get_total_norm(parts).double().square() / copies for layer, parts in found.items()}
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor that may be a DTensor."""
     tensor = tensor.detach()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[attr-defined]

@@ -1,6 +1,8 @@
 """What is put on a model before an engine wraps it: recomputation, compiled blocks, autocast."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,20 @@ def outfit(
         model.encoder.residual = torch.bfloat16
     if uses_bf16(precision):
         model.forward = torch.autocast(device, dtype=torch.bfloat16)(model.forward)
+
+
+@contextmanager
+def in_fp32(model: Model) -> Iterator[None]:
+    """A model that `outfit` has computing in bf16, in fp32 for as long as this lasts."""
+    low, residual = model.__dict__.pop("forward"), getattr(model.encoder, "residual", None)
+    if residual is not None:
+        model.encoder.residual = None
+    try:
+        yield
+    finally:
+        model.forward = low
+        if residual is not None:
+            model.encoder.residual = residual
 
 
 def pin_attention(attention: Attention, model: Model, device: torch.device, half: bool, images: int) -> None:

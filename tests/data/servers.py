@@ -1,5 +1,6 @@
 """Real servers on this machine: a web server that keeps count and fails as it is told, and moto's S3."""
 
+import functools
 import logging
 import os
 import time
@@ -21,13 +22,46 @@ from ssl_vit.data import remote
 from ssl_vit.exits import Refusal
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a web server sends for a file."""
+
+    code: int = 200  # 0: the connection is closed without a word
+    change: Callable[[bytes], bytes] = bytes  # other bytes than the file's, honestly announced
+    more: int | None = 0  # bytes announced beyond those that come; None: no length, the end tells
+    cut: int | None = None  # the connection breaks after so many bytes
+    drip: tuple[int, float] | None = None  # so many bytes at a time, and seconds of pause after each
+    late: float = 0  # seconds before the first word
+    where: str = ""  # another place
+
+    def send(self, handler: "Handler", data: bytes) -> None:
+        time.sleep(self.late)
+        handler.close_connection |= not self.code or self.more != 0 or self.cut is not None
+        if not self.code:
+            return
+        data = self.change(data) if self.code == 200 else b"" if self.where else b"error"
+        length = ("Connection", "close") if self.more is None else ("Content-Length", str(len(data) + self.more))
+        handler.send_response(self.code)
+        for name, value in (length, *([("Location", self.where)] if self.where else [])):
+            handler.send_header(name, value)
+        handler.end_headers()
+        data = b"" if handler.command == "HEAD" else data[: self.cut]
+        size, pause = self.drip or (len(data) or 1, 0)
+        for first in range(0, len(data), size):
+            handler.body(data[first : first + size])
+            time.sleep(pause)
+
+
+GONE = Answer(0)
+
+
 @dataclass
 class Site:
     """A folder on the web: who asked for what, how many bytes left, and what is answered instead of the file."""
 
     folder: Path
     url: str = ""
-    faults: "Callable[[str, int], Answer | None]" = lambda path, nth: None  # nth: 0 for the first GET of a path
+    faults: Callable[[str, int], Answer | None] = lambda path, nth: None  # nth: 0 for the first GET of a path
     got: Counter[str] = field(default_factory=Counter)  # GET requests by path
     asked: Counter[str] = field(default_factory=Counter)  # HEAD requests by path
     sent: Counter[str] = field(default_factory=Counter)  # body bytes by path
@@ -35,9 +69,14 @@ class Site:
     connections: int = 0
     lock: Lock = field(default_factory=Lock)
 
-    def bytes(self, suffix: str = ".tar") -> int:
-        """Body bytes of all files of a kind."""
-        return sum(count for path, count in self.sent.items() if path.endswith(suffix))
+    def put(self, url: str, data: bytes | None) -> None:
+        """Store a file; none: delete it."""
+        path = self.folder / url.removeprefix(f"{self.url}/")
+        path.unlink() if data is None else path.write_bytes(data)
+
+    def count(self, counter: Counter[str], suffix: str = ".tar") -> int:
+        """Of `got`, `asked` or `sent`, for all files of a kind."""
+        return sum(count for path, count in counter.items() if path.endswith(suffix))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -58,137 +97,23 @@ class Handler(BaseHTTPRequestHandler):
         self._do(self.site.asked)
 
     def _do(self, seen: Counter[str]) -> None:
-        path = unquote(self.path).lstrip("/")
+        self.place = unquote(self.path).lstrip("/")
         with self.site.lock:
-            nth = seen[path]
-            seen[path] += 1
+            nth = seen[self.place]
+            seen[self.place] += 1
             self.site.headers.append(dict(self.headers))
-        file = self.site.folder / path
-        answer = self.site.faults(path, nth)
-        if answer is not None:
-            answer(self, file.read_bytes() if file.is_file() else b"")
-        elif file.is_file():
-            self.head(200, file.stat().st_size)
-            self.body(file.read_bytes())
-        else:
-            self.head(404, 0)
-
-    def head(self, code: int, length: int | None, **more: str) -> None:
-        self.send_response(code)
-        for name, value in more.items():
-            self.send_header(name, value)
-        if length is None:
-            self.send_header("Connection", "close")
-            self.close_connection = True
-        else:
-            self.send_header("Content-Length", str(length))
-        self.end_headers()
+        file = self.site.folder / self.place
+        answer = self.site.faults(self.place, nth) or Answer(200 if file.is_file() else 404)
+        answer.send(self, file.read_bytes() if file.is_file() else b"")
 
     def body(self, data: bytes) -> None:
-        if self.command == "HEAD":
-            return
         self.wfile.write(data)
         self.wfile.flush()
         with self.site.lock:
-            self.site.sent[unquote(self.path).lstrip("/")] += len(data)
-
-    def hang_up(self) -> None:
-        self.close_connection = True
+            self.site.sent[self.place] += len(data)
 
     def log_message(self, *_: object) -> None:  # type: ignore[override]
         pass
-
-
-Answer = Callable[[Handler, bytes], None]
-
-
-def status(code: int) -> Answer:
-    """An error of the server."""
-
-    def answer(handler: Handler, data: bytes) -> None:
-        del data
-        handler.head(code, 5)
-        handler.body(b"error")
-
-    return answer
-
-
-def cut(at: int) -> Answer:
-    """The connection breaks after so many bytes."""
-
-    def answer(handler: Handler, data: bytes) -> None:
-        handler.head(200, len(data))
-        handler.body(data[:at])
-        handler.hang_up()
-
-    return answer
-
-
-def drip(size: int, pause: float) -> Answer:
-    """So few bytes at a time, and a pause after each."""
-
-    def answer(handler: Handler, data: bytes) -> None:
-        handler.head(200, len(data))
-        for first in range(0, len(data), size):
-            handler.body(data[first : first + size])
-            time.sleep(pause)
-
-    return answer
-
-
-def late(pause: float) -> Answer:
-    """Nothing for a while, then the file."""
-
-    def answer(handler: Handler, data: bytes) -> None:
-        time.sleep(pause)
-        handler.head(200, len(data))
-        handler.body(data)
-
-    return answer
-
-
-def other(change: Callable[[bytes], bytes]) -> Answer:
-    """Other bytes than the file's, honestly announced."""
-
-    def answer(handler: Handler, data: bytes) -> None:
-        data = change(data)
-        handler.head(200, len(data))
-        handler.body(data)
-
-    return answer
-
-
-def lying(by: int) -> Answer:
-    """More (or fewer) bytes announced than there are."""
-
-    def answer(handler: Handler, data: bytes) -> None:
-        handler.head(200, len(data) + by)
-        handler.body(data)
-        handler.hang_up()
-
-    return answer
-
-
-def unsaid(handler: Handler, data: bytes) -> None:
-    """No length: the end of the connection is the end of the file."""
-    handler.head(200, None)
-    handler.body(data)
-
-
-def redirect(where: str) -> Answer:
-    """Another place."""
-
-    def answer(handler: Handler, data: bytes) -> None:
-        del data
-        handler.head(302, 0, Location=where)
-
-    return answer
-
-
-def gone(handler: Handler, data: bytes) -> None:
-    """The connection is closed without a word."""
-    del data
-    handler.hang_up()
 
 
 class Server(ThreadingHTTPServer):
@@ -212,7 +137,7 @@ def site(folder: Path) -> Iterator[Site]:
         try:
             yield made
         finally:
-            made.faults = lambda path, nth: gone  # for connections that are kept open
+            made.faults = lambda path, nth: GONE  # for connections that are kept open
             server.shutdown()
             thread.join()
 
@@ -237,13 +162,13 @@ class Buckets:
         self.client.create_bucket(Bucket=name)
         return f"s3://{name}"
 
-    def put(self, url: str, data: bytes) -> None:
+    def put(self, url: str, data: bytes | None) -> None:
+        """Store an object; none: delete it."""
         name, _, key = url.removeprefix("s3://").partition("/")
-        self.client.put_object(Bucket=name, Key=key, Body=data)
-
-    def delete(self, url: str) -> None:
-        name, _, key = url.removeprefix("s3://").partition("/")
-        self.client.delete_object(Bucket=name, Key=key)
+        if data is None:
+            self.client.delete_object(Bucket=name, Key=key)
+        else:
+            self.client.put_object(Bucket=name, Key=key, Body=data)
 
     def contents(self, url: str) -> dict[str, bytes]:
         """Name -> bytes of all below a URL, by boto3 alone."""
@@ -309,9 +234,9 @@ def at_s3(environment: dict[str, str], home: Path) -> Iterator[None]:
 
 def hurry(patch: pytest.MonkeyPatch, tries: int = 3, pause: float = 0.01, patience: float = 0.5) -> None:
     """Shorter times than those for the internet; processes forked later have them too, others have not."""
-    patch.setattr(remote, "TRIES", tries)
-    patch.setattr(remote, "PAUSE", pause)
-    patch.setattr(remote, "PATIENCE", patience)
+    for name, value in {"TRIES": tries, "PAUSE": pause, "PATIENCE": patience}.items():
+        patch.setattr(remote, name, value)
+    patch.setattr(remote, "_web", functools.cache(remote._web.__wrapped__))  # it remembers the patience, too
 
 
 def refused(call: Callable[[], Any], code: int) -> str:

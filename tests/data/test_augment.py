@@ -5,14 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from pictures import picture
 from PIL import Image
 
 from ssl_vit.data.augment import RATIO, Box, central_box, flips, random_box, resized
+from tests.data.pictures import picture
 
-light = settings(deadline=None, max_examples=150, derandomize=True, database=None)
 SIDE, SEED = st.integers(1, 700), st.integers(0, 2**63 - 1)
 
 
@@ -25,7 +24,6 @@ def inside(box: Box, height: int, width: int) -> bool:
     )
 
 
-@light
 @given(SIDE, SIDE, SEED, st.sampled_from([(0.05, 1.0), (0.2, 0.3), (1.0, 1.0), (1e-6, 1e-5)]))
 def test_a_random_box_lies_in_the_image(height: int, width: int, seed: int, area: tuple[float, float]):
     box = random_box(height, width, area, seed)
@@ -63,7 +61,6 @@ def test_an_image_too_long_for_any_crop_gives_its_centre(height: int, width: int
     assert abs((width - box.width) // 2 - box.left) <= 1
 
 
-@light
 @given(SIDE, SIDE, st.floats(0.2, 5), st.floats(0.01, 1))
 def test_the_central_box_is_central_and_as_large_as_asked(height: int, width: int, ratio: float, share: float):
     box = central_box(height, width, (ratio, ratio), share)

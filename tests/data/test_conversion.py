@@ -1,33 +1,18 @@
 """The work of converting: the same bytes by any number of workers and after any break, and clear refusals."""
 
-import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pictures import NAMES, contents, encoded, make, one, picture, write_pictures
 
-from ssl_vit import exits
 from ssl_vit.data import manifest, pool, shards
 from ssl_vit.data.shards import write_shard
-
-
-def refusal(*args: Any, **options: Any) -> exits.Refusal:
-    with pytest.raises(exits.Refusal) as caught:
-        make(*args, **options)
-    assert "\n" not in str(caught.value)
-    return caught.value
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_pictures(tmp_path / "images", NAMES)
+from ssl_vit.exits import CANNOT_CREATE, DATA, USAGE, Refusal
+from tests.data.pictures import NAMES, contents, encoded, make, one, picture, write_pictures
+from tests.data.servers import refused
+from tests.starts import call
 
 
 @pytest.mark.parametrize("options", [{}, {"resize": 8, "quality": 70}, {"val_fraction": 0.4}])
@@ -68,8 +53,7 @@ def test_a_broken_conversion_goes_on_to_the_same_bytes(source: Path, tmp_path: P
     make(source, whole, shard_samples=2)
     break_off(source, output, monkeypatch, shard_samples=2)
     assert not (output / "manifest.json").exists()
-    with pytest.raises(exits.Refusal):
-        manifest.load(output)
+    refused(lambda: manifest.load(output), DATA)
     done = {p: p.stat().st_mtime_ns for p in output.glob("00000[01].tar")}
     assert len(done) == 2
     (output / "000003.tar").write_bytes(b"a leftover of half a shard")
@@ -88,33 +72,6 @@ def test_damage_between_two_runs_is_mended(source: Path, tmp_path: Path, monkeyp
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("leftover", [[], [".job.tmp-99999999"]])
-def test_killed_at_its_very_start_it_goes_on(source: Path, tmp_path: Path, leftover: list[str]):
-    """Between making the folder and noting whose it is there is a moment, too."""
-    (tmp_path / "out" / shards.NOTES).mkdir(parents=True)
-    for name in leftover:
-        (tmp_path / "out" / shards.NOTES / name).write_bytes(b"")
-    assert one(source, tmp_path / "out").samples == len(NAMES)
-
-
-def test_killed_for_good_it_goes_on_to_the_same_bytes(tmp_path: Path):
-    """SIGKILL to the whole process group in mid-work, on the real command line."""
-    source = write_pictures(tmp_path / "in", [f"c/{i}.png" for i in range(60)], height=4, width=4)
-    make(source, tmp_path / "whole", shard_samples=1)
-    arguments = [f"input={source}", f"output={tmp_path / 'out'}", "shard_samples=1", "workers=2", "quiet=true"]
-    command = [sys.executable, "tools/make_shards.py", *arguments]
-    root = Path(shards.__file__).parents[2]
-    process = subprocess.Popen(command, cwd=root, start_new_session=True)
-    until = time.monotonic() + 60
-    while len(list((tmp_path / "out").glob("*.tar"))) < 10 and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    make(source, tmp_path / "out", shard_samples=1)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
 SPLIT = {"val_fraction": 0.4}
 
 
@@ -128,30 +85,21 @@ SPLIT = {"val_fraction": 0.4}
         (SPLIT, {"val_fraction": 0.5}, "val_fraction"),
         (SPLIT, {}, "val_fraction"),
         ({}, SPLIT, "val_fraction"),
+        ({}, {}, "input"),  # one image more
     ],
 )
 def test_an_output_of_another_job_is_refused(source: Path, tmp_path: Path, before: dict, after: dict, named: str):
     make(source, tmp_path / "out", **before)
+    if named == "input":
+        write_pictures(source, ["plants/new.png"])
     kept = contents(tmp_path / "out")
-    end = refusal(source, tmp_path / "out", **after)
-    assert end.code == exits.CANNOT_CREATE
-    assert named in str(end)
+    assert named in refused(lambda: make(source, tmp_path / "out", **after), CANNOT_CREATE)
     assert contents(tmp_path / "out") == kept
 
 
 def test_an_unfinished_output_of_another_job_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     break_off(source, tmp_path / "out", monkeypatch, shard_samples=2)
-    end = refusal(source, tmp_path / "out", shard_samples=2, seed=1)
-    assert end.code == exits.CANNOT_CREATE
-    assert "seed" in str(end)
-
-
-def test_a_changed_input_is_refused(source: Path, tmp_path: Path):
-    make(source, tmp_path / "out")
-    write_pictures(source, ["plants/new.png"])
-    end = refusal(source, tmp_path / "out")
-    assert end.code == exits.CANNOT_CREATE
-    assert "input" in str(end)
+    assert "seed" in refused(lambda: make(source, tmp_path / "out", shard_samples=2, seed=1), CANNOT_CREATE)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -159,53 +107,37 @@ def test_an_output_in_other_use_is_refused(source: Path, tmp_path: Path, kind: s
     target = tmp_path / "out" / "thesis.tex" if kind == "folder" else tmp_path / "out"
     target.parent.mkdir(exist_ok=True)
     target.write_text("precious")
-    assert refusal(source, tmp_path / "out").code == exits.CANNOT_CREATE
+    refused(lambda: make(source, tmp_path / "out"), CANNOT_CREATE)
     assert target.read_text() == "precious"
 
 
-def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The command line in this process: its exit code."""
-    path = Path(shards.__file__).parents[2] / "tools" / "make_shards.py"
-    scope: dict[str, Any] = {"__name__": "tool"}
-    exec(compile(path.read_text(), path, "exec"), scope)
-    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
-    with pytest.raises(SystemExit) as caught:
-        exits.run(scope["main"])
-    return int(caught.value.code or 0)
-
-
 @pytest.mark.parametrize(
-    ("case", "code", "says"),
+    ("words", "code", "says"),
     [
-        ({"input": "images", "output": "out"}, 0, ""),
-        ({"input": "nowhere", "output": "out"}, exits.DATA, "nowhere: no such folder"),
-        ({"input": "empty", "output": "out"}, exits.DATA, "no images"),
-        ({"input": "bad", "output": "out"}, exits.DATA, "not one image could be decoded"),
-        ({"input": "images", "output": "images/out"}, exits.USAGE, "inside the input"),
-        ({"input": "images", "output": "images"}, exits.USAGE, "inside the input"),
-        ({"input": "images"}, exits.USAGE, "output"),
-        ({"input": "images", "output": "out", "resizes": "8"}, exits.USAGE, "resize"),
-        ({"input": "images", "output": "out", "quality": "high"}, exits.USAGE, "quality"),
-        ({"input": "images", "output": "out", "val_fraction": "1"}, exits.USAGE, "val_fraction"),
-        ({"input": "images", "output": "out", "shard_samples": "0"}, exits.USAGE, "shard_samples"),
+        ("input=images output=out", 0, "out: 12 samples, 3 classes, 1 shards"),
+        ("input=nowhere output=out", DATA, "nowhere: no such folder"),
+        ("input=empty output=out", DATA, "no images"),
+        ("input=bad output=out", DATA, "not one image could be decoded"),
+        ("input=images output=images/out", USAGE, "inside the input"),
+        ("input=images output=images", USAGE, "inside the input"),
+        ("input=images", USAGE, "output"),
+        ("input=images output=out resizes=8", USAGE, "resize"),
+        ("input=images output=out quality=high", USAGE, "quality"),
+        ("input=images output=out val_fraction=1", USAGE, "val_fraction"),
+        ("input=images output=out shard_samples=0", USAGE, "shard_samples"),
     ],
-)  # fmt: skip
+)
 def test_the_command_ends_with_its_code_and_one_line(
-    case: dict, code: int, says: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    words: str, code: int, says: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    (tmp_path / "empty" / "below").mkdir(parents=True)
-    (tmp_path / "empty" / "below" / "readme.txt").write_text("")
-    write_pictures(tmp_path / "bad", [])
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "0.jpg").write_bytes(b"")
+    for name in ("empty/below/readme.txt", "bad/0.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
     monkeypatch.chdir(tmp_path)
-    assert (
-        run_tool(monkeypatch, *(f"{name}={value}" for name, value in case.items()), "workers=1", "quiet=true") == code
-    )
-    printed = capsys.readouterr()
-    assert says in printed.err
-    assert printed.err.count("\n") == (code != 0)
-    assert ("out: 12 samples, 3 classes, 1 shards" in printed.out) == (code == 0)
+    ended = call("make_shards", [*words.split(), "workers=1", "quiet=true"])
+    assert ended.code == code
+    assert says in ended.said
+    assert ended.said.count("\n") == 1
 
 
 def test_images_of_other_formats_are_not_left_out_in_silence(source: Path, tmp_path: Path, capsys: Any):
@@ -238,4 +170,6 @@ def test_a_piece_of_work_does_not_grow_with_the_data_set(tmp_path: Path, monkeyp
 
 def test_val_fraction_and_split_folders_exclude_each_other(tmp_path: Path):
     source = write_pictures(tmp_path / "in", ["train/x/0.png", "val/x/0.png"])
-    assert refusal(source, tmp_path / "out", val_fraction=0.5).code in (exits.USAGE, exits.DATA)
+    with pytest.raises(Refusal) as caught:
+        make(source, tmp_path / "out", val_fraction=0.5)
+    assert caught.value.code in (USAGE, DATA)

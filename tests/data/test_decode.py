@@ -1,45 +1,65 @@
 """Bytes to pixels: one written rule for each odd kind of image, and refusal of everything that is not an image."""
 
 import contextlib
+import faulthandler
 import io
-import struct
-import time
+import json
+import os
+import resource
+import shutil
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import chunk, encoded, picture, png
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile
 
 from ssl_vit.data import decode as module
-from ssl_vit.data.decode import MAX_PIXELS, MAX_SIDE, BadImage, decode, jpeg_size, open_image, to_rgb
+from ssl_vit.data.decode import MAX_PIXELS, BadImage, decode, jpeg_size, open_image, to_rgb
+from ssl_vit.data.samples import Data
+from ssl_vit.data.stream import Share, TrainingStream
 from ssl_vit.data.write import checked
-
-XMP = b"http://ns.adobe.com/xap/1.0/\0"
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("RGB")).astype(int)
+from tests.data.damage import BAD_IMAGES, CPU, GOOD_IMAGES, MB, SMALL, bomb, bombs, growth, lying_jpeg
+from tests.data.pictures import chunk, contents, encoded, one, picture, png, samples, write_pictures
 
 
-def difference(got: np.ndarray, wanted: np.ndarray | Image.Image) -> float:
+def difference(got: np.ndarray, wanted: np.ndarray) -> float:
     """Mean absolute difference, levels of 255."""
-    wanted = pixels(wanted) if isinstance(wanted, Image.Image) else wanted
     assert got.dtype == np.uint8
     assert got.shape == wanted.shape
-    return float(np.abs(got.astype(int) - wanted).mean())
+    return float(np.abs(got.astype(float) - wanted).mean())
 
 
-def segment(marker: int, data: bytes) -> bytes:
-    """One segment of a JPEG file."""
-    return struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data
+def seen(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def orientation(value: int) -> bytes:
-    exif = Image.Exif()
-    exif[0x112] = value
-    return exif.tobytes()
+@pytest.mark.parametrize("name", GOOD_IMAGES)
+def test_an_odd_image_is_decoded_by_the_written_rules(name: str):
+    """Also where half its size would do: then it has that, or its own."""
+    data, pixels, mean, halved = GOOD_IMAGES[name]
+    assert difference(decode(data), pixels) <= mean
+    half = decode(data, scale=2)
+    if halved:
+        size = tuple((side + 1) // 2 for side in pixels.shape[1::-1])
+        small = Image.fromarray(pixels).resize(size, Image.Resampling.BOX)
+        assert difference(half, np.asarray(small)) < 4
+    else:
+        assert difference(half, pixels) <= mean
+    if name.startswith("grey"):
+        assert (half == half[..., :1]).all()
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_what_is_no_image_is_refused(name: str, monkeypatch: pytest.MonkeyPatch):
+    data, of_header = BAD_IMAGES[name], name.startswith(("sides", "scans"))
+    if of_header:  # none of its pixels is decoded, which took 6 s and 500 MB
+        monkeypatch.delattr(ImageFile.ImageFile, "load")
+        assert jpeg_size(data) is None
+    says = {"sides": r"over the limit|DecompressionBomb", "other": "not a readable JPEG, PNG or WebP"}
+    for scale in (1, 2):
+        with pytest.raises(BadImage, match=says.get(name.partition("-")[0])):
+            decode(data, scale)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (17, 31), (200, 301)])
@@ -47,13 +67,7 @@ def orientation(value: int) -> bytes:
 def test_simplejpeg_agrees_with_pillow(size: tuple[int, int], options: dict):
     data = encoded(picture(1, *size), "JPEG", quality=92, **options)
     assert jpeg_size(data) == size
-    assert difference(decode(data), Image.open(io.BytesIO(data))) < 0.5
-
-
-def test_png_and_webp_are_decoded_exactly():
-    image = picture(2)
-    assert difference(decode(encoded(image, "PNG")), image) == 0
-    assert difference(decode(encoded(image, "WEBP", lossless=True)), image) == 0
+    assert difference(decode(data), seen(data)) < 0.5
 
 
 @pytest.mark.parametrize("height", [64, 65])
@@ -63,161 +77,12 @@ def test_half_scale_has_half_the_size_and_the_same_picture(height: int, width: i
     half = decode(data, scale=2)
     assert half.shape == ((height + 1) // 2, (width + 1) // 2, 3)
     twice = Image.fromarray(half).resize((2 * half.shape[1], 2 * half.shape[0]), Image.Resampling.BICUBIC)
-    assert difference(np.asarray(twice)[:height, :width], Image.open(io.BytesIO(data))) < 2
-
-
-def test_grey_becomes_three_equal_channels():
-    grey = picture(4, channels=1)
-    assert grey.mode == "L"
-    for kind in ("JPEG", "PNG"):
-        got = decode(encoded(grey, kind))
-        assert (got == got[..., :1]).all()
-        assert difference(got, grey) < 1.5
-    assert decode(png(8, 1, 1, 0, b"\0\xaa")).tolist() == [[[255] * 3, [0] * 3] * 4]  # one bit a pixel
-
-
-@pytest.mark.parametrize("half", [False, True])
-def test_cmyk_jpeg_becomes_rgb(half: bool):
-    image = picture(5, 64, 64)
-    data = encoded(image.convert("CMYK"), "JPEG", quality=95)
-    wanted = image.resize((32, 32), Image.Resampling.BOX) if half and decode(data, 1 + half).shape[0] == 32 else image
-    assert difference(decode(data, 1 + half), wanted) < 4
-
-
-def test_sixteen_bits_become_the_upper_eight():
-    values = [0, 255, 256, 30_000, 65_535]
-    grey = decode(png(5, 1, 16, 0, b"\0" + struct.pack(">5H", *values)))
-    assert grey[0].tolist() == [[v >> 8] * 3 for v in values]
-    colour = decode(png(2, 1, 16, 2, b"\0" + struct.pack(">6H", 0, 255, 256, 511, 40_000, 65_535)))
-    assert colour[0].tolist() == [[0, 0, 1], [1, 40_000 >> 8, 255]]
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_transparency_lies_on_white(channels: int):
-    image = picture(6, channels=channels)
-    alpha = Image.linear_gradient("L").resize(image.size)
-    share = np.asarray(alpha)[..., None] / 255
-    wanted = pixels(image) * share + 255 * (1 - share)
-    image.putalpha(alpha)
-    assert image.mode == ("LA" if channels == 1 else "RGBA")
-    assert difference(decode(encoded(image, "PNG")), wanted) < 1
-    assert difference(decode(encoded(image, "WEBP", lossless=True, exact=True)), wanted) < 1
-
-
-def test_a_transparent_palette_colour_is_white():
-    image = Image.new("P", (2, 1))
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    image.putdata([0, 1])
-    assert decode(encoded(image, "PNG", transparency=0))[0].tolist() == [[255, 255, 255], [40, 50, 60]]
-
-
-@pytest.mark.parametrize(
-    ("depth", "colour", "row", "key", "wanted"),
-    [
-        (8, 0, struct.pack(">3B", 0, 7, 200), struct.pack(">H", 0), [[255] * 3, [7] * 3, [200] * 3]),
-        (16, 0, struct.pack(">3H", 0, 1800, 51_200), struct.pack(">H", 0), [[255] * 3, [7] * 3, [200] * 3]),
-        (8, 2, bytes([1, 2, 3, 4, 5, 6, 7, 8, 9]), struct.pack(">3H", 1, 2, 3), [[255] * 3, [4, 5, 6], [7, 8, 9]]),
-    ],
-    ids=["grey", "grey 16 bits", "colour"],
-)
-def test_a_transparent_key_colour_is_white(depth: int, colour: int, row: bytes, key: bytes, wanted: list):
-    assert decode(png(3, 1, depth, colour, b"\0" + row, chunk(b"tRNS", key)))[0].tolist() == wanted
-
-
-@pytest.mark.parametrize("value", range(1, 9))
-def test_exif_orientation_is_applied(value: int):
-    image = picture(7, 40, 60)
-    data = encoded(image, "JPEG", quality=95, exif=orientation(value))
-    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    assert upright.size == ((60, 40) if value < 5 else (40, 60))
-    for half in (False, value > 1):  # the upright one is read as if it had no EXIF
-        assert difference(decode(data, 1 + half), upright) < 0.8
-    assert difference(decode(encoded(image, "PNG", exif=orientation(value))), pixels(upright)) < 1.5
-
-
-def test_orientation_is_found_wherever_it_stands():
-    """Behind a long comment or profile, or in XMP alone: Pillow applies it, so the fast decoder must not miss it."""
-    data = encoded(picture(7, 40, 60), "JPEG", quality=95)
-    first = b"\xff\xd8" + segment(0xFE, b"a comment " * 600)
-    xmp = segment(0xE1, XMP + b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
-    for case in (first + segment(0xE1, orientation(6)) + data[2:], b"\xff\xd8" + xmp + data[2:]):
-        assert ImageOps.exif_transpose(Image.open(io.BytesIO(case))).size == (40, 60)
-        assert decode(case).shape == (60, 40, 3)
-
-
-def test_broken_exif_does_not_cost_the_image():
-    broken = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12garbage"
-    data, plain = (encoded(picture(8), "JPEG", exif=exif) for exif in (broken, b""))
-    assert difference(decode(data), Image.open(io.BytesIO(plain))) < 0.5
-
-
-@pytest.mark.parametrize("kind", ["WEBP", "PNG"])
-def test_an_animation_gives_its_first_frame(kind: str):
-    frames = [picture(n) for n in (9, 10, 11)]
-    lossless = {"lossless": True} if kind == "WEBP" else {}
-    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, **lossless)
-    assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 3
-    assert difference(decode(data), frames[0]) == 0
-
-
-@pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "PPM", "PDF", "EPS", "ICO", "TGA", "JPEG2000"])
-def test_other_formats_are_refused_under_any_name(kind: str):
-    data = encoded(picture(12, 32, 32), kind)
-    with pytest.raises(BadImage, match="not a readable JPEG, PNG or WebP"):
-        decode(data)
-
-
-@pytest.mark.parametrize(
-    "data", [b"", b"\xff\xd8\xff", b"\xff\xd8\xff\xe0" * 50, b"\x89PNG\r\n\x1a\n", b"<svg/>", bytes(99)]
-)
-def test_scraps_are_refused(data: bytes):
-    with pytest.raises(BadImage):
-        decode(data)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
-@pytest.mark.parametrize("half", [False, True])
-def test_truncated_files_are_refused(kind: str, share: float, half: bool):
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    data = encoded(noise, kind, quality=90)
-    with pytest.raises(BadImage):
-        decode(data[: int(share * len(data))], 1 + half)
-
-
-def lying_jpeg(width: int, height: int) -> bytes:
-    data = bytearray(encoded(picture(), "JPEG"))
-    place = data.index(b"\xff\xc0") + 5
-    data[place : place + 4] = struct.pack(">HH", height, width)
-    return bytes(data)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        *(png(*size, 8, 2, b"\0") for size in [(65_000, 65_000), (MAX_SIDE + 1, 1), (1, 89_478_485), (8001, 8000)]),
-        *(lying_jpeg(*size) for size in [(65_000, 65_000), (MAX_SIDE + 1, 1), (8001, 8000)]),
-    ],
-)
-def test_dimensions_over_the_limit_are_refused_from_the_header(data: bytes):
-    assert jpeg_size(data) is None
-    began = time.process_time()
-    with pytest.raises(BadImage, match=r"over the limit|DecompressionBomb"):
-        decode(data)
-    assert time.process_time() - began < 0.5  # decoding the largest took 6 s
+    assert difference(np.asarray(twice)[:height, :width], seen(data)) < 2
 
 
 def test_the_largest_size_is_within_the_limit():
     assert open_image(png(8000, MAX_PIXELS // 8000, 8, 2, b"\0")).size == (8000, 8000)
     assert jpeg_size(lying_jpeg(8000, 8000)) == (8000, 8000)
-
-
-def test_a_compressed_text_bomb_is_refused_or_passed_over():
-    bomb = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80 << 20), 9))
-    began = time.process_time()
-    with contextlib.suppress(BadImage):
-        assert decode(png(2, 1, 8, 0, b"\0\1\2", bomb)).shape == (1, 2, 3)
-    assert time.process_time() - began < 1
 
 
 def test_running_out_of_memory_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch):
@@ -232,9 +97,116 @@ def test_running_out_of_memory_is_no_fault_of_the_image(monkeypatch: pytest.Monk
         to_rgb(image)
 
 
-def test_a_phones_jpeg_with_a_second_picture_is_a_jpeg(tmp_path: Path):
-    first, second = (Image.new("RGB", (16, 16), color) for color in ("red", "blue"))
-    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
-    data, suffix = checked((tmp_path / "a.jpg").read_bytes(), None, None)
-    assert (data, suffix) == ((tmp_path / "a.jpg").read_bytes(), "jpg")
-    assert decode(data)[0, 0, 0] > 200
+def test_a_phones_jpeg_with_a_second_picture_is_a_jpeg():
+    data = GOOD_IMAGES["twice.jpg"].data
+    assert checked(data, None, None) == (data, "jpg")
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour"),
+    [
+        *(pytest.param(8, 2, id="rgb"), pytest.param(8, 6, id="rgba")),
+        *(pytest.param(16, 2, id="rgb16"), pytest.param(16, 6, id="rgba16")),
+        pytest.param(16, 0, id="grey16"),
+    ],
+)
+def test_the_memory_of_a_decompressed_image_is_bounded(depth: int, colour: int):
+    """A file of a few kB: it is 16 bytes a pixel at most, so 1 GB for the largest that is taken."""
+    side = 2000
+    data = bomb(side, depth, colour)
+    assert len(data) < 200_000
+    assert growth(lambda: decode(data)) < 16 * side * side + 20 * MB
+
+
+@pytest.mark.parametrize("name", ["profile-bomb.png", "text-bomb.png", "sides-65000.png", "sides-long.png"])
+def test_the_memory_of_compressed_extras_is_bounded(name: str):
+    def refused() -> None:
+        with pytest.raises(BadImage):
+            decode(data)
+
+    data = (BAD_IMAGES | bombs())[name]
+    assert growth(refused) < 30 * MB
+
+
+def test_a_compressed_text_bomb_is_refused_or_passed_over():
+    def decoded() -> None:
+        with contextlib.suppress(BadImage):
+            assert decode(data).shape == (1, 2, 3)
+
+    data = png(2, 1, 8, 0, b"\0\1\2", chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80 * MB), 9)))
+    assert growth(decoded) < 30 * MB
+
+
+# on their way into shards
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of the tables as files."""
+    folder = tmp_path_factory.mktemp("images")
+    for name, data in ({name: good.data for name, good in GOOD_IMAGES.items()} | BAD_IMAGES | bombs()).items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def rejected(folder: Path) -> dict[str, str]:
+    """Path -> reason of what a conversion left out."""
+    lines = (folder / "rejects.jsonl").read_text().splitlines()
+    return {reject["path"]: reject["reason"] for reject in map(json.loads, lines)}
+
+
+def test_odd_images_are_converted_as_they_are_and_bad_ones_listed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    made = one(folder, tmp_path / "out", shard_samples=7)
+    rejects = rejected(tmp_path / "out")
+    assert rejects.keys() == (BAD_IMAGES | bombs()).keys()
+    assert all(reason and "\n" not in reason for reason in rejects.values())
+    assert made.samples == len(GOOD_IMAGES)
+    found = {name: image for name, (_, image, _) in samples(made).items()}
+    assert found == {name: good.data for name, good in GOOD_IMAGES.items()}
+    stream = TrainingStream(made, Data(**SMALL), seed=0, batch=made.samples)
+    assert bool(next(stream.batches(0, Share(0, 1, made.samples), CPU))["valid"].all())
+    assert stream.faults.take() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing was executed
+
+
+def test_bad_images_are_refused_when_they_are_shrunk_too(folder: Path, tmp_path: Path):
+    made = one(folder, tmp_path / "out", resize=9, quality=95)
+    assert rejected(tmp_path / "out").keys() == (BAD_IMAGES | bombs()).keys()
+    for name, (_, image, _) in samples(made).items():
+        pixels = GOOD_IMAGES[name].pixels
+        sides = Image.open(io.BytesIO(image)).size
+        assert min(sides) == min(9, *pixels.shape[:2])
+        assert (sides[0] > sides[1]) == (pixels.shape[1] > pixels.shape[0]), name  # upright
+
+
+def test_an_image_at_which_the_decoder_crashes_is_listed_and_the_rest_is_as_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    names = [f"{'ab'[number % 2]}/{number:02d}.png" for number in range(20)]
+    write_pictures(tmp_path / "in", names)
+    shutil.copytree(tmp_path / "in", tmp_path / "other")
+    deadly = {names[3], names[8]}
+    killers = {(tmp_path / "in" / name).read_bytes() for name in deadly}
+    for name in deadly:  # what the shards are to be: the same files, of which these are rejected
+        (tmp_path / "other" / name).write_bytes(bytes((tmp_path / "in" / name).stat().st_size))
+    wanted = one(tmp_path / "other", tmp_path / "wanted", shard_samples=3)
+    right = module.open_image
+
+    def crashing(data: bytes) -> Image.Image:
+        if data in killers:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            faulthandler.disable()  # pytest's, which would write much
+            os.abort()
+        return right(data)
+
+    monkeypatch.setattr(module, "open_image", crashing)
+    for workers in (1, 2):
+        made = one(tmp_path / "in", tmp_path / f"out{workers}", shard_samples=3, workers=workers)
+        assert rejected(made.folder) == dict.fromkeys(deadly, "its decoder crashes")
+        assert made.samples == wanted.samples == len(names) - len(deadly)
+        assert {n: d for n, d in contents(made.folder).items() if n.endswith((".tar", ".npy"))} == {
+            n: d for n, d in contents(wanted.folder).items() if n.endswith((".tar", ".npy"))
+        }

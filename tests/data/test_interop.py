@@ -4,48 +4,67 @@ import gc
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from pictures import encoded, make, members, one, picture, samples
 from PIL import Image
 from torch.utils.data import DataLoader
 from webdataset.compat import WebDataset
 
 from ssl_vit.data.manifest import Manifest
+from tests.data.pictures import encoded, make, members, one, picture, samples, write_pictures
 
 pytestmark = [
+    pytest.mark.usefixtures("in_process"),
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),  # webdataset leaves its files to the collector
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),
 ]
 COUNT = 17
-FORMS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "shrunk": {"resize": 8, "quality": 60},
-    "split": {"val_fraction": 0.3},
-    "one sample a shard": {"shard_samples": 1},
-}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> Iterator[None]:
+    """Collections look at what these tests make, and not at all of torch each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """What webdataset left open is closed within the test that opened it."""
+    yield
+    gc.collect()
+
+
+FORMS: dict[str, dict[str, Any]] = {"plain": {}, "shrunk": {"resize": 8, "quality": 60}}
+FORMS |= {"split": {"val_fraction": 0.3}, "one sample a shard": {"shard_samples": 1}}
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of every kind that others decode as we do, in three classes."""
+    """Images of every kind that others decode as we do, in three classes; one fills its last block of a tar exactly."""
     folder = tmp_path_factory.mktemp("interop")
     kinds = [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("jpeg", "JPEG"), ("JPG", "JPEG")]
     for number in range(COUNT):
         suffix, kind = kinds[number % len(kinds)]
-        image = picture(number, 20 + number, 24, channels=1 if number % 6 == 3 else 3)
+        image = encoded(picture(number, 20 + number, 24, channels=1 if number % 6 == 3 else 3), kind)
         path = folder / f"class {number % 3}.v1" / f"{number}.{suffix}"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(encoded(image, kind))
+        path.write_bytes(image.ljust(2048 if number == 1 else 0, b"\0"))
+    assert (folder / "class 1.v1" / "1.png").stat().st_size == 2048
     return folder
 
 
 @pytest.fixture(scope="module")
-def converted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Manifest]]:
+def converted(
+    images: Path, in_process: None, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Manifest]]:
     """Form -> split -> manifest."""
     folder = tmp_path_factory.mktemp("converted")
     return {form: make(images, folder / form, **{"shard_samples": 4} | FORMS[form]) for form in FORMS}
@@ -70,7 +89,6 @@ def told(read: Iterable[Any]) -> dict[str, tuple[str, bytes, int]]:
         said = json.loads(sample["json"])
         assert said["path"] not in found
         found[said["path"]] = (sample["__key__"], sample[kind], int(sample["cls"]))
-    gc.collect()
     return found
 
 
@@ -83,9 +101,11 @@ def in_order(made: Manifest) -> list[tuple[bytes, int]]:
     found = []
     for shard in range(len(made.shards)):
         data = made.tar(shard).read_bytes()
-        found += [
-            (data[int(r["offset"]) : int(r["offset"]) + int(r["size"])], int(r["label"])) for r in made.index(shard)
-        ]
+        for row in made.index(shard):
+            found.append((data[row["offset"] : row["offset"] + row["size"]], int(row["label"])))
+            assert row["crc32"] == zlib.crc32(found[-1][0])
+    assert [label for _, label in found] == made.labels.tolist()
+    assert len(found) == made.samples
     return found
 
 
@@ -104,9 +124,7 @@ def test_webdataset_reads_the_same_samples_in_the_same_order(form: str, converte
 def test_webdataset_decodes_them_in_its_usual_pipeline(converted: dict):
     made = converted["plain"][""]
     dataset: Any = WebDataset(braces(made), shardshuffle=False).decode("pilrgb").to_tuple("jpg;png;webp", "cls", "json")
-    read = list(dataset)
-    gc.collect()
-    for (image, label, said), (data, wanted) in zip(read, in_order(made), strict=True):
+    for (image, label, said), (data, wanted) in zip(list(dataset), in_order(made), strict=True):
         assert (np.asarray(image) == pixels(data)).all()
         assert label == wanted
         assert said.keys() == {"path", "sha256"}
@@ -116,7 +134,6 @@ def test_webdataset_decodes_them_in_its_usual_pipeline(converted: dict):
 def test_webdataset_reads_a_set_without_classes(images: Path, tmp_path: Path):
     made = one(images / "class 0.v1", tmp_path / "out", shard_samples=4)
     read = list(WebDataset(braces(made), shardshuffle=False))
-    gc.collect()
     assert len(read) == made.samples == 6
     assert not any("cls" in sample for sample in read)
 
@@ -135,9 +152,7 @@ def timm_reads(root: Path, split: str, **options: Any) -> Any:
 
 def same(read: Iterable[Any], made: Manifest) -> None:
     """Pixels and labels, in the order of ids."""
-    found = list(read)
-    gc.collect()
-    for (image, label), (data, wanted) in zip(found, in_order(made), strict=True):
+    for (image, label), (data, wanted) in zip(list(read), in_order(made), strict=True):
         assert (np.asarray(image) == pixels(data)).all()
         assert label == wanted
 
@@ -165,29 +180,23 @@ def test_timm_trains_on_every_sample_once(converted: dict):
         orders.append([(np.asarray(image).tobytes(), label) for image, label in dataset])
         assert sorted(orders[-1]) == wanted
     assert orders[0] != orders[1]
-    workers = DataLoader(
-        timm_reads(made.folder, "train"), batch_size=None, num_workers=2, collate_fn=lambda batch: batch
-    )
+    dataset = timm_reads(made.folder, "train")
+    workers = DataLoader(dataset, batch_size=None, num_workers=2, collate_fn=lambda batch: batch)
     assert sorted((np.asarray(image).tobytes(), label) for image, label in workers) == wanted
-    gc.collect()
 
 
 @pytest.mark.parametrize("split", ["val", "valid", "validation", "test"])
 def test_timm_finds_every_split_by_its_name(split: str, tmp_path: Path):
-    for name, count in (("train", 3), (split, 2)):
-        (tmp_path / "in" / name / "c").mkdir(parents=True)
-        for number in range(count):
-            (tmp_path / "in" / name / "c" / f"{number}.png").write_bytes(encoded(picture(number + 5 * count), "PNG"))
-    made = make(tmp_path / "in", tmp_path / "out", shard_samples=2)
-    for name, count in (("train", 3), (split, 2)):
+    counts = {"train": 3, split: 2}
+    names = [f"{name}/c/{number}.png" for name, count in counts.items() for number in range(count)]
+    made = make(write_pictures(tmp_path / "in", names), tmp_path / "out", shard_samples=2)
+    for name, count in counts.items():
         dataset = timm_reads(tmp_path / "out", name)
         assert len(dataset) == count
         same(dataset, made[name])
+    tars = {"filenames": ["train/000000.tar", "train/000001.tar"], "shard_lengths": [2, 1]}
     info = json.loads((tmp_path / "out" / "_info.json").read_text())["splits"]
-    assert info["train"] == {
-        "name": "train", "num_samples": 3, "filenames": ["train/000000.tar", "train/000001.tar"],
-        "shard_lengths": [2, 1],
-    }  # fmt: skip
+    assert info["train"] == {"name": "train", "num_samples": 3, **tars}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -210,10 +219,9 @@ def test_open_clip_counts_and_reads_the_same_samples(form: str, converted: dict)
 def test_a_shard_that_came_to_nothing_is_in_no_list(images: Path, tmp_path: Path):
     """Where all its images were rejected, there is no tar, and nobody asks for it."""
     data = pytest.importorskip("open_clip_train.data")
-    source = tmp_path / "in" / "c"
-    source.mkdir(parents=True)
-    for number in range(6):
-        (source / f"{number}.png").write_bytes(encoded(picture(number), "PNG") if number % 2 else b"bad")
+    source = write_pictures(tmp_path / "in" / "c", [f"{number}.png" for number in range(6)])
+    for number in (0, 2, 4):
+        (source / f"{number}.png").write_bytes(b"bad")
     made = one(tmp_path / "in", tmp_path / "out", shard_samples=1)
     assert 0 < len(made.shards) == made.samples == 3
     assert sorted(json.loads((tmp_path / "out" / "sizes.json").read_text())) == [shard.name for shard in made.shards]
@@ -230,6 +238,9 @@ def test_the_tars_are_plain_ones(converted: dict):
         for name in tars(made):
             with tarfile.open(name, format=tarfile.USTAR_FORMAT) as archive:
                 heads = list(archive)
+            data = Path(name).read_bytes()
+            assert data.endswith(bytes(1024))  # the two zero blocks that end a tar
+            assert len(data) % 512 == 0
             assert all(head.isreg() and not head.pax_headers for head in heads)
             assert {(head.mtime, head.uid, head.gid, head.uname, head.gname) for head in heads} == {(0, 0, 0, "", "")}
             assert all(head.name.partition(".")[0].isdigit() for head in heads)

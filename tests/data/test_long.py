@@ -2,40 +2,19 @@
 
 import itertools
 import random
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from pictures import contents, make, one, write_pictures
-from test_scale import begun, killed, told
 
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data
 from ssl_vit.data.stream import EvaluationStream, Share, TrainingStream
 from ssl_vit.data.verify import VerifyShards, verify
+from tests.data.pictures import one, write_pictures
 
 pytestmark = pytest.mark.long
 CPU = torch.device("cpu")
-
-
-def test_two_hundred_kills_of_a_conversion(tmp_path: Path):
-    source = write_pictures(tmp_path / "in", [f"{i % 3}/{i}.png" for i in range(200)], height=3, width=3)
-    make(source, tmp_path / "whole", shard_samples=1)
-    wanted, draw, kills, outputs = contents(tmp_path / "whole"), random.Random(11), 0, 0
-    output = tmp_path / "out0"
-    while kills < 200:
-        output = tmp_path / f"out{outputs}"
-        child = begun(told(source, output, shard_samples=1, workers=2))
-        time.sleep(draw.uniform(0, 0.2))
-        if killed(child):
-            kills += 1
-            continue
-        assert contents(output) == wanted
-        outputs += 1
-    make(source, output, shard_samples=1, workers=2)
-    assert contents(output) == wanted
-    print(f"\n{kills} kills over {outputs + 1} conversions: 0 differing bytes")
 
 
 def test_ten_thousand_flipped_bits(tmp_path: Path):

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pictures import chunk, encoded, one, picture, samples
 from PIL import Image
 
 from ssl_vit.data.privacy import without_location
+from tests.data.pictures import chunk, encoded, one, picture, samples
 
 SECRET = (48.0, 51.0, 29.5)
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><exif:GPSLatitude>48,51.49N</exif:GPSLatitude></x:xmpmeta>'

@@ -1,57 +1,25 @@
-"""The walk through a tar: all that the standard library finds in a whole one, and all that is left of a damaged one."""
+"""The walk through a tar: all that the standard library finds in a whole one, and all that is left of a damaged one.
+
+What hostile members cost is in test_hostile_tars.py.
+"""
 
 import io
 import itertools
 import os
 import random
 import tarfile
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ssl_vit.data.tar import LONGEST, Damage, Member, walk
+from ssl_vit.data.tar import Damage, Member, walk
+from tests.data.damage import END, FORMATS, NO_FILES, NO_TARS, member, pax, record
 
 BLOCK = 512
-END = bytes(2 * BLOCK)
-FORMATS: dict[str, Any] = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-NO_FILES = {
-    "symlink": tarfile.SYMTYPE,
-    "hard link": tarfile.LNKTYPE,
-    "character device": tarfile.CHRTYPE,
-    "block device": tarfile.BLKTYPE,
-    "pipe": tarfile.FIFOTYPE,
-    "sparse file": tarfile.GNUTYPE_SPARSE,
-}
-USUAL = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def member(
-    name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, size: int | None = None, form: str = "gnu"
-) -> bytes:
-    """One member as it stands in a tar; `size` is what its header claims, where that is not so."""
-    info = tarfile.TarInfo(name)
-    info.type, info.size, info.linkname = kind, len(data) if size is None else size, "0.jpg"
-    return info.tobuf(FORMATS[form], "utf-8", "surrogateescape") + data + bytes(-len(data) % BLOCK)
-
-
-def pax(*records: bytes) -> bytes:
-    """An extended header of hand-made records."""
-    return member("pax", b"".join(records), tarfile.XHDTYPE)
-
-
-def record(keyword: bytes, value: bytes) -> bytes:
-    """One record of an extended header, its own length before it."""
-    rest = b" " + keyword + b"=" + value + b"\n"
-    length = len(rest) + 1
-    while length != len(str(length)) + len(rest):
-        length = len(str(length)) + len(rest)
-    return str(length).encode() + rest
+USUAL = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def items(path: Path, data: bytes) -> list[Member | Damage]:
@@ -72,8 +40,7 @@ def twin(data: bytes) -> list[Member]:
         return [Member(info.name, info.offset_data, info.size) for info in archive if info.isreg()]
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A member of a tar that was written, and from where to where its headers and data reach."""
 
     member: Member
@@ -93,16 +60,14 @@ def written(names: list[str], sizes: list[int], form: str) -> tuple[bytes, list[
             archive.addfile(info, io.BytesIO(noise.randbytes(size)))
             ends.append(archive.offset)
     data = buffer.getvalue()
-    pieces = [Piece(one, *edges) for one, edges in zip(twin(data), itertools.pairwise(ends), strict=True)]
-    return data, pieces
+    return data, [Piece(one, *edges) for one, edges in zip(twin(data), itertools.pairwise(ends), strict=True)]
 
 
 @pytest.fixture(params=FORMATS)
 def small(request: pytest.FixtureRequest) -> tuple[bytes, list[Piece]]:
     """A small tar of each format; the long name takes headers of its own where the format has such."""
     long = "folder/" * 12 + "image.jpg" if request.param == "ustar" else "folder/" * 20 + "image.jpg"
-    names = ["0.jpg", "0.cls", long, "1.cls", "2.jpg", "2.cls"]
-    return written(names, [700, 1, 1024, 1, 0, 2], request.param)
+    return written(["0.jpg", "0.cls", long, "1.cls", "2.jpg", "2.cls"], [700, 1, 1024, 1, 0, 2], request.param)
 
 
 letters = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=40)
@@ -155,11 +120,9 @@ def test_an_extended_header_says_the_size_of_a_large_file(tmp_path: Path):
 
 def test_tars_that_were_put_one_behind_the_other_are_all_read(tmp_path: Path):
     parts = [written([f"{n}.jpg", f"{n}.cls"], [700 + n, 1], form) for n, form in enumerate(FORMATS)]
-    data = b"".join(part for part, _ in parts)
-    members, damage = found(tmp_path / "a.tar", data)
+    members, damage = found(tmp_path / "a.tar", b"".join(part for part, _ in parts))
     assert [one.name for one in members] == [f"{n}.{kind}" for n in range(3) for kind in ("jpg", "cls")]
-    sizes = [piece.member.size for _, pieces in parts for piece in pieces]
-    assert [one.size for one in members] == sizes
+    assert [one.size for one in members] == [piece.member.size for _, pieces in parts for piece in pieces]
     assert damage == []
 
 
@@ -181,8 +144,7 @@ def test_a_flipped_bit_costs_no_member_but_its_own(tmp_path: Path, small: tuple[
     data, pieces = small
     lost = 0
     for piece in pieces:
-        spots = {*range(piece.start, piece.start + BLOCK, 37), *range(piece.start, piece.end, 101)}
-        for spot in spots:
+        for spot in {*range(piece.start, piece.start + BLOCK, 37), *range(piece.start, piece.end, 101)}:
             broken = bytearray(data)
             broken[spot] ^= 1 << spot % 8
             members, damage = found(tmp_path / "a.tar", bytes(broken))
@@ -210,13 +172,9 @@ def test_any_damage_at_all_is_survived(tmp_path: Path, small: tuple[bytes, list[
     assert [one for one in members if one in {p.member for p in untouched}] == [p.member for p in untouched]
 
 
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"<html>" * 200, bytes(100), bytes(511), b"\x1f\x8b\x08" + bytes(3000), os.urandom(5000)],
-    ids=["nothing", "a page", "a few zeros", "nearly a block", "gzip", "noise"],
-)
-def test_what_is_no_tar_gives_no_member_and_one_damage(tmp_path: Path, data: bytes):
-    members, damage = found(tmp_path / "a.tar", data)
+@pytest.mark.parametrize("kind", NO_TARS)
+def test_what_is_no_tar_gives_no_member_and_one_damage(tmp_path: Path, kind: str):
+    members, damage = found(tmp_path / "a.tar", NO_TARS[kind])
     assert (members, len(damage)) == ([], 1)
 
 
@@ -227,77 +185,12 @@ def test_a_tar_of_nothing_is_whole(tmp_path: Path):
 @pytest.mark.parametrize("blocks", [3, 5])
 def test_a_hole_of_zeros_is_named(tmp_path: Path, blocks: int):
     """What a disk or a broken download leaves; nothing else tells that members are gone."""
-    parts = [member(f"{n}.jpg", b"x" * 900) for n in range(5)]  # three blocks each
-    data = bytearray(b"".join(parts) + END)
+    data = bytearray(b"".join(member(f"{n}.jpg", b"x" * 900) for n in range(5)) + END)  # three blocks each
     data[1536 : 1536 + blocks * BLOCK] = bytes(blocks * BLOCK)
     members, damage = found(tmp_path / "a.tar", bytes(data))
     left = ["0.jpg", "2.jpg", "3.jpg", "4.jpg"] if blocks == 3 else ["0.jpg", "3.jpg", "4.jpg"]
     assert [one.name for one in members] == left
     assert damage
-
-
-def hostile() -> Iterator[tuple[str, bytes, bool]]:
-    """Name, members, and whether they are damage (else they are nothing, or a file)."""
-    yield "a negative size", member("odd", size=-BLOCK), True
-    yield "the least size", member("odd", size=-(256**11)), True
-    yield "a negative size in an extended header", pax(record(b"size", b"-512")) + member("odd.jpg"), False
-    yield "a size that is no number", pax(record(b"size", b"1e3")) + member("odd.jpg"), False
-    yield "an endless record", pax(b"0 path=odd\n", b"00 path=odd\n") + member("odd.jpg"), False
-    yield "a negative record", pax(b"-5 path=odd\n") + member("odd.jpg"), False
-    yield "a record longer than its header", pax(b"9999 path=odd\n") + member("odd.jpg"), False
-    yield "records of one byte", pax(b"1" * 3000) + member("odd.jpg"), False
-    yield "an extended header over the limit", pax(record(b"comment", bytes(LONGEST))) + member("odd.jpg"), True
-    yield "a long name over the limit", member("x" * (LONGEST + 1)), True
-    yield "extended headers in a row", b"".join([pax(record(b"path", b"odd"))] * 50) + member("0"), False
-    yield "a name of 60 kB", member("odd/" * 15_000 + "odd.jpg", b"data"), False
-    yield "a name that leads out", member("../../../odd.jpg", b"data"), False
-    yield "an absolute name", member("/odd.jpg", b"data"), False
-    yield "an empty name", member("", b"data"), False
-    yield "an unknown kind", member("odd", kind=b"Z"), True
-    yield "a sparse file", member("odd.jpg", b"data", tarfile.GNUTYPE_SPARSE), True
-    yield "a tar inside a file", member("odd.jpg", member("inner.jpg", b"data") + END), False
-
-
-def keeps_the_others(path: Path, odd: bytes) -> list[Damage]:
-    """That files before and behind odd members are found, quickly, and nothing from within them."""
-    before, behind = member("before.jpg", b"data"), member("behind.jpg", b"data")
-    began = time.process_time()
-    members, damage = found(path, before + odd + behind + END)
-    assert time.process_time() - began < 1
-    assert [one for one in members if one.name in ("before.jpg", "behind.jpg", "inner.jpg")] == [
-        Member("before.jpg", 512, 4),
-        Member("behind.jpg", len(before) + len(odd) + 512, 4),
-    ]
-    assert len(members) <= 3
-    return damage
-
-
-@pytest.mark.parametrize(("odd", "damaging"), [pytest.param(*case[1:], id=case[0]) for case in hostile()])
-def test_hostile_members_cost_no_other_and_no_time(tmp_path: Path, odd: bytes, damaging: bool):
-    assert bool(keeps_the_others(tmp_path / "a.tar", odd)) == damaging
-
-
-@pytest.mark.parametrize(
-    "odd",
-    [
-        pytest.param(member("odd.jpg", size=8 << 30), id="8 GB"),
-        pytest.param(member("odd.jpg", size=1 << 60), id="an exabyte"),
-        pytest.param(pax(record(b"size", b"9" * 20)) + member("odd.jpg"), id="in an extended header"),
-    ],
-)
-def test_a_member_that_claims_more_than_there_is_costs_no_other(tmp_path: Path, odd: bytes):
-    assert keeps_the_others(tmp_path / "a.tar", odd)
-
-
-@pytest.mark.parametrize(
-    "odd",
-    [
-        pytest.param(pax(b"9" * 5000 + b" path=odd\n"), id="of a record"),
-        pytest.param(pax(record(b"size", b"9" * 5000)), id="of a size"),
-    ],
-)
-def test_a_number_of_thousands_of_digits_is_survived(tmp_path: Path, odd: bytes):
-    keeps_the_others(tmp_path / "a.tar", odd + member("odd.jpg"))
 
 
 def test_a_pipe_in_the_place_of_a_tar_does_not_block(tmp_path: Path):

@@ -14,6 +14,10 @@ TIMM: dict[str, Any] = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": WIDT
 TIMM |= {"mlp_ratio": (MLP + 0.5) / WIDTH, "num_classes": 0}
 """timm's arguments of the ViT that most files hold; its heads are not one for each 64 of its width."""
 
+HF: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
+HF |= {"intermediate_size": MLP, "image_size": SIDE, "patch_size": PATCH}
+"""The same for Hugging Face's ViTConfig."""
+
 
 def loud(model: nn.Module, seed: int = 0) -> Any:
     """A model with random parameters at which every part changes the output; in eval mode."""

@@ -15,17 +15,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from scipy import ndimage
 
-from ssl_vit import config, load_encoder
+from ssl_vit import config, load_encoder, recipe
 from ssl_vit.encoders import weights
 from ssl_vit.encoders.timm_zoo import TimmZoo
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.exits import DATA, Refusal
 from ssl_vit.recipe import Finetune, Pretrain
 from tests.encoders import foreign_weights as foreign
-from tests.encoders.foreign_weights import DEPTH, HEADS, MLP, PATCH, SIDE, TIMM, WIDTH, image, loud
-
-HF: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS}
-HF |= {"intermediate_size": MLP, "image_size": SIDE, "patch_size": PATCH}
+from tests.encoders.foreign_weights import DEPTH, HEADS, HF, MLP, PATCH, SIDE, TIMM, WIDTH, image, loud
 
 
 def vit(name: str = "vit_base_patch16_224", seed: int = 0, **arguments: Any) -> Any:
@@ -41,13 +38,16 @@ def same(ours: Any, theirs: Any, height: int = SIDE, width: int = SIDE, atol: fl
     torch.testing.assert_close(ours(one), want, atol=atol, rtol=0)
 
 
+LARGER = ({"stem": (3, 4, 6, 3), "side": 64}, "vit_large_r50_s32_224", {"img_size": 64})
+
+
 @pytest.mark.parametrize(
     ("how", "name", "more"),
     [
         ({}, "vit_base_patch16_224", {}),
         ({"classes": 0, "pre_logits": False}, "vit_base_patch16_224", {}),
         ({"stem": (3, 4, 9), "side": 32}, "vit_base_r50_s16_224", {"img_size": 32}),
-        ({"stem": (3, 4, 6, 3), "side": 64}, "vit_large_r50_s32_224", {"img_size": 64}),
+        pytest.param(*LARGER, marks=pytest.mark.process),
     ],
     ids=["head", "trunk", "r50 3-4-9", "r50 3-4-6-3"],
 )
@@ -60,11 +60,8 @@ def test_googles_file_gives_what_timm_makes_of_it(tmp_path: Path, how, name, mor
     side = how.get("side", SIDE)
     same(ours, theirs, side, side)
     assert (ours.config.kind, ours.config.numbers) == ("vit", (WIDTH, DEPTH, HEADS, MLP))
-    assert (ours.config.pool, ours.config.mean, ours.config.stem) == (
-        "class",
-        (0.5,),
-        "r50" if "stem" in how else "patch",
-    )
+    stem = "r50" if "stem" in how else "patch"
+    assert (ours.config.pool, ours.config.mean, ours.config.stem) == ("class", (0.5,), stem)
 
 
 def test_googles_file_without_a_class_token(tmp_path: Path):
@@ -75,11 +72,8 @@ def test_googles_file_without_a_class_token(tmp_path: Path):
     np.savez(tmp_path / "w.npz", **{**with_token, **{k: v for k, v in bare.items() if "pos_embedding" not in k}})  # type: ignore[arg-type]
     theirs: Any = timm.create_model("vit_base_patch16_224", **TIMM).eval()
     theirs.load_pretrained(str(tmp_path / "w.npz"))
-    theirs.cls_token, theirs.pos_embed = (
-        None,
-        torch.nn.Parameter(torch.from_numpy(bare["Transformer/posembed_input/pos_embedding"])),
-    )
-    theirs.num_prefix_tokens = 0
+    positions = torch.from_numpy(bare["Transformer/posembed_input/pos_embedding"])
+    theirs.cls_token, theirs.pos_embed, theirs.num_prefix_tokens = None, torch.nn.Parameter(positions), 0
     ours: Any = load_encoder(tmp_path / "gap.npz")
     same(ours, theirs)
     assert (ours.prefix, ours.config.pool, ours(image()).shape) == (0, "mean", (2, 16, WIDTH))
@@ -132,18 +126,12 @@ def test_hugging_faces_folder(tmp_path: Path, kind):
 
 
 def test_hugging_faces_autoencoder(tmp_path: Path):
-    small: dict[str, Any] = {
-        "decoder_hidden_size": 32,
-        "decoder_num_hidden_layers": 1,
-        "decoder_num_attention_heads": 2,
-    }
-    made = transformers.ViTMAEConfig(**HF, **small, decoder_intermediate_size=64, mask_ratio=0.0)
+    small: Any = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    decoder = {f"decoder_{name}": value for name, value in small.items()}
+    made = transformers.ViTMAEConfig(**HF, **decoder, mask_ratio=0.0)
     theirs = saved(transformers.ViTMAEForPreTraining(made), tmp_path)
-    ours = load_encoder(tmp_path)
-    patches = torch.arange(16, dtype=torch.float32).expand(
-        2, 16
-    )  # the noise that orders them: none is left out or moved
-    same_as_hugging_face(ours, theirs.vit, noise=patches)
+    order = torch.arange(16, dtype=torch.float32).expand(2, 16)  # of patches: none is left out or moved
+    same_as_hugging_face(load_encoder(tmp_path), theirs.vit, noise=order)
 
 
 @pytest.mark.parametrize("prefix", ["", "vit."])
@@ -151,10 +139,8 @@ def test_hugging_faces_autoencoder(tmp_path: Path):
 def test_the_hubs_old_names_in_either_file(tmp_path: Path, name, prefix):
     theirs = vit()
     tensors = dict(foreign.old_hub_names(foreign.plain(theirs), prefix))
-    tensors |= {
-        f"{prefix}pooler.dense.weight": torch.ones(WIDTH, WIDTH),
-        f"{prefix}pooler.dense.bias": torch.ones(WIDTH),
-    }
+    tensors[f"{prefix}pooler.dense.weight"] = torch.ones(WIDTH, WIDTH)
+    tensors[f"{prefix}pooler.dense.bias"] = torch.ones(WIDTH)
     config = {"model_type": "vit", "hidden_act": "gelu", "image_size": SIDE, "num_attention_heads": HEADS}
     (tmp_path / "config.json").write_text(json.dumps(config))
     if name.endswith("bin"):
@@ -172,24 +158,16 @@ def test_names_that_transformers_has_in_memory(tmp_path: Path):
     same_as_hugging_face(load_encoder(tmp_path), theirs)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"hidden_act": "gelu_new"},
-        {"hidden_act": "quick_gelu"},
-        {"model_type": "deit"},
-        {"model_type": "dinov2"},
-        {"model_type": "vit_msn"},
-        {"layer_norm_eps": 1e-3},
-        {"qkv_bias": False},
-    ],
-    ids=str,
-)
+NOT_PLAIN: list[dict[str, Any]] = [{"hidden_act": "gelu_new"}, {"hidden_act": "quick_gelu"}, {"model_type": "deit"}]
+NOT_PLAIN += [{"model_type": "dinov2"}, {"model_type": "vit_msn"}, {"layer_norm_eps": 1e-3}, {"qkv_bias": False}]
+
+
+@pytest.mark.parametrize("change", NOT_PLAIN, ids=str)
 def test_what_is_no_plain_vit_of_hugging_faces_is_refused(tmp_path: Path, change):
     saved(transformers.ViTModel(transformers.ViTConfig(**HF)), tmp_path)
     content = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(content))
-    (key, value), *_ = change.items()
+    ((key, value),) = change.items()
     with pytest.raises(Refusal, match=f"{key}={value}.* is another model than a plain ViT") as end:
         load_encoder(tmp_path)
     assert end.value.code == DATA
@@ -212,16 +190,22 @@ def narrow(seed: int = 0) -> Any:
     return vit(seed=seed, **NARROW, mlp_ratio=4)
 
 
-def test_maes_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("kind", ["MAE", "DINO, full checkpoint", "DINO, backbone"])
+def test_files_of_mae_and_dino(tmp_path: Path, kind, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(foreign, "WIDTH", 64)
-    theirs = narrow()
-    torch.save(foreign.mae(theirs), tmp_path / "mae.pth")
-    source, tensors = weights.read(str(tmp_path / "mae.pth"))
+    theirs = narrow()  # of DINO the teacher
+    content, left = {
+        "MAE": lambda: (foreign.mae(theirs), {"mask", "decoder"}),
+        "DINO, full checkpoint": lambda: (foreign.dino(theirs, narrow(seed=1)), {"head"}),
+        "DINO, backbone": lambda: (foreign.plain(theirs), set()),
+    }[kind]()
+    torch.save(content, tmp_path / "w.pth")
+    source, tensors = weights.read(str(tmp_path / "w.pth"))
     encoder = source.build().eval()
-    report = weights.fill(encoder, source, tensors, "mae.pth")
+    report = weights.fill(encoder, source, tensors, "w.pth")
     same(encoder, theirs)
     assert report.missing == report.unlike == report.resized == []
-    assert {name.split(".")[0].split("_")[0] for name in report.left} == {"mask", "decoder"}
+    assert {name.split(".")[0].split("_")[0] for name in report.left} == left
 
 
 def test_maes_fine_tuned_file_is_another_model(tmp_path: Path):
@@ -235,19 +219,6 @@ def test_maes_fine_tuned_file_is_another_model(tmp_path: Path):
         load_encoder(tmp_path / "w.pth")
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["full checkpoint", "backbone"])
-def test_dinos_files(tmp_path: Path, whole, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(foreign, "WIDTH", 64)
-    theirs = narrow()
-    torch.save(foreign.dino(theirs, narrow(seed=1)) if whole else foreign.plain(theirs), tmp_path / "dino.pth")
-    source, tensors = weights.read(str(tmp_path / "dino.pth"))
-    encoder = source.build().eval()
-    report = weights.fill(encoder, source, tensors, "dino.pth")
-    same(encoder, theirs)  # of the teacher
-    assert bool(report.left) == whole
-    assert all(name.startswith("head.") for name in report.left)
-
-
 def timm_folder(folder: Path, name: str, **arguments: Any) -> Any:
     """A model as timm writes it for its hub; returns what timm itself opens there."""
     folder.mkdir(exist_ok=True)
@@ -257,7 +228,6 @@ def timm_folder(folder: Path, name: str, **arguments: Any) -> Any:
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
-@pytest.mark.parametrize("local", [True, False], ids=["timm:local-dir", "folder"])
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -265,27 +235,28 @@ def timm_folder(folder: Path, name: str, **arguments: Any) -> Any:
         ("vit_tiny_patch16_224", {"img_size": 32, "depth": 1, "embed_dim": 96}),  # heads: those of its name
         ("vit_tiny_patch16_224", {"img_size": (16, 48), "depth": 1}),
         ("vit_base_patch16_gap_224", {"img_size": 32, "depth": 1, "embed_dim": 96}),  # 16 heads: no shape tells
-        ("vit_base_r50_s16_224", {"img_size": 32, "depth": 1, "embed_dim": 96}),
+        pytest.param("vit_base_r50_s16_224", {"img_size": 32, "depth": 1, "embed_dim": 96}, marks=pytest.mark.process),
         ("test_vit", {"img_size": 32, "num_classes": 3}),
         ("vit_base_patch16_siglip_gap_224", {"img_size": 32, "depth": 1, "embed_dim": 96}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(str(one) for one in value.values()),
 )
-def test_timms_plain_folders_become_our_own_vit(tmp_path: Path, name, arguments, local):
+def test_timms_plain_folders_become_our_own_vit(tmp_path: Path, name, arguments):
     theirs = timm_folder(tmp_path, name, **arguments)
-    config, tensors = weights.read(f"timm:local-dir:{tmp_path}" if local else str(tmp_path))
-    assert isinstance(config, Vit)
-    assert config.numbers[2] == theirs.blocks[0].attn.num_heads
-    assert (config.pool == "class") == (theirs.global_pool == "token")
-    encoder = config.build().eval()
-    weights.fill(encoder, config, tensors, name)
-    same(encoder, theirs, *config.image_hw)
+    for source in (str(tmp_path), f"timm:local-dir:{tmp_path}"):
+        config, tensors = weights.read(source)
+        assert isinstance(config, Vit)
+        assert config.numbers[2] == theirs.blocks[0].attn.num_heads
+        assert (config.pool == "class") == (theirs.global_pool == "token")
+        encoder = config.build().eval()
+        weights.fill(encoder, config, tensors, name)
+        same(encoder, theirs, *config.image_hw)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "vit_xsmall_patch16_clip_224",  # pre-norm
+        pytest.param("vit_xsmall_patch16_clip_224", marks=pytest.mark.process),  # pre-norm
         "test_vit2",  # layer scale, a register, pooling before the norm
         "test_vit3",  # layer scale, registers without positions, attention pooling
         "test_convnext",
@@ -293,11 +264,7 @@ def test_timms_plain_folders_become_our_own_vit(tmp_path: Path, name, arguments,
     ],
 )
 def test_other_models_are_taken_as_timms(tmp_path: Path, name):
-    side = 32
-    arguments: dict[str, Any] = (
-        {"img_size": side, "num_classes": 4} if "vit" in name or "deit" in name else {"num_classes": 4}
-    )
-    theirs = timm_folder(tmp_path, name, **arguments)
+    theirs = timm_folder(tmp_path, name, num_classes=4, **({"img_size": 32} if "vit" in name else {}))
     config, tensors = weights.read(str(tmp_path))
     assert isinstance(config, TimmZoo)
     encoder = config.build().eval()
@@ -308,56 +275,42 @@ def test_other_models_are_taken_as_timms(tmp_path: Path, name):
         torch.testing.assert_close(encoder(image(*config.image_hw)), want, atol=1e-5 * float(want.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"act_layer": "quick_gelu"},
-        {"act_layer": "gelu_tanh"},
-        {"init_values": 0.1},
-        {"qk_norm": True},
-        {"reg_tokens": 2},
-        {"pre_norm": True},
-        {"no_embed_class": True},
-        {"class_token": False, "global_pool": "map"},
-        {"global_pool": "avg", "fc_norm": True},
-        {"qkv_bias": False},
-        {"block_fn": "no such"},
-    ],
-    ids=lambda change: "-".join(change),
-)
+BARE_TOO = [{"init_values": 0.1}, {"qk_norm": True}, {"reg_tokens": 2}, {"pre_norm": True}, {"no_embed_class": True}]
+BARE_TOO += [{"qkv_bias": False}, {"global_pool": "avg", "fc_norm": True}]
+BY_NAME = [{"act_layer": "quick_gelu"}, {"act_layer": "gelu_tanh"}, {"class_token": False, "global_pool": "map"}]
+
+
+@pytest.mark.parametrize("change", [*BARE_TOO, *BY_NAME, {"block_fn": "no such"}], ids=lambda change: "-".join(change))
 def test_arguments_that_make_another_model_are_never_taken_for_a_plain_vit(tmp_path: Path, change):
     """The shapes may be a plain ViT's; by name alone timm would not build them again, so they are refused."""
-    if "no such" in change.values():
-        timm_folder(tmp_path, "vit_tiny_patch16_224", **TIMM)
+    unknown = "no such" in change.values()
+    model = timm_folder(tmp_path, "vit_tiny_patch16_224", **TIMM | ({} if unknown else change))
+    if unknown:
         content = json.loads((tmp_path / "config.json").read_text())
         content["model_args"] |= change
         (tmp_path / "config.json").write_text(json.dumps(content))
-    else:
-        timm_folder(tmp_path, "vit_tiny_patch16_224", **TIMM | change)
     with pytest.raises(Refusal) as end:
         load_encoder(tmp_path)
     assert end.value.code == DATA
     assert "\n" not in str(end.value)
+    if change in BARE_TOO:  # nor where there are but tensors
+        (tmp_path / "bare").mkdir()
+        torch.save(model.state_dict(), tmp_path / "bare" / "w.pth")
+        refused(tmp_path / "bare" / "w.pth")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"init_values": 0.1},
-        {"qk_norm": True},
-        {"reg_tokens": 2},
-        {"pre_norm": True},
-        {"no_embed_class": True},
-        {"qkv_bias": False},
-        {"dynamic_img_size": True, "global_pool": "avg", "fc_norm": True},
-    ],
-    ids=lambda change: "-".join(change),
-)
-def test_a_bare_file_of_another_model_is_refused(tmp_path: Path, change):
-    torch.save(vit(**TIMM | change).state_dict(), tmp_path / "w.pth")
-    with pytest.raises(Refusal) as end:
-        load_encoder(tmp_path / "w.pth")
-    assert end.value.code == DATA
+def test_a_bare_file_tells_its_architecture_but_for_heads(tmp_path: Path):
+    """Of 64 for each, as of a model in DataParallel; timm's config beside it says how many there are."""
+    theirs = narrow()
+    tree = theirs.state_dict() | {"head.weight": torch.ones(2)}
+    torch.save({"model": {f"module.{name}": value for name, value in tree.items()}, "epoch": 3}, tmp_path / "w.pth")
+    same(load_encoder(tmp_path / "w.pth"), theirs)
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    said = {"mean": [0.4, 0.5, 0.6], "std": [0.2] * 3}
+    said = {"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": 4}, "pretrained_cfg": said}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    config: Any = load_encoder(tmp_path).config
+    assert (config.numbers[2], config.mean, config.std) == (4, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
 
 
 def test_a_timm_model_whose_weights_cannot_be_had(monkeypatch: pytest.MonkeyPatch):
@@ -417,10 +370,15 @@ def test_the_report_says_what_became_of_every_tensor(tmp_path: Path):
     assert random == {"norm.bias", "blocks.0.mlp.fc1.bias"}  # these alone stay as they were drawn
 
 
+def test_parts_of_another_architecture_are_not_dropped_in_silence():
+    encoder = Vit.model_validate({"width": 64, "depth": 1, "patch": 4, "image": 8}).build()
+    tensors = encoder.state_dict() | {"head.weight": torch.ones(1), "blocks.0.ls1.gamma": torch.ones(64)}
+    with pytest.raises(Refusal, match=r"1 tensors that it has no place for \(blocks\.0\.ls1\.gamma"):
+        weights.fill(encoder, encoder.config, tensors, "here")
+
+
 @pytest.mark.parametrize("schema", [Pretrain, Finetune])
 def test_what_a_training_says_of_its_source(tmp_path: Path, schema, capsys: pytest.CaptureFixture[str]):
-    from ssl_vit import recipe
-
     given = sources(tmp_path)
     for origin, path in given.items():
         words = [f"init={path}", "data.train=x", "data.image_size=24", "init_share=0.9"]
@@ -473,10 +431,8 @@ def test_flipped_bits_are_refused_or_are_in_the_numbers(tmp_path: Path, name):
 
 def test_numbers_that_are_none_are_refused(tmp_path: Path):
     tensors = foreign.plain(narrow())
-    for name, value in (
-        ("norm.bias", torch.full((64,), float("nan"))),
-        ("norm.weight", torch.ones(64, dtype=torch.int32)),
-    ):
+    bad = {"norm.bias": torch.full((64,), float("nan")), "norm.weight": torch.ones(64, dtype=torch.int32)}
+    for name, value in bad.items():
         save_file({**tensors, name: value}, tmp_path / "w.safetensors")
         with pytest.raises(Refusal, match=rf"{name} has numbers that are not finite, or whole numbers"):
             load_encoder(tmp_path / "w.safetensors")
@@ -505,8 +461,11 @@ class Evil:
         return os.system, ("touch canary",)
 
 
-def test_no_pickle_of_any_kind_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_executed_and_nothing_foreign_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
+    save_file({"fc.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "junk.safetensors").write_bytes(b"\xff" * 64)
     arrays = foreign.google()
     arrays["cls"] = np.array([Evil()], dtype=object)
     np.savez(tmp_path / "object.npz", **arrays)  # type: ignore[arg-type]
@@ -520,6 +479,10 @@ def test_no_pickle_of_any_kind_is_executed(tmp_path: Path, monkeypatch: pytest.M
     torch.save({"teacher": {"x": Evil()}}, tmp_path / "teacher.pth")
     (tmp_path / "folder").mkdir()
     (tmp_path / "teacher.pth").rename(tmp_path / "folder" / "pytorch_model.bin")
-    for path in [*tmp_path.glob("*.*"), tmp_path / "folder" / "pytorch_model.bin"]:
+    torch.save({"x": Evil()}, tmp_path / "bare.pth")
+    for path in [*tmp_path.glob("*.*"), tmp_path / "folder" / "pytorch_model.bin", tmp_path / "none.pth"]:
         refused(path)
     assert not list(tmp_path.rglob("canary"))
+    (tmp_path / "config.json").write_text(json.dumps({"ssl_vit": {"size": "XXL"}}))
+    with pytest.raises(Refusal, match=r"config\.json"):
+        load_encoder(tmp_path / "other.safetensors")

@@ -1,10 +1,135 @@
-"""Position tables at another resolution (C1.7)."""
+"""Position embeddings of every kind, their places, and their way to another resolution (C1.6, C1.7, C3.6)."""
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import zoom
+from torch import Tensor, nn
 
+from ssl_vit.encoders import positions, weights
+from ssl_vit.encoders.axial import Axial
 from ssl_vit.encoders.positions import resize
+from ssl_vit.encoders.vit import Vit
+from ssl_vit.model import read_out
+from tests.encoders.kinds import CONFIGS, TINY, TRANSFORMERS, images, made
+
+ORDER = torch.tensor([7, 3, 11, 0, 5, 9, 1, 10, 2, 8, 6, 4])
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSFORMERS if not name.startswith("axial")])
+def test_only_positions_tell_patches_apart(name):
+    """C1.6, C3.6a: without them what is read out does not see a permutation of the patches, with any it does."""
+    encoder = made(CONFIGS[name]).eval()
+    for key, parameter in encoder.named_parameters():
+        if "pos" in key or "offsets" in key:
+            nn.init.normal_(parameter, std=0.5)  # well above rounding
+    image = images(CONFIGS[name])
+    with torch.no_grad():
+        plain, permuted = encoder(image), encoder(image, edit=lambda patches: patches[:, ORDER])
+    vectors = [read_out(tokens, encoder.pool, encoder.prefix) for tokens in (plain, permuted)]
+    same = torch.allclose(vectors[0], vectors[1], atol=1e-5)
+    assert same == ("none" in name)
+    if "none" in name:
+        torch.testing.assert_close(permuted[:, encoder.prefix :], plain[:, encoder.prefix :][:, ORDER])
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSFORMERS if "-every" in name or "-shared" in name])
+def test_positions_act_in_every_block(name):
+    """Those of every layer and the shared ones still tell patches apart in the last block."""
+    encoder = made(CONFIGS[name]).eval()
+    block = encoder.blocks[-1]
+    flat = torch.randn(1, encoder.prefix + 12, 16, generator=torch.Generator().manual_seed(1))
+    flat[:, encoder.prefix :] = torch.randn(16) if encoder.config.positions != "relative" else flat[:, encoder.prefix :]
+    with torch.no_grad():
+        before = encoder.through(block, flat)
+        for key, parameter in encoder.named_parameters():
+            if key.startswith((f"blocks.{len(encoder.blocks) - 1}.pos", "pos_embed", "offsets")) or (
+                key == f"blocks.{len(encoder.blocks) - 1}.attn.offsets"
+            ):
+                parameter.zero_()
+        assert not torch.allclose(encoder.through(block, flat), before, atol=1e-6)
+
+
+def test_tables_of_each_place():
+    """C3.6e: one shared table, L tables of every layer; and the counts of reference 3.6 for B/16."""
+
+    def tables(**given: Any) -> dict[str, int]:
+        with torch.device("meta"):
+            encoder = Vit(size="B", **given).build()
+        return {name: p.numel() for name, p in encoder.named_parameters() if "pos" in name or "offsets" in name}
+
+    assert tables() == {"pos_embed": 151_296}
+    assert tables(positions_at="shared") == {"pos_embed": 151_296}
+    every = tables(positions_at="every")
+    assert (len(every), sum(every.values())) == (12, 1_815_552)
+    assert sum(tables(positions="2d").values()) == 10_752 + 768
+    assert sum(tables(positions="2d", class_token=False, pool="mean").values()) == 10_752
+    assert sum(tables(positions="2d", positions_at="shared").values()) == 10_752 + 768
+    assert sum(tables(positions="2d", positions_at="every").values()) == 12 * (10_752 + 768)
+    relative = tables(positions="relative")
+    assert set(relative.values()) == {391 * 64}
+    assert len(relative) == 12
+    assert tables(positions="relative", positions_at="shared") == {"offsets": 391 * 64}
+    assert tables(positions="none") == {}
+
+
+@pytest.mark.parametrize("at", ["stem", "every", "shared"])
+@pytest.mark.parametrize("token", [True, False])
+def test_relative_positions_of_zero_are_none(at, token):
+    """C3.6b"""
+    sizes = TINY | {"class_token": token, "pool": "mean"}
+    with_ = made(Vit(**sizes, positions="relative", positions_at=at)).eval()
+    without = made(Vit(**sizes, positions="none")).eval()
+    without.load_state_dict({k: v for k, v in with_.state_dict().items() if "offsets" not in k})
+    image = images(with_.config)
+    with torch.no_grad():
+        want = without(image)
+        assert not torch.allclose(with_(image), want, atol=1e-6)
+        for name, parameter in with_.named_parameters():
+            if "offsets" in name:
+                parameter.zero_()
+        torch.testing.assert_close(with_(image), want, atol=1e-5, rtol=1e-5)
+
+
+def test_relative_positions_are_a_second_key():
+    """Written out over pairs; C3.6c: a constant added to all offsets changes nothing without class token."""
+    for token in (True, False):
+        encoder = made(Vit(**TINY, positions="relative", class_token=token, pool="mean")).eval()
+        attention, p = encoder.blocks[0].attn, int(token)
+        x = torch.randn(1, p + 12, 16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            nn.init.normal_(attention.offsets)
+            q, k, v = (part[0] for part in attention.qkv(x))  # [heads, tokens, 8]
+            logits, step = q @ k.transpose(1, 2), torch.arange(12)[:, None] - torch.arange(12)
+            logits[:, p:, p:] += torch.einsum("hid,ijd->hij", q[:, p:], attention.offsets[step + 11])
+            mixed = (logits / math.sqrt(8)).softmax(2) @ v
+            want = attention.proj(mixed.transpose(0, 1).reshape(1, p + 12, 16))
+            torch.testing.assert_close(attention(x), want, atol=1e-5, rtol=1e-4)
+            attention.offsets += torch.randn(8)
+            assert torch.allclose(attention(x), want, atol=1e-5) != token
+
+
+@pytest.mark.parametrize("at", ["stem", "every", "shared"])
+def test_rows_of_a_2d_table_differ_alike_in_every_column(at):
+    """C3.6d, and what a table holds: X and Y of half the width."""
+    encoder = made(Vit(**TINY, positions="2d", positions_at=at))
+    axes = encoder.blocks[1].pos if at == "every" else encoder.pos_embed
+    table = axes()[0]
+    assert torch.equal(table[:1], axes.prefix)
+    grid = table[1:].unflatten(0, (3, 4))
+    down, right = grid[1:] - grid[:-1], grid[:, 1:] - grid[:, :-1]
+    assert torch.equal(down, down[:, :1].expand_as(down))
+    assert torch.equal(right, right[:1].expand_as(right))
+    assert (down[:, 0, :8] != 0).all()
+    assert not down[:, 0, 8:].any()
+    assert not right[0, :, :8].any()
+
+
+# in an image of another size
 
 
 def table(rows: int, columns: int) -> torch.Tensor:
@@ -12,18 +137,12 @@ def table(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(1, 1 + rows * columns, 5, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_same_grid_is_the_identity():
-    given = table(3, 4)
-    assert resize(given, (3, 4), (3, 4), 1) is given
-
-
 @pytest.mark.parametrize(
     ("old", "new"), [((14, 14), (24, 24)), ((7, 7), (12, 12)), ((24, 24), (14, 14)), ((3, 5), (6, 4))]
 )
 def test_equals_the_zoom_of_the_authors_code(old, new):
-    from scipy.ndimage import zoom
-
     given = table(*old)
+    assert resize(given, old, old, 1) is given
     grid = given[0, 1:].reshape(*old, 5).double().numpy()
     want = np.asarray(zoom(grid, (new[0] / old[0], new[1] / old[1], 1), order=1))
     got = resize(given.double(), old, new, 1)
@@ -31,9 +150,106 @@ def test_equals_the_zoom_of_the_authors_code(old, new):
     np.testing.assert_allclose(got[0, 1:].reshape(*new, 5).numpy(), want, rtol=0, atol=1e-5)
 
 
-def test_a_linear_table_stays_linear_and_corners_stay():
-    rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij")
-    linear = torch.cat([torch.zeros(1, 1, 2), torch.stack([rows, columns], -1).reshape(1, 24, 2)], 1)
-    got = resize(linear, (4, 6), (7, 11), 1)[0, 1:].reshape(7, 11, 2)
-    want = torch.stack(torch.meshgrid(torch.linspace(0, 3, 7), torch.linspace(0, 5, 11), indexing="ij"), -1)
-    torch.testing.assert_close(got, want)
+# the same by the way that weights take (ssl_vit.encoders.weights.fill)
+
+OLD, NEW = (3, 4), (7, 6)
+
+
+def resized(given: dict[str, Any], change: Callable[[str, nn.Parameter], Any], new: tuple[int, int] = NEW) -> Any:
+    """An encoder of the new grid with the positions of one of the old grid, whose tables `change` has made."""
+    encoder = made(Vit(**TINY | given))
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "pos" in name or "offsets" in name:
+                change(name, parameter)
+    larger = encoder.config.model_copy(update={"image": (4 * new[0], 4 * new[1])}).build()
+    report = weights.fill(larger, encoder.config, encoder.state_dict(), "here")
+    assert report.share == 1
+    for name, value in larger.state_dict().items():
+        if "pos" not in name and "offsets" not in name:
+            assert torch.equal(value, encoder.state_dict()[name])
+    assert (report.resized != []) == (new != OLD)
+    return encoder, larger
+
+
+def whole(table: Any) -> Tensor:
+    """A position table [1 + N, D]."""
+    return (table() if isinstance(table, nn.Module) else table)[0].detach()
+
+
+def tables_of(encoder: Any) -> list[Any]:
+    return [block.pos for block in encoder.blocks] if encoder.config.where == "every" else [encoder.pos_embed]
+
+
+@pytest.mark.parametrize("at", ["stem", "every", "shared"])
+@pytest.mark.parametrize("kind", ["1d", "2d"])
+def test_tables_are_resized_corner_to_corner(kind, at):
+    """C1.7 for each kind of table: identity, corners, class row, and a linear table stays linear."""
+    given = {"positions": kind, "positions_at": at}
+    before, after = resized(given, lambda _n, p: nn.init.normal_(p), OLD)
+    for one, other in zip(tables_of(before), tables_of(after), strict=True):
+        assert torch.equal(whole(one), whole(other))
+    before, after = resized(given, lambda _n, p: nn.init.normal_(p))
+    for one, other in zip(tables_of(before), tables_of(after), strict=True):
+        small, large = whole(one), whole(other)
+        assert torch.equal(large[0], small[0])
+        small, large = small[1:].unflatten(0, OLD), large[1:].unflatten(0, NEW)
+        torch.testing.assert_close(large[[0, 0, -1, -1], [0, -1, 0, -1]], small[[0, 0, -1, -1], [0, -1, 0, -1]])
+
+    def linear(grid: tuple[int, int]) -> Tensor:
+        rows, columns = torch.meshgrid(torch.linspace(0, 2, grid[0]), torch.linspace(0, 3, grid[1]), indexing="ij")
+        return torch.cat([rows[..., None].expand(-1, -1, 8), columns[..., None].expand(-1, -1, 8)], 2).flatten(0, 1)
+
+    def fill(name: str, parameter: nn.Parameter) -> None:
+        if name.endswith("rows"):
+            parameter.copy_(torch.arange(3.0)[:, None].expand_as(parameter))
+        elif name.endswith("columns"):
+            parameter.copy_(torch.arange(4.0)[:, None].expand_as(parameter))
+        elif not name.endswith("prefix"):
+            parameter[0, 1:] = linear(OLD)
+
+    _, after = resized(given, fill)
+    for table in tables_of(after):
+        torch.testing.assert_close(whole(table)[1:], linear(NEW))
+
+
+@pytest.mark.parametrize("at", ["stem", "every", "shared"])
+@pytest.mark.parametrize("new", [NEW, (7, 7), (2, 3), (3, 9)])
+def test_relative_positions_are_resized(at, new):
+    """The longest steps, corner to corner, and none stay; what is linear in the step of rows and columns stays so."""
+
+    def fill(_name: str, parameter: nn.Parameter) -> None:
+        parameter.copy_(torch.arange(-11.0, 12)[:, None].expand_as(parameter))  # 4 down + right
+
+    before, after = resized({"positions": "relative", "positions_at": at}, fill, new)
+    count = 0
+    for name, large in after.named_parameters():
+        if "offsets" not in name:
+            continue
+        count += 1
+        small = before.get_parameter(name).detach()
+        large = large.detach()
+        assert len(large) == 2 * new[0] * new[1] - 1
+        for place in (0, len(large) // 2, -1):
+            torch.testing.assert_close(large[place], small[len(small) // 2 if place > 0 else place])
+        # a pair of patches one row apart, or one column apart, not at a border
+        middle = new[0] * new[1] - 1
+        down, right = (OLD[0] - 1) / (new[0] - 1), (OLD[1] - 1) / (new[1] - 1)
+        torch.testing.assert_close(large[middle + new[1]], torch.full((8,), 4 * down))
+        torch.testing.assert_close(large[middle + 1], torch.full((8,), right))
+    assert count == {"stem": 1, "every": 2, "shared": 1}[at]
+    same = torch.randn(23, 8)
+    assert torch.equal(positions.resize_offsets(same, OLD, OLD), same)
+
+
+def test_lines_of_an_axial_encoder_are_resized_along_themselves():
+    """Rows have the offsets of columns and columns those of rows; each is a line, resized corner to corner."""
+    given = Axial(**TINY | {"depth": 1, "positions": "relative", "image": (20, 16)})  # 5 x 4 patches
+    small, large = made(given), made(given.model_copy(update={"image": (28, 40)}))
+    weights.fill(large, small.config, small.state_dict(), "here")
+    for number, (old, new) in enumerate([(4, 10), (5, 7)]):
+        table, made_ = (one.blocks[number].attn.offsets.detach().numpy() for one in (small, large))
+        assert (len(table), len(made_)) == (2 * old - 1, 2 * new - 1)
+        at = np.linspace(0, 2 * old - 2, 2 * new - 1)
+        want = np.stack([np.interp(at, np.arange(2 * old - 1), one) for one in table.T], 1)
+        np.testing.assert_allclose(made_, want, atol=1e-6)

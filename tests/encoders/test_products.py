@@ -1,23 +1,27 @@
-"""A linear layer by oneDNN is torch's but for rounding, wherever torch's can stand."""
+"""A linear layer by oneDNN is torch's but for rounding, wherever torch's can stand; so are patches cut by a product."""
 
 import copy
 import pickle
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from ssl_vit.encoders import export
 from ssl_vit.encoders import linear as module
 from ssl_vit.encoders.linear import Linear, linear
-from ssl_vit.encoders.vit import Vit
+from ssl_vit.encoders.vit import Cut, Vit
+from tests.encoders.kinds import TRANSFORMERS, images, made
+from tests.train.children import ended, fork
 
 LARGE = 300  # rows of 96 numbers: more than the 20,480 from which on torch asks oneDNN for one image
 
@@ -99,8 +103,6 @@ def test_the_same_bits_every_time(threads: int, shape: str):
 
 def convolutions(run: Callable[[], object]) -> int:
     """How many convolutions are computed while something runs."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     found = [0]
 
     class Count(TorchDispatchMode):
@@ -131,12 +133,7 @@ def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
     assert product(1, 768, 3072) == product(8, 768, 768) == product(300, 96, 64) == product(255, 768, 768) == 0
     assert product(256, 192, 192) == product(1568, 192, 512) == 1
-
-
-@needs_onednn
-def test_what_torch_would_not_give_to_onednn_is_not_made_a_convolution(monkeypatch: pytest.MonkeyPatch):
-    """torch computes a convolution of one image of up to 20,480 numbers by a kernel that is far slower than MKL."""
-    monkeypatch.undo()
+    # torch computes a convolution of one image of up to 20,480 numbers by a kernel that is far slower than MKL
     assert product(20_480 // 64, 64, 512) == 0
 
 
@@ -193,9 +190,8 @@ def test_copies_and_pickles():
 def test_transforms_of_functions():
     """vmap, grad, and a derivative of a derivative."""
     weight, bias, x = drawn(64, 96, seed=1), drawn(64, seed=2), drawn(4, 80, 96)
-    torch.testing.assert_close(
-        torch.vmap(linear, (0, None, None))(x, weight, bias), F.linear(x, weight, bias), atol=1e-4, rtol=1e-5
-    )
+    mapped = torch.vmap(linear, (0, None, None))(x, weight, bias)
+    torch.testing.assert_close(mapped, F.linear(x, weight, bias), atol=1e-4, rtol=1e-5)
 
     def cost(layer: Callable[..., Tensor], weight: Tensor) -> Tensor:
         return layer(x, weight, bias).square().mean()
@@ -241,11 +237,9 @@ def test_exports_as_matrix_products(strict: bool):
     torch.testing.assert_close(program.module()(image), encoder(image), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.process  # seconds, and the exported program has been looked at
 def test_onnx_has_matrix_products(tmp_path: Path):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    from ssl_vit.encoders import export
+    import onnx
 
     encoder = Vit(size="Ti", width=32, depth=2, heads=2, patch=4, image=48).build().eval()
     with warnings.catch_warnings():
@@ -256,52 +250,74 @@ def test_onnx_has_matrix_products(tmp_path: Path):
     assert kinds.count("MatMul") + kinds.count("Gemm") >= 8
 
 
-WORKER = """
-import sys, warnings
-warnings.simplefilter("error")
-import torch, torch.distributed as dist
-from torch import nn
-from torch.nn import functional as F
-from ssl_vit.encoders import linear
-from ssl_vit.encoders.vit import Vit
-torch.set_num_threads(1)
-linear.ROWS = linear.PRODUCTS = 1
-rank, place = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=2)
-torch.manual_seed(0)
-encoder = Vit(size="Ti", width=64, depth=2, heads=2, patch=4, image=32).build()
-model = nn.parallel.DistributedDataParallel(encoder, gradient_as_bucket_view=True)
-images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
-weight = torch.randn(64)
-select = torch.stack([torch.randperm(65)[:30] for _ in range(8)])
-mine = slice(4 * rank, 4 * rank + 4)
-for _ in range(2):
-    model.zero_grad()
-    (model(images[mine], select=select[mine]) * weight).mean().backward()
-found = [p.grad.clone() for p in encoder.parameters()]
-encoder.zero_grad()
-linear.ONEDNN = False
-(encoder(images, select=select) * weight).mean().backward()
-worst = max(float((a - p.grad).abs().max() / (1e-6 + p.grad.abs().max())) for a, p in zip(found, encoder.parameters()))
-assert worst < 1e-4, worst
-dist.destroy_process_group()
-print("same")
-"""
+def average(rank: int, world: int, place: Path) -> None:
+    """Gradients of DDP are those of the whole batch, computed by torch."""
+    dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=world)
+    try:
+        torch.manual_seed(0)
+        encoder = Vit(size="Ti", width=64, depth=2, heads=2, patch=4, image=32).build()
+        model = nn.parallel.DistributedDataParallel(encoder, gradient_as_bucket_view=True)
+        image, weight = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.randn(64)
+        select = torch.stack([torch.randperm(65)[:30] for _ in range(8)])
+        mine = slice(8 // world * rank, 8 // world * (rank + 1))
+        for _ in range(2):
+            model.zero_grad()
+            (model(image[mine], select=select[mine]) * weight).mean().backward()
+        found = [p.grad.clone() for p in encoder.parameters() if p.grad is not None]
+    finally:
+        dist.destroy_process_group()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "ONEDNN", False)
+        wanted = torch.autograd.grad((encoder(image, select=select) * weight).mean(), list(encoder.parameters()))
+    for mine_, want in zip(found, wanted, strict=True):
+        assert (mine_ - want).abs().max() < 1e-4 * (1e-6 + want.abs().max())
 
 
-def test_two_processes_average_gradients_without_a_word(tmp_path: Path):
-    """DDP warns, and copies, where a gradient is laid out otherwise than its parameter."""
-    ends = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "meet")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for end in ends:
-        said, wrong = end.communicate(timeout=120)
-        assert end.returncode == 0, wrong[-2000:]
-        assert said.strip() == "same"
-        assert "stride" not in wrong.lower()
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=[pytest.mark.process, pytest.mark.ranks])])
+def test_processes_average_gradients_without_a_word(world: int, tmp_path: Path):
+    """DDP warns, which is an error here, and copies, where a gradient is laid out otherwise than its parameter."""
+    if world == 1:
+        average(0, 1, tmp_path / "meet")
+        return
+    screens = [tmp_path / f"{rank}" for rank in range(world)]
+    pids = [fork(partial(average, rank, world, tmp_path / "meet"), screens[rank]) for rank in range(world)]
+    codes, said = [ended(pid) for pid in pids], "".join(screen.read_text() for screen in screens)
+    assert codes == [0] * world, said
+    assert "stride" not in said.lower()
+
+
+# patches
+
+
+SIDES = [(1, 4, 4), (3, 16, 16), (3, 12, 20), (4, 8, 24), (7, 36, 4)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("patch", [1, 2, 4])
+@pytest.mark.parametrize(("channels", "height", "width"), SIDES)
+def test_the_product_is_the_convolution(channels: int, height: int, width: int, patch: int, bias: bool):
+    torch.manual_seed(0)
+    cut = Cut(channels, 24, kernel_size=patch, stride=patch, bias=bias).double()
+    pixels = torch.randn(2, channels, height, width, dtype=torch.float64)
+    for laid_out in (pixels, pixels.contiguous(memory_format=torch.channels_last), pixels.flip(0)[::2]):
+        x = laid_out.detach().requires_grad_()
+        mine, theirs = cut.product(x), F.conv2d(x, cut.weight, cut.bias, stride=patch)
+        assert mine.shape == theirs.shape == (len(x), 24, height // patch, width // patch)
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
+        back = torch.randn(theirs.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        given = [x, *cut.parameters()]
+        pairs = zip(torch.autograd.grad(mine, given, back), torch.autograd.grad(theirs, given, back), strict=True)
+        for got, want in pairs:
+            assert got.shape == want.shape
+            torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["vit-1d-stem", "vit-grey", "vit-four-channels", "axial-2d-every"])
+def test_an_encoder_by_products_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
+    encoder, image = made(TRANSFORMERS[name]).eval(), images(TRANSFORMERS[name])
+    with torch.no_grad():
+        want = encoder(image)
+        monkeypatch.setattr(Cut, "forward", Cut.product)
+        torch.testing.assert_close(encoder(image), want, atol=1e-5, rtol=1e-5)
+        patches = encoder.patch_embed(encoder.normalise(image))
+    assert patches.is_contiguous()  # as the next layer wants them

@@ -1,8 +1,7 @@
-"""Foreign weights in the tools: fine-tuned, judged and predicted with, each in a process of its own."""
+"""Foreign weights in the tools: fine-tuned, judged and predicted with."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,14 +10,27 @@ import transformers
 from ssl_vit import config, load_encoder, recipe
 from ssl_vit.encoders import Vit
 from ssl_vit.encoders.export import export
-from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.exits import DATA, USAGE, Refusal
 from tests.encoders import foreign_weights as foreign
-from tests.encoders.foreign_weights import loud
+from tests.encoders.foreign_weights import HF, loud
 from tests.evaluate.test_predict import read
-from tests.frozen import find, refused, results, run_tool
+from tests.frozen import find, results
+from tests.starts import call
 
 QUIET = ["data.workers=0", "batch=4", "micro_batch=4", "tracker=none", "steps=2", "log_every=1", "save_every=2"]
 QUIET += ["optim.warmup_steps=0", "optim.lr=0.001", "seed=0"]
+
+
+def run_tool(tool: str, words: list[str]) -> str:
+    ended = call(tool, words)
+    assert ended.code == 0, ended.said
+    return ended.said
+
+
+def refused(tool: str, words: list[str]) -> str:
+    ended = call(tool, words)
+    assert ended.code in (USAGE, DATA), ended.said
+    return ended.line
 
 
 def on(shards: Path, run: Path) -> list[str]:
@@ -28,7 +40,7 @@ def on(shards: Path, run: Path) -> list[str]:
 def test_googles_file_is_fine_tuned_at_another_size(shards: Path, tmp_path: Path):
     foreign.write_google(tmp_path / "w.npz")
     words = [*on(shards, tmp_path / "run"), f"init={tmp_path}/w.npz", "data.image_size=24"]
-    said = run_tool("finetune", words, tmp_path)
+    said = run_tool("finetune", words)
     line = next(line for line in said.splitlines() if "of the encoder" in line)
     assert line.endswith(
         "w.npz: 100.0% of the encoder; 30 matched, 1 resized (pos_embed), "
@@ -42,22 +54,14 @@ def test_googles_file_is_fine_tuned_at_another_size(shards: Path, tmp_path: Path
     damaged = (tmp_path / "w.npz").read_bytes()[:-100]
     (tmp_path / "cut.npz").write_bytes(damaged)
     cut = [*on(shards, tmp_path / "other"), f"init={tmp_path}/cut.npz", "data.image_size=24"]
-    assert "cut.npz" in refused("finetune", cut, tmp_path)
+    assert "cut.npz" in refused("finetune", cut)
 
 
 def test_hugging_faces_folder_is_judged_frozen(shards: Path, tmp_path: Path):
-    numbers: dict[str, Any] = {
-        "hidden_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "intermediate_size": 80,
-    }
-    loud(transformers.ViTModel(transformers.ViTConfig(**numbers, image_size=16, patch_size=4))).save_pretrained(
-        tmp_path / "hf"
-    )
+    loud(transformers.ViTModel(transformers.ViTConfig(**HF))).save_pretrained(tmp_path / "hf")
     words = [f"encoder={tmp_path}/hf", f"data.train={shards}/train", f"data.val={shards}/val", f"run={tmp_path}/run"]
     words += ["few_shot.shots=1,2", "linear.l2=0.01", "metrics.bootstrap=20", "random=false", "batch=3"]
-    run_tool("evaluate", [*words, "data.workers=0"], tmp_path)
+    run_tool("evaluate", [*words, "data.workers=0"])
     found = results(tmp_path / "run")
     assert found["encoder"] == f"{tmp_path}/hf"
     assert find(found, "classes") == ["blue", "green", "red"]
@@ -66,19 +70,19 @@ def test_hugging_faces_folder_is_judged_frozen(shards: Path, tmp_path: Path):
 @pytest.mark.long
 def test_a_bit_is_pretrained_fine_tuned_and_predicts(squares: Path, shards: Path, tmp_path: Path):
     words = [*on(shards, tmp_path / "pre"), "encoder.kind=bit", "encoder.pool=mean", "head.kind=classifier"]
-    run_tool("pretrain", [*words, "data.image_size=32"], tmp_path)
+    run_tool("pretrain", [*words, "data.image_size=32"])
     content = json.loads((tmp_path / "pre" / "encoder" / "config.json").read_text())
     assert content["architecture"] == "resnetv2_50x1_bit"
     tune = [*on(shards, tmp_path / "fine"), f"init={tmp_path}/pre", "data.image_size=32"]
-    said = run_tool("finetune", tune, tmp_path)
+    said = run_tool("finetune", tune)
     assert "100.0% of the encoder" in said
-    run_tool("predict", [f"encoder={tmp_path}/fine", f"input={squares}", f"output={tmp_path}/out.csv"], tmp_path)
+    run_tool("predict", [f"encoder={tmp_path}/fine", f"input={squares}", f"output={tmp_path}/out.csv"])
     columns, rows = read(tmp_path / "out.csv")
     assert columns == ["file"] + [f"{what}{i}" for i in (1, 2, 3) for what in ("top", "score")]
     assert len(rows) == 36
     assert all(row[0] in ("blue", "green", "red") for row in rows.values())
     masked = [*on(shards, tmp_path / "masked"), f"init={tmp_path}/pre", "data.image_size=32"]
-    assert "replaces patch embeddings" in refused("pretrain", masked, tmp_path)
+    assert "replaces patch embeddings" in refused("pretrain", masked)
     assert not torch.isnan(load_encoder(tmp_path / "fine").state_dict()["model.stem.conv.weight"]).any()
 
 

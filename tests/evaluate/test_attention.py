@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -64,10 +65,6 @@ def measured(patches: np.ndarray, grid: tuple[int, int], stride: float) -> float
     return float(attention.mean_distance(torch.from_numpy(patches)[None, None, None], grid, stride))
 
 
-def raster(grid: tuple[int, int]) -> list[tuple[int, int]]:
-    return [(y, x) for y in range(grid[0]) for x in range(grid[1])]
-
-
 @pytest.mark.parametrize(("grid", "stride", "mean", "others", "corner", "centre", "largest"), TABLE)
 def test_distances_of_the_table(grid, stride, mean, others, corner, centre, largest):
     count = grid[0] * grid[1]
@@ -91,30 +88,34 @@ def test_the_class_token_is_left_out_and_rows_are_normalised():
     whole = np.concatenate([drawn(3, 2, 4, 1, 13), whole], -2)
     given, bare = torch.from_numpy(whole), torch.from_numpy(patches)
     torch.testing.assert_close(attention.mean_distance(given, (3, 4), 5), attention.mean_distance(bare, (3, 4), 5))
-
-
-def test_a_row_that_is_the_class_tokens_alone_is_no_nan():
-    whole = torch.zeros(1, 1, 1, 5, 5)
-    whole[..., 0] = 1
-    found = attention.mean_distance(whole, (2, 2), 4)
+    alone = torch.zeros(1, 1, 1, 5, 5)  # rows that are the class token's alone are no NaN
+    alone[..., 0] = 1
+    found = attention.mean_distance(alone, (2, 2), 4)
     assert found.isfinite().all()
     assert 0 <= found.item() <= 4 * math.sqrt(2)
 
 
-@pytest.mark.parametrize(("grid", "stride", "row", "right"), [((14, 14), 16, 74.2857, 14.8571), ((8, 8), 4, 10.5, 3.5)])
-def test_own_row_and_right_neighbour(grid, stride, row, right):
-    place = raster(grid)
-    inside = np.array([[float(a[0] == b[0]) / grid[1] for b in place] for a in place])
-    assert measured(inside, grid, stride) == pytest.approx(row, abs=PIXELS)
-    step = np.array([[float(b == (a[0], min(a[1] + 1, grid[1] - 1))) for b in place] for a in place])
-    assert measured(step, grid, stride) == pytest.approx(right, abs=PIXELS)
+LOOKS: dict[str, Callable[..., bool]] = {  # whether a patch looks at another; the same share at each that it does
+    "row": lambda a, b, _: a[0] == b[0],
+    "right": lambda a, b, grid: b == (a[0], min(a[1] + 1, grid[1] - 1)),
+    "nine": lambda a, b, _: max(abs(a[0] - b[0]), abs(a[1] - b[1])) <= 1,
+}
 
 
-def test_the_window_of_nine():
-    place = raster((14, 14))
-    window = np.array([[float(max(abs(a[0] - b[0]), abs(a[1] - b[1])) <= 1) for b in place] for a in place])
-    window /= window.sum(1, keepdims=True)
-    assert measured(window, (14, 14), 16) == pytest.approx(16.6981, abs=PIXELS)
+@pytest.mark.parametrize(
+    ("grid", "stride", "looks", "value"),
+    [
+        ((14, 14), 16, "row", 74.2857),
+        ((14, 14), 16, "right", 14.8571),
+        ((14, 14), 16, "nine", 16.6981),
+        ((8, 8), 4, "row", 10.5),
+        ((8, 8), 4, "right", 3.5),
+    ],
+)
+def test_own_row_and_right_neighbour_and_the_window_of_nine(grid, stride, looks, value):
+    place = [(y, x) for y in range(grid[0]) for x in range(grid[1])]
+    shares = np.array([[float(LOOKS[looks](a, b, grid)) for b in place] for a in place])
+    assert measured(shares / shares.sum(1, keepdims=True), grid, stride) == pytest.approx(value, abs=PIXELS)
 
 
 @pytest.mark.parametrize("grid", [(2, 6), (5, 3), (1, 4), (4, 1), (3, 3)])
@@ -142,55 +143,35 @@ def test_distances_are_those_of_a_plain_loop_on_any_grid(grid, prefix):
 
 def products(maps: np.ndarray) -> list[np.ndarray]:
     """After each layer what every token has of each [T, T], of one image's maps [layers, heads, T, T]."""
-    tokens, found = maps.shape[-1], []
-    made = np.eye(tokens)
+    tokens, found = range(maps.shape[-1]), []
+    made = np.eye(len(tokens))
     for layer in maps:
-        added = np.zeros((tokens, tokens))
-        for head in layer:
-            added += head / len(layer)
-        added += np.eye(tokens)
-        for row in range(tokens):
+        added = sum(head / len(layer) for head in layer) + np.eye(len(tokens))
+        for row in tokens:
             added[row] /= added[row].sum()
-        made = np.array(
-            [[sum(added[i, k] * made[k, j] for k in range(tokens)) for j in range(tokens)] for i in range(tokens)]
-        )
+        made = np.array([[sum(added[i, k] * made[k, j] for k in tokens) for j in tokens] for i in tokens])
         found.append(made)
     return found
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 3])
 def test_rollout_is_a_plain_loop(prefix):
-    maps = drawn(4, 2, 3, 9, 9)
+    """Twelve layers deep, in float64 and float32; rows of every partial product add up to one."""
+    maps = drawn(12, 2, 3, 9, 9)
     given, gradual = torch.from_numpy(maps), attention.Rollout()
-    for depth in range(1, 5):
+    images = [products(maps[:, image]) for image in range(2)]
+    for depth in range(1, 13):
         gradual.add(given[depth - 1])
-        partial = np.stack([products(maps[:depth, image])[-1] for image in range(2)])
+        partial = np.stack([image[depth - 1] for image in images])
         np.testing.assert_allclose(partial.sum(2), 1, atol=1e-12)
         wanted_of = {"class": partial[:, 0, prefix:], "mean": partial[:, prefix:, prefix:].mean(1)}
-        for query in QUERIES:
-            wanted = wanted_of[query]
-            if query == "class" and not prefix:
-                continue
+        for query in QUERIES if prefix else ("mean",):
             for found in (attention.rollout(given[:depth], prefix, query), gradual.of(prefix, query)):
                 assert found.shape == (2, 9 - prefix)
                 assert (found >= 0).all()
-                np.testing.assert_allclose(found.numpy(), wanted, atol=1e-12)
-
-
-def test_every_row_of_every_partial_product_adds_up_to_one():
-    maps = torch.from_numpy(drawn(12, 2, 3, 10, 10)).float()
-    for depth in range(1, 13):
-        for first in range(10):  # as any token comes first, its row is read
-            order = [first, *(i for i in range(10) if i != first)]
-            turned = maps[:depth][..., order, :][..., order]
-            whole = attention.rollout(turned, 0, "mean")
-            torch.testing.assert_close(whole.sum(1), torch.ones(2), atol=1e-5, rtol=0)
-            row = attention.rollout(turned, 1, "class")
-            own = products(turned[:, 0].double().numpy())[-1][0, 0] if first == 0 and depth < 3 else None
-            assert (row >= 0).all()
-            assert (row.sum(1) <= 1 + 1e-5).all()
-            if own is not None:
-                assert row[0].sum() + own == pytest.approx(1, abs=1e-5)
+                np.testing.assert_allclose(found.numpy(), wanted_of[query], atol=1e-12)
+            found = attention.rollout(given[:depth].float(), prefix, query)
+            np.testing.assert_allclose(found.numpy(), wanted_of[query], atol=1e-6)
 
 
 @pytest.mark.parametrize(("tokens", "layers", "patch", "own", "total"), ROLLOUT)
@@ -254,22 +235,24 @@ def plainly(encoder: Any, image: Tensor) -> Tensor:
     return encoder(image)
 
 
+def plain(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def affine(x: np.ndarray, part: Any) -> np.ndarray:
+    return x @ plain(part.weight).T + plain(part.bias)
+
+
 def normed(x: np.ndarray, norm: Any) -> np.ndarray:
     """LayerNorm."""
     middle, spread = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
     return (x - middle) / np.sqrt(spread + norm.eps) * plain(norm.weight) + plain(norm.bias)
 
 
-def plain(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().double().numpy()
-
-
 def table_of(positions: Any) -> np.ndarray:
     """A table [T, D] of positions, of a parameter, of a table's module, or of two axes."""
-    if isinstance(positions, Tensor):
-        return plain(positions)[0]
-    if hasattr(positions, "table"):
-        return plain(positions.table)[0]
+    if isinstance(positions, Tensor) or hasattr(positions, "table"):
+        return plain(getattr(positions, "table", positions))[0]
     rows, columns = plain(positions.rows), plain(positions.columns)
     whole = [np.concatenate([row, column]) for row in rows for column in columns]
     return np.array(([] if positions.prefix is None else list(plain(positions.prefix))) + whole)
@@ -286,24 +269,22 @@ def lines(encoder: Any, number: int) -> list[list[int]]:
 
 
 def attended(block: Any, x: np.ndarray, groups: list[list[int]], offsets: Tensor | None, prefix: int) -> Any:
-    """One image's maps [heads, T, T] and what the layer makes [T, D], query by query."""
+    """One image's maps [heads, T, T] and what the layer makes [T, D], head by head and group by group."""
     heads, (tokens, width) = block.attn.heads, x.shape
     side = width // heads
-    q, k, v = np.split(x @ plain(block.attn.qkv.weight).T + plain(block.attn.qkv.bias), 3, axis=1)
+    q, k, v = np.split(affine(x, block.attn.qkv), 3, axis=1)
     maps, made = np.zeros((heads, tokens, tokens)), np.zeros((tokens, width))
     for head in range(heads):
         part = slice(head * side, (head + 1) * side)
         for group in groups:
-            count = len(group) - prefix
-            for i, asks in enumerate(group):
-                logits = [float(q[asks, part] @ k[answers, part]) for answers in group]
-                if offsets is not None and i >= prefix:
-                    for j in range(prefix, len(group)):
-                        logits[j] += float(q[asks, part] @ plain(offsets)[i - j + count - 1])
-                shares = np.exp((np.array(logits) - max(logits)) / math.sqrt(side))
-                maps[head, asks, group] = shares / shares.sum()
-                made[asks, part] = sum(maps[head, asks, one] * v[one, part] for one in group)
-    return maps, made @ plain(block.attn.proj.weight).T + plain(block.attn.proj.bias)
+            logits, patch = q[group, part] @ k[group, part].T, np.arange(len(group) - prefix)
+            if offsets is not None:
+                near = q[group, part][prefix:] @ plain(offsets).T
+                logits[prefix:, prefix:] += near[patch[:, None], patch[:, None] - patch + len(patch) - 1]
+            shares = np.exp((logits - logits.max(1, keepdims=True)) / math.sqrt(side))
+            shares /= shares.sum(1, keepdims=True)
+            maps[head][np.ix_(group, group)], made[group, part] = shares, shares @ v[group, part]
+    return maps, affine(made, block.attn.proj)
 
 
 @torch.no_grad()
@@ -323,9 +304,8 @@ def twin(encoder: Any, image: Tensor) -> tuple[np.ndarray, list[np.ndarray]]:
         both = [attended(block, one, lines(encoder, number), offsets, encoder.prefix) for one in normed(x, block.norm1)]
         x = x + np.stack([made for _, made in both])
         all_maps.append(np.stack([maps for maps, _ in both]))
-        hidden = normed(x, block.norm2) @ plain(block.mlp.fc1.weight).T + plain(block.mlp.fc1.bias)
-        hidden = hidden * (1 + error(hidden / math.sqrt(2))) / 2
-        x = x + hidden @ plain(block.mlp.fc2.weight).T + plain(block.mlp.fc2.bias)
+        hidden = affine(normed(x, block.norm2), block.mlp.fc1)
+        x = x + affine(hidden * (1 + error(hidden / math.sqrt(2))) / 2, block.mlp.fc2)
     return normed(x, encoder.norm), all_maps
 
 
@@ -384,33 +364,31 @@ ZOO = {
 }
 
 
+def in_timm(name: str) -> Any:
+    pytest.importorskip("timm")
+    kind, image = ZOO[name]
+    built: Any = TimmZoo(name=kind, image=image).build().eval()
+    for part in built.modules():  # untrained attention is uniform
+        if hasattr(part, "qkv") and isinstance(part.qkv, nn.Linear):
+            part.qkv.weight.data *= 6
+    return built
+
+
 @pytest.fixture(scope="module")
 def zoo() -> Callable[[str], Any]:
     """timm's models, built once."""
-    pytest.importorskip("timm")
-    built: dict[str, Any] = {}
-
-    def get(name: str) -> Any:
-        if name not in built:
-            kind, image = ZOO[name]
-            built[name] = TimmZoo(name=kind, image=image).build().eval()
-            for part in built[name].modules():  # untrained attention is uniform
-                if hasattr(part, "qkv") and isinstance(part.qkv, nn.Linear):
-                    part.qkv.weight.data *= 6
-        return built[name]
-
-    return get
+    return cache(in_timm)
 
 
-def switches(encoder: nn.Module) -> list[Any]:
-    return [getattr(part, "fused_attn", None) for part in encoder.modules()]
-
-
-def hooks(encoder: nn.Module) -> list[tuple[int, ...]]:
-    """How many hooks each part has, and what was put over its methods."""
+def marks(encoder: nn.Module) -> list[tuple[Any, ...]]:
+    """Of each part how attention is computed, how many hooks it has, and what was put over its methods."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
     return [
-        (*(len(getattr(part, kind)) for kind in kinds), len([x for x in vars(part).values() if callable(x)]))
+        (
+            getattr(part, "fused_attn", None),
+            *(len(getattr(part, kind)) for kind in kinds),
+            len([x for x in vars(part).values() if callable(x)]),
+        )
         for part in encoder.modules()
     ]
 
@@ -437,10 +415,10 @@ def softmaxes() -> Iterator[list[Tensor]]:
 def test_maps_of_timm_are_those_that_it_writes_out(name, zoo):
     encoder = zoo(name)
     image = image_for(encoder)
-    before, marks, attached = plainly(encoder, image), switches(encoder), hooks(encoder)
+    before, attached = plainly(encoder, image), marks(encoder)
     made, maps = watch(encoder, image)
     assert torch.equal(made, before)
-    assert (switches(encoder), hooks(encoder)) == (marks, attached)
+    assert marks(encoder) == attached
     fused = [part for part in encoder.modules() if getattr(part, "fused_attn", False)]
     assert fused, "nothing would be shown"
     for part in fused:
@@ -459,35 +437,19 @@ def test_maps_of_timm_are_those_that_it_writes_out(name, zoo):
     assert torch.equal(plainly(encoder, image), before)
 
 
-def test_maps_of_timms_plain_vit_are_softmax_of_queries_and_keys(zoo):
-    encoder = zoo("vit")
-    image, given = image_for(encoder), []
-    handles = [
-        block.attn.register_forward_pre_hook(lambda _, x: given.append(x[0].detach())) for block in encoder.blocks
-    ]
-    _, maps = watch(encoder, image)
-    inputs = given[: len(encoder.blocks)] if len(given) == len(encoder.blocks) else given[::2]
-    for handle in handles:
-        handle.remove()
-    for found, x, block in zip(maps.values(), inputs, encoder.blocks, strict=True):
-        q, k, _ = block.attn.qkv(x).unflatten(2, (3, 3, 64)).permute(2, 0, 3, 1, 4)
-        torch.testing.assert_close(found, (q @ k.transpose(2, 3) / 8).softmax(3).detach(), atol=2e-5, rtol=1e-4)
-
-
 def test_what_has_no_attention_has_no_places():
     encoder = Bit(image=32).build().eval()
     assert attention.places(encoder) == []
-    image = image_for(encoder)
-    made, maps = watch(encoder, image)
+    made, maps = watch(encoder, image_for(encoder))
     assert not maps
-    assert torch.equal(made, plainly(encoder, image))
+    assert torch.equal(made, plainly(encoder, image_for(encoder)))
 
 
 @pytest.mark.parametrize("name", ["ours", "vit", "beit"])
 @pytest.mark.parametrize("fault", ["forward", "take"])
 def test_nothing_stays_after_a_failure(name, fault, zoo):
     encoder = loud(OURS["class"].build()) if name == "ours" else zoo(name)
-    image, marks, attached = image_for(encoder), switches(encoder), hooks(encoder)
+    image, attached = image_for(encoder), marks(encoder)
     before = plainly(encoder, image)
 
     def broken(*_: Any) -> None:
@@ -501,7 +463,7 @@ def test_nothing_stays_after_a_failure(name, fault, zoo):
         encoder(image)
     if handle is not None:
         handle.remove()
-    assert (switches(encoder), hooks(encoder)) == (marks, attached)
+    assert marks(encoder) == attached
     assert torch.equal(plainly(encoder, image), before)
 
 
@@ -591,17 +553,6 @@ def test_a_planted_patch_is_lit(at):
         assert brightness.max() > 1.5 * np.median(brightness)
 
 
-def test_the_picture_of_an_empty_map_is_no_division_by_zero():
-    image = np.full((12, 20, 3), 200, np.uint8)
-    seen = np.asarray(drawings.shaded(image, np.zeros((3, 5), np.float32), 4))
-    assert seen.shape == image.shape
-    assert np.isfinite(seen).all()
-
-
-def test_dots_of_a_grid_of_one_patch_are_drawn():
-    drawings.distance_dots({1: [0.0, 0.0]}, 0.0)
-
-
 def test_a_map_is_lit_by_its_values_and_not_elsewhere():
     """Rows and columns as they lie in the image, also where that is not square; nothing where nothing is."""
     image = np.full((24, 64, 3), 250, np.uint8)
@@ -613,3 +564,7 @@ def test_a_map_is_lit_by_its_values_and_not_elsewhere():
     assert light.max() == pytest.approx(750, abs=6)
     assert 0.3 < of_patches[0, 6] / of_patches[2, 1] < 0.7
     assert of_patches[0, 3] < 0.1 * of_patches[2, 1]
+    dark = np.asarray(drawings.shaded(image, np.zeros((3, 8), np.float32), 8))  # no division by zero
+    assert dark.shape == image.shape
+    assert np.isfinite(dark).all()
+    drawings.distance_dots({1: [0.0, 0.0]}, 0.0)  # of a grid of one patch

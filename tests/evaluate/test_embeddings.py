@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ssl_vit.encoders.axial import Axial
 from ssl_vit.encoders.timm_zoo import Bit, TimmZoo
 from ssl_vit.encoders.vit import Vit
-from ssl_vit.evaluate import embeddings
+from ssl_vit.evaluate import drawings, embeddings
 
 SMALL: dict[str, Any] = {"size": "Ti", "width": 16, "depth": 2, "heads": 2, "patch": 4, "image": (12, 20)}
 
@@ -58,8 +58,6 @@ def test_mixtures_of_known_images_have_as_many_components():
 
 
 def test_a_single_pixel_of_a_single_channel_stays_where_it_is():
-    from ssl_vit.evaluate import drawings
-
     for channel, y, x in ((0, 0, 0), (2, 1, 4), (1, 3, 2)):
         filters = torch.zeros(20, 3, 4, 5)
         filters[:, channel, y, x] = torch.linspace(-1, 2, 20)
@@ -69,41 +67,43 @@ def test_a_single_pixel_of_a_single_channel_stays_where_it_is():
         delta = torch.zeros(3, 4, 5)
         delta[channel, y, x] = 1
         torch.testing.assert_close(components[0].float(), delta, atol=1e-6, rtol=0)
-        seen = picture_of(drawings.filter_tiles(components[:1].numpy(), ["first"]))
+        figure = drawings.filter_tiles(components[:1].numpy(), ["first"])
+        seen = np.asarray(next(axes.images[0] for axes in figure.axes if axes.images).get_array(), dtype=float)
+        seen = seen / 255 if seen.max() > 1 else seen
         assert seen.shape == (4, 5, 3)
         lit = np.abs(seen - np.median(seen)) > 0.2
         assert np.argwhere(lit).tolist() == [[y, x, channel]]
 
 
-def picture_of(figure: Any) -> np.ndarray:
-    """The first picture of a figure, in [0, 1]."""
-    from matplotlib import pyplot
-
-    shown = np.asarray(next(axes.images[0] for axes in figure.axes if axes.images).get_array(), dtype=float)
-    pyplot.close(figure)
-    return shown / 255 if shown.max() > 1 else shown
-
-
-def test_filters_that_are_all_alike_make_no_nan():
-    components, variances = embeddings.principal_components(torch.ones(8, 3, 4, 4))
-    assert components.isfinite().all()
-    assert float(variances.abs().max()) < 1e-9
+CONVOLUTIONS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "axial": (Axial(**SMALL), (16, 3, 4, 4)),
+    "hybrid": (Vit(size="Ti", width=16, depth=2, heads=2, patch=16, image=32, stem="r50"), (64, 3, 7, 7)),  # the root's
+    "bit": (Bit(image=32), (64, 3, 7, 7)),
+    "timm": (TimmZoo(name="vit_tiny_patch16_224", image=32), (192, 3, 16, 16)),
+}
 
 
 def test_the_first_convolution_of_every_kind():
     ours: Any = Vit(**SMALL).build()
     assert embeddings.first_convolution(ours) is ours.patch_embed.proj
-    assert embeddings.first_convolution(Axial(**SMALL).build()).weight.shape == (16, 3, 4, 4)  # type: ignore[union-attr]
-    hybrid = Vit(size="Ti", width=16, depth=2, heads=2, patch=16, image=32, stem="r50").build()
-    found = embeddings.first_convolution(hybrid)
-    assert found is not None
-    assert found.weight.shape == (64, 3, 7, 7)  # of the root: what makes tokens sees no pixels
-    bit = embeddings.first_convolution(Bit(image=32).build())
-    assert bit is not None
-    assert bit.weight.shape == (64, 3, 7, 7)
-    plain = embeddings.first_convolution(TimmZoo(name="vit_tiny_patch16_224", image=32).build())
-    assert plain is not None
-    assert plain.weight.shape == (192, 3, 16, 16)
+    for kind, (config, shape) in CONVOLUTIONS.items():
+        with torch.device("meta"):
+            found = embeddings.first_convolution(config.build())
+        assert found is not None, kind
+        assert found.weight.shape == shape, kind
+
+
+def test_what_is_all_alike_or_zero_makes_no_nan():
+    """Filters, a row of positions, features."""
+    components, variances = embeddings.principal_components(torch.ones(8, 3, 4, 4))
+    assert components.isfinite().all()
+    assert float(variances.abs().max()) < 1e-9
+    table = numbers(4, 6)
+    table[2] = 0
+    assert embeddings.similarity(table).isfinite().all()
+    places, shares = embeddings.two_dimensions(torch.ones(5, 4))
+    assert places.isfinite().all()
+    assert shares.isfinite().all()
 
 
 # --- positions (3.9)
@@ -143,12 +143,6 @@ def test_fresh_positions_resemble_nothing():
     assert float(others.std()) == pytest.approx(768**-0.5, rel=0.05)
 
 
-def test_a_row_of_zeros_is_no_nan():
-    table = numbers(4, 6)
-    table[2] = 0
-    assert embeddings.similarity(table).isfinite().all()
-
-
 @pytest.mark.parametrize("where", ["stem", "shared", "every"])
 @pytest.mark.parametrize("kind", ["1d", "2d"])
 @pytest.mark.parametrize("class_token", [True, False])
@@ -181,18 +175,20 @@ def test_the_table_of_an_axial_vit_and_of_none():
 
 
 def test_the_tables_of_timm():
-    plain: Any = TimmZoo(name="vit_tiny_patch16_224", image=(32, 64)).build()
-    found = embeddings.position_table(plain)
-    assert found is not None
-    assert torch.equal(found, plain.model.pos_embed[0, 1:])  # its table has a row for the class token
-    registers: Any = TimmZoo(name="vit_small_patch14_reg4_dinov2", image=28).build()
-    found = embeddings.position_table(registers)
-    assert found is not None
-    assert torch.equal(found, registers.model.pos_embed[0])  # four registers and a class token, which have no row
-    for name, image in (("beit_base_patch16_224", 32), ("resnet18", 32)):  # BEiT's are offsets in the attention
-        with torch.device("meta"):
-            assert embeddings.position_table(TimmZoo(name=name, image=image).build()) is None
-    assert embeddings.position_table(Bit(image=32).build()) is None
+    """Registers, and DINOv2's class token, have no row; BEiT's are offsets in the attention."""
+    with torch.device("meta"):
+        for name, image, prefix in (("vit_tiny_patch16_224", (32, 64), 1), ("vit_small_patch14_reg4_dinov2", 28, 0)):
+            encoder: Any = TimmZoo(name=name, image=image).build()
+            encoder.model.pos_embed = nn.Parameter(numbers(*encoder.model.pos_embed.shape).to("cpu"))
+            found = embeddings.position_table(encoder)
+            assert found is not None
+            assert torch.equal(found, encoder.model.pos_embed[0, prefix:])
+        for config in (
+            TimmZoo(name="beit_base_patch16_224", image=32),
+            TimmZoo(name="resnet18", image=32),
+            Bit(image=32),
+        ):
+            assert embeddings.position_table(config.build()) is None
 
 
 # --- features
@@ -209,13 +205,8 @@ def test_nearest_images_are_numpys():
         similar = [-np.inf if other == one else float(rows[one] @ rows[other]) for other in range(40)]
         assert neighbours == sorted(range(40), key=lambda other: -similar[other])[:5]
     assert found[0, 0] == 7
-
-
-def test_an_image_is_not_its_own_neighbour_among_copies():
-    features = torch.ones(6, 4)
-    found = embeddings.nearest(features, torch.arange(6), 5)
-    for one, neighbours in enumerate(found.tolist()):
-        assert sorted(neighbours) == [other for other in range(6) if other != one]
+    for one, neighbours in enumerate(embeddings.nearest(torch.ones(6, 4), torch.arange(6), 5).tolist()):
+        assert sorted(neighbours) == [other for other in range(6) if other != one]  # not itself, also among copies
 
 
 def test_two_dimensions_are_those_of_the_singular_values():
@@ -230,9 +221,3 @@ def test_two_dimensions_are_those_of_the_singular_values():
         wanted = rows @ directions[axis]
         found = places[:, axis].numpy()
         np.testing.assert_allclose(found * np.sign(found @ wanted), wanted, atol=1e-3)
-
-
-def test_features_that_are_all_alike_make_no_nan():
-    places, shares = embeddings.two_dimensions(torch.ones(5, 4))
-    assert places.isfinite().all()
-    assert shares.isfinite().all()

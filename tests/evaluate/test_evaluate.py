@@ -1,4 +1,4 @@
-"""tools/evaluate.py as a command: every protocol's number is its oracle's, on any number of processes."""
+"""tools/evaluate.py as a command: every protocol's number is its oracle's; comparisons of runs."""
 
 import json
 import shutil
@@ -12,28 +12,21 @@ from sklearn.linear_model import LogisticRegression
 
 from ssl_vit.data import manifest
 from ssl_vit.data.samples import Data, Samples
-from ssl_vit.data.shards import MakeShards, convert
 from ssl_vit.encoders.weights import load_encoder
 from ssl_vit.evaluate import few_shot
 from tests import frozen, twins
-from tests.starts import Start
+from tests.starts import call
 
 METHODS = ["knn.k=7", "few_shot.shots=1,5", "linear.l2=0.01", "metrics.bootstrap=50", "data.workers=0"]
 READOUTS = ("mean", "class")
-FILES = [
-    f"{split}/{c}/{i}.png" for split, n in (("train", 14), ("val", 9)) for c in ("a", "b_c", "d-E") for i in range(n)
-]
+CLASSES = ("a", "b_c", "d-E")
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """shards/ of images that say little about their class, so that scores are mixed, and run/encoder."""
     folder = tmp_path_factory.mktemp("evaluate")
-    frozen.draw(folder / "images", FILES)
-    made = MakeShards(
-        input=str(folder / "images"), output=str(folder / "shards"), shard_samples=11, workers=1, quiet=True
-    )
-    convert(made)
+    frozen.shards(folder, frozen.files(dict.fromkeys(CLASSES, 14), dict.fromkeys(CLASSES, 9)), shard_samples=11)
     frozen.encoder(folder / "run")
     return folder
 
@@ -81,9 +74,9 @@ def run(given: Path) -> Path:
     return given / "done"
 
 
-def row(found: dict[str, Any], who: str, readout: str, method: str, case: str = "") -> dict[str, Any]:
-    named = [r for r in found["rows"] if (r["who"], r["readout"], r["method"]) == (who, readout, method)]
-    (one,) = [r for r in named if case in r["case"]]
+def row(found: dict[str, Any], *names: str, case: str = "") -> dict[str, Any]:
+    """The row of an encoder, a read-out and a method."""
+    (one,) = [r for r in found["rows"] if (r["who"], r["readout"], r["method"]) == names and case in r["case"]]
     return one
 
 
@@ -100,7 +93,7 @@ def test_every_number_is_its_oracles(given: Path, run: Path, who: str, readout: 
     assert row(found, who, readout, "knn")["top1"] == pytest.approx(want["knn"])
     assert row(found, who, readout, "linear")["top1"] == pytest.approx(want["linear"])
     for shots in (1, 5):
-        one = row(found, who, readout, "few_shot", f"={shots}")
+        one = row(found, who, readout, "few_shot", case=f"={shots}")
         assert one["draws"] == pytest.approx(want[f"few_shot_{shots}"])
         assert one["top1"] == pytest.approx(np.mean(one["draws"]))
         assert one["top1_sd"] == pytest.approx(np.std(one["draws"], ddof=1))
@@ -109,15 +102,10 @@ def test_every_number_is_its_oracles(given: Path, run: Path, who: str, readout: 
     assert 0 <= low <= want["knn"] <= high <= 1
 
 
-def test_the_scores_are_mixed_and_the_encoders_differ(run: Path):
-    """Else the oracles would show little."""
-    found = frozen.results(run)
-    assert len(found["rows"]) == 2 * 2 * (1 + 1 + 2)
-    assert len({row["top1"] for row in found["rows"]}) >= 6
-
-
 def test_results_and_page_tell_what_is_needed_to_repeat_them(given: Path, run: Path):
     found, page = frozen.results(run), (run / "report.md").read_text()
+    assert len(found["rows"]) == 2 * 2 * (1 + 1 + 2)
+    assert len({row["top1"] for row in found["rows"]}) >= 6, "else the oracles would show little"
     for split in ("train", "val"):
         assert found["digests"][f"data.{split}"] == manifest.load(given / "shards" / split).identity
     assert len(found["digests"]["encoder"]) == 64
@@ -138,7 +126,7 @@ def test_any_layer_is_judged(given: Path, tmp_path: Path):
     assert [one["draws"] for one in found[:2]] != [one["draws"] for one in found[2:]]
 
 
-def test_runs_stand_side_by_side(given: Path, run: Path, tmp_path: Path):
+def test_runs_stand_side_by_side_and_keep_their_reports(given: Path, run: Path, tmp_path: Path):
     one = ["features.readouts=mean", "random=false", "methods=knn"]
     frozen.run_tool("evaluate", words(given, tmp_path / "a|b", *one), tmp_path)
     (tmp_path / "tuned").mkdir()
@@ -156,13 +144,8 @@ def test_runs_stand_side_by_side(given: Path, run: Path, tmp_path: Path):
     for bad in (f"{tmp_path}/nowhere", f"{given}/run"):
         said = frozen.refused("evaluate", [f"compare={run},{bad}", f"run={tmp_path}/table"], tmp_path)
         assert "results" in said
-
-
-def test_comparing_leaves_the_reports_of_the_runs(run: Path, tmp_path: Path):
-    """`run` is runs/evaluate unless said otherwise: where the first evaluation lies."""
-    shutil.copytree(run, tmp_path / "one")
-    start = Start([f"compare={tmp_path}/one,{run}", f"run={tmp_path}/one"], tmp_path / "logs", tool="evaluate")
-    start.wait()
+    shutil.copytree(run, tmp_path / "one")  # `run` is runs/evaluate unless said otherwise, where a report may lie
+    call("evaluate", [f"compare={tmp_path}/one,{run}", f"run={tmp_path}/one"])
     assert (tmp_path / "one" / "report.md").read_text() == (run / "report.md").read_text()
 
 
@@ -171,7 +154,6 @@ def test_comparing_leaves_the_reports_of_the_runs(run: Path, tmp_path: Path):
 )
 def test_no_key_is_taken_and_does_nothing(given: Path, run: Path, key: str, tmp_path: Path):
     """Either the numbers are others, or the key is refused."""
-    start = Start(words(given, tmp_path / "run", key, "random=false"), tmp_path / "logs", tool="evaluate")
-    if start.wait() == [0]:
+    if call("evaluate", words(given, tmp_path / "run", key, "random=false")).code == 0:
         mine = [one for one in frozen.results(run)["rows"] if one["who"] == "pretrained"]
         assert frozen.results(tmp_path / "run")["rows"] != mine

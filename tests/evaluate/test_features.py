@@ -1,8 +1,8 @@
-"""Features against a plain loop and against timm's of the same weights; a cache that is whole or is not used."""
+"""Features against a plain loop and against timm's of the same weights; a cache that is whole or unused; accuracy."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ import timm
 import torch
 
 from ssl_vit.data import manifest
-from ssl_vit.data.samples import Data
-from ssl_vit.data.shards import MakeShards, convert
+from ssl_vit.data.samples import Data, Samples
 from ssl_vit.data.stream import EvaluationStream, Share
 from ssl_vit.encoders import export
 from ssl_vit.encoders.vit import Vit, VitEncoder
 from ssl_vit.evaluate import features
+from ssl_vit.evaluate.accuracy import HeldOut, Sums
 from ssl_vit.evaluate.features import Features, Name, Split
+from ssl_vit.heads.transfer import Transfer
+from ssl_vit.model import Model
 from tests import frozen
 
 SMALL = Vit(size="Ti", width=16, depth=3, heads=2, patch=4, image=(16, 24))
@@ -57,15 +59,20 @@ def test_dense_features_equal_timms(encoder: VitEncoder, image: torch.Tensor, tm
 def test_the_last_layer_is_the_default_and_is_the_encoders_output(encoder: VitEncoder, image: torch.Tensor):
     (last,) = features.dense(encoder, image)
     with torch.no_grad():
-        tokens = encoder(image)[:, 1:]
-    torch.testing.assert_close(last.flatten(2).transpose(1, 2), tokens)
+        torch.testing.assert_close(last.flatten(2).transpose(1, 2), encoder(image)[:, 1:])
     assert not last.requires_grad
 
 
-@pytest.mark.parametrize("layer", [0, 4, -4, 99])
-def test_a_layer_that_the_encoder_has_not_is_named(encoder: VitEncoder, image: torch.Tensor, layer: int):
-    with pytest.raises(Exception, match=f"{layer}"):
-        features.dense(encoder, image, (layer,))
+def test_the_layers_asked_for_are_the_encoders(encoder: VitEncoder, image: torch.Tensor):
+    """One that it has not is named."""
+    assert Features().names(encoder) == [(3, "mean"), (3, "class")]
+    assert Features(layers=(1, 3), readouts=("class",)).names(encoder) == [(1, "class"), (3, "class")]
+    for layer in (0, 4, -1):
+        with pytest.raises(Exception, match=f"features.layers={layer}.*1 to 3"):
+            Features(layers=(layer,)).names(encoder)
+    for layer in (0, 4, -4, 99):
+        with pytest.raises(Exception, match=f"{layer}"):
+            features.dense(encoder, image, (layer,))
 
 
 def test_a_feature_belongs_to_its_patch(encoder: VitEncoder, image: torch.Tensor):
@@ -113,49 +120,32 @@ def loop(encoder: VitEncoder, stream: EvaluationStream) -> tuple[dict[Name, np.n
     return {name: np.stack(value) for name, value in rows.items()}, labels
 
 
-def same(found: Split | None, want: dict[Name, np.ndarray]) -> None:
+def same(found: Split | None, want: tuple[dict[Name, np.ndarray], list[int]]) -> Split:
     assert found is not None
     for name in NAMES:
-        np.testing.assert_allclose(found.features[name], want[name], atol=1e-5)
+        np.testing.assert_allclose(found.features[name], want[0][name], atol=1e-5)
         assert found.features[name].dtype == np.float32
+    assert found.labels.tolist() == want[1]
+    return found
 
 
-def test_features_equal_a_plain_loop_and_come_back_from_the_disk(encoder: VitEncoder, shards: Path, tmp_path: Path):
-    stream = drawn(shards)
-    assert stream.count % stream.batch, "the last batch is to be padded"
-    want, labels = loop(encoder, stream)
-    assert features.load(tmp_path / "a", NAMES) is None
-    features.write(tmp_path / "a", parts(encoder, stream), stream.count)
-    found = features.load(tmp_path / "a", NAMES)
-    same(found, want)
-    assert found is not None
-    assert found.labels.tolist() == labels
-    assert found.bad_samples == 0
-    assert isinstance(found.features[NAMES[0]], np.memmap), "larger than memory is fine"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-@pytest.mark.parametrize(("world", "batch"), [(2, 3), (3, 4), (16, 2)])
-def test_each_sample_comes_once_from_any_number_of_processes(
+@pytest.mark.parametrize(("world", "batch"), [(1, 4), (2, 3), (3, 4), (16, 2)])
+def test_features_equal_a_plain_loop_from_any_number_of_processes_and_come_back_from_the_disk(
     encoder: VitEncoder, shards: Path, tmp_path: Path, world: int, batch: int
 ):
     stream = drawn(shards, batch)
-    want, labels = loop(encoder, stream)
+    assert stream.count % (world * batch), "the last batch is to be padded"
+    assert features.load(tmp_path / "a", NAMES) is None
     ranks = [list(parts(encoder, drawn(shards, batch), rank, world)) for rank in range(world)]
     whole: Any = [
         (steps[0][0], {name: sum(part[name] for _, part in steps) for name in steps[0][1]})
         for steps in zip(*ranks, strict=True)
     ]
     features.write(tmp_path / "a", iter(whole), stream.count)
-    found = features.load(tmp_path / "a", NAMES)
-    same(found, want)
-    assert found is not None
-    assert found.labels.tolist() == labels
-
-
-def shorten(folder: Path) -> None:
-    path = folder / "3-mean.npy"
-    os.truncate(path, path.stat().st_size - 8)
+    found = same(features.load(tmp_path / "a", NAMES), loop(encoder, stream))
+    assert found.bad_samples == 0
+    assert isinstance(found.features[NAMES[0]], np.memmap), "larger than memory is fine"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def flip(folder: Path) -> None:
@@ -165,62 +155,51 @@ def flip(folder: Path) -> None:
 
 
 def swap_labels(folder: Path) -> None:
-    labels = np.load(folder / "label.npy")
-    np.save(folder / "label.npy", labels[::-1].copy())
+    np.save(folder / "label.npy", np.load(folder / "label.npy")[::-1].copy())
 
 
+LIST = "features.json"
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "a file is shorter": shorten,
+    "a file is shorter": lambda folder: os.truncate(folder / "3-mean.npy", (folder / "3-mean.npy").stat().st_size - 8),
     "a bit is another": flip,
     "labels are others": swap_labels,
     "an array is gone": lambda folder: (folder / "1-class.npy").unlink(),
     "an array is empty": lambda folder: (folder / "1-class.npy").write_bytes(b""),
-    "the list is gone": lambda folder: (folder / "features.json").unlink(),
-    "the list is half": lambda folder: os.truncate(folder / "features.json", 40),
-    "the list is another thing": lambda folder: (folder / "features.json").write_text("[]"),
-    "the list lists no digests": lambda folder: (folder / "features.json").write_text('{"files": []}'),
-    "the list is empty and an array another": lambda folder: (flip(folder), _empty(folder)),
+    "the list is gone": lambda folder: (folder / LIST).unlink(),
+    "the list is half": lambda folder: os.truncate(folder / LIST, 40),
+    "the list is another thing": lambda folder: (folder / LIST).write_text("[]"),
+    "the list lists no digests": lambda folder: (folder / LIST).write_text('{"files": []}'),
+    "the list is empty and an array another": lambda folder: (
+        flip(folder),
+        (folder / LIST).write_text('{"files": {}}'),
+    ),
 }
 
 
-def _empty(folder: Path) -> None:
-    (folder / "features.json").write_text(json.dumps({"files": {}}))
-
-
-@pytest.mark.parametrize(
-    "what",
-    list(DAMAGE),
-)
+@pytest.mark.parametrize("what", [*DAMAGE, "it was interrupted"])
 def test_a_damaged_cache_is_not_used_and_is_written_anew(what: str, encoder: VitEncoder, shards: Path, tmp_path: Path):
     stream, folder = drawn(shards), tmp_path / "a"
-    want, _ = loop(encoder, stream)
-    features.write(folder, parts(encoder, stream), stream.count)
-    DAMAGE[what](folder)
-    assert features.load(folder, NAMES) is None
-    features.write(folder, parts(encoder, drawn(shards)), stream.count)
-    same(features.load(folder, NAMES), want)
-
-
-def test_what_was_interrupted_leaves_nothing_that_is_taken_for_whole(encoder: VitEncoder, shards: Path, tmp_path: Path):
-    stream = drawn(shards)
 
     def cut() -> Iterator:
         yield next(parts(encoder, stream))
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        features.write(tmp_path / "a", cut(), stream.count)
-    assert features.load(tmp_path / "a", NAMES) is None
-    features.write(tmp_path / "a", parts(encoder, drawn(shards)), stream.count)
-    same(features.load(tmp_path / "a", NAMES), loop(encoder, stream)[0])
+    if what in DAMAGE:
+        features.write(folder, parts(encoder, stream), stream.count)
+        DAMAGE[what](folder)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            features.write(folder, cut(), stream.count)
+    assert features.load(folder, NAMES) is None
+    features.write(folder, parts(encoder, drawn(shards)), stream.count)
+    same(features.load(folder, NAMES), loop(encoder, stream))
 
 
 def test_the_digest_is_of_the_images_themselves(encoder: VitEncoder, tmp_path: Path):
     """Other pixels under the same names, labels and counts."""
     for seed in (0, 1):
-        frozen.draw(tmp_path / f"images{seed}", [f"{c}/{i}.png" for c in "ab" for i in range(3)], seed)
-        convert(MakeShards(input=f"{tmp_path}/images{seed}", output=f"{tmp_path}/{seed}", workers=1, quiet=True))
-    streams = [EvaluationStream(manifest.load(tmp_path / str(seed)), DATA, 4) for seed in (0, 1)]
+        frozen.shards(tmp_path / f"{seed}", [f"{c}/{i}.png" for c in "ab" for i in range(3)], seed)
+    streams = [EvaluationStream(manifest.load(tmp_path / f"{seed}" / "shards"), DATA, 4) for seed in (0, 1)]
     assert features.digest(encoder, NAMES, streams[0]) != features.digest(encoder, NAMES, streams[1])
 
 
@@ -250,9 +229,45 @@ def test_the_digest_is_of_everything_that_features_depend_on(encoder: VitEncoder
     assert len({base, *found.values()}) == len(found) + 1, found
 
 
-def test_the_layers_asked_for_are_the_encoders(encoder: VitEncoder):
-    assert Features().names(encoder) == [(3, "mean"), (3, "class")]
-    assert Features(layers=(1, 3), readouts=("class",)).names(encoder) == [(1, "class"), (3, "class")]
-    for layer in (0, 4, -1):
-        with pytest.raises(Exception, match=f"features.layers={layer}.*1 to 3"):
-            Features(layers=(layer,)).names(encoder)
+# --- accuracy: each sample of a split counts once, whatever the processes and the padding
+
+SQUARE = Data(image_size=16, workers=0)
+
+
+def judge() -> Model:
+    """A model whose answers are mixed: right for some, wrong for others."""
+    torch.manual_seed(0)
+    encoder = Vit(size="Ti", width=32, depth=1, heads=2, patch=4, image=16).build()
+    model = Model(encoder, Transfer().build(encoder, 3)).eval()
+    torch.nn.init.normal_(model.head.layers[0].weight)
+    return model
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 5), (2, 3), (3, 4), (16, 2)])
+def test_accuracy_equals_a_plain_loop_over_the_split(shards: Path, world: int, batch: int):
+    split, model = manifest.load(shards / "val"), judge()
+    samples = Samples(split, SQUARE, seed=0, training=False)
+    right, loss = 0, 0.0
+    for i in range(split.samples):
+        one, faults = samples.batch([(0, i)])
+        assert not faults
+        with torch.no_grad():
+            logits = model.head.layers(model.encoder(one["image"])[:, 0])
+        right += int(logits.argmax()) == int(one["label"])
+        loss += float(torch.nn.functional.cross_entropy(logits, one["label"]))
+    assert 0 < right < split.samples
+
+    stream, taken = EvaluationStream(split, SQUARE, batch), []
+
+    def collect(sums: Sums) -> Sums:
+        taken.append(sums)
+        return {**sums, "_weight": torch.tensor(1)}  # what one process has alone is of no interest here
+
+    with torch.no_grad():
+        for rank in range(world):
+            list(HeldOut(stream, Share(rank, world, batch), CPU, collect, model.head.report).run(model))
+    whole = reduce(lambda a, b: {name: a[name] + b[name] for name in a}, taken)
+    assert whole["_weight"] == split.samples
+    assert whole["top1"] == right
+    assert whole["top5"] == split.samples
+    assert float(whole["loss"]) == pytest.approx(loss, rel=1e-5)

@@ -65,13 +65,3 @@ def own_mounts() -> None:
 def mount(*words: object) -> None:
     """The command of that name."""
     subprocess.run(["mount", *map(str, words)], check=True, capture_output=True)
-
-
-def may_mount(folder: Path) -> bool:
-    """Whether this machine lets a test have mounts of its own."""
-
-    def attempt() -> None:
-        own_mounts()
-        mount("-t", "tmpfs", "-o", "size=2m", "none", folder)
-
-    return ended(fork(attempt, folder.parent / "may_mount")) == 0

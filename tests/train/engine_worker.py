@@ -1,14 +1,19 @@
 """Many trainings in one launch: `torchrun --nproc_per_node 2 engine_worker.py JOBS.json`.
 
-A job is {"copy": [RUN, OTHER]}, or {"engine": ..., "words": [key=value, ...]}. The engine is asked for as accelerate's
-launcher asks for it: by the environment. The process group stays from job to job; all else of Accelerate is made anew.
+A job is {"engine": ..., "words": [key=value, ...]}, {"copy": [RUN, OTHER]}, or {"configs": {name: a DeepSpeed config},
+"to": FILE}. The engine is asked for as accelerate's launcher asks for it: by the environment. The process group stays
+from job to job; all else of Accelerate is made anew.
 """
 
+import gc
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -16,29 +21,58 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from ssl_vit import config, recipe, session
+from ssl_vit.exits import Refusal
 from ssl_vit.heads.mean_color import MeanColorHead
 from ssl_vit.model import Output
+from ssl_vit.train import launch
 from ssl_vit.train.environment import choose
+from ssl_vit.train.plugins import Asked
+from tests.train.engines import HALF
 
 FORWARD = MeanColorHead.forward
 calls: list[int] = []
 
 
 def poisoned(self: Any, encoder: Any, batch: Any) -> Output:
-    """The head's forward, whose fifth loss in training is not a number on rank 1."""
+    """The head's forward, whose third loss in training is not a number on rank 1."""
     output = FORWARD(self, encoder, batch)
     calls.append(self.training)
-    bad = self.training and sum(calls) == 5 and dist.get_rank() == 1
+    bad = self.training and sum(calls) == 3 and dist.get_rank() == 1
     return output._replace(loss=output.loss * float("nan")) if bad else output
 
 
 def half_of(run: Path, other: Path) -> None:
     """Make another run of the first half of one."""
     if dist.get_rank() == 0:
-        shutil.copytree(run / "checkpoints" / "step-00000010", other / "checkpoints" / "step-00000010")
+        shutil.copytree(run / HALF, other / HALF)
         for file in ("metrics.jsonl", "recipe.yaml"):
             shutil.copy(run / file, other)
     dist.barrier()
+
+
+def end_of(clip: float | None) -> dict[str, Any]:
+    """A start up to where Accelerate would be made: its refusal, or DeepSpeed's config as the recipe filled it."""
+    asked = Asked(24, 4, 3, clip, precision="auto", activation_checkpointing=False, timeout=60)
+    try:
+        with patch("accelerate.Accelerator", lambda **given: SimpleNamespace(num_processes=launch.world(), **given)):
+            started: Any = launch.start(asked, "none", Path())
+    except Refusal as error:
+        return {"code": error.code, "message": error.message}
+    except Exception as error:
+        return {"code": None, "message": repr(error)}
+    return started.deepspeed_plugin.deepspeed_config
+
+
+def ends_of(configs: dict[str, Any]) -> dict[str, Any]:
+    """What a start under each of these ends with."""
+    found = {}
+    for name, content in configs.items():
+        given = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": json.dumps(content)}
+        if name == "file and section":
+            given["ACCELERATE_CONFIG_DS_FIELDS"] = "zero_stage"
+        with patch.dict(os.environ, given):
+            found[name] = end_of(None if name == "no clip" else 0.5)
+    return found
 
 
 def main() -> None:
@@ -46,15 +80,20 @@ def main() -> None:
     dist.init_process_group("gloo")
     Accelerator.end_training = lambda self: None  # it would end the process group
     for job in json.loads(Path(sys.argv[1]).read_text()):
+        gc.freeze()  # else all that is imported would be looked through at the end of each training
         if "copy" in job:
             half_of(*map(Path, job["copy"]))
-            continue
-        choose(job["engine"], job["zero"])
-        MeanColorHead.forward = poisoned if job.get("poisoned") else FORWARD
-        calls.clear()
-        session.run(config.parse(recipe.Pretrain, job["words"], recipe.FOLDER))
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        elif "configs" in job:
+            found = ends_of(job["configs"])
+            if dist.get_rank() == 0:
+                Path(job["to"]).write_text(json.dumps(found))
+        else:
+            choose(job["engine"], job["zero"])
+            MeanColorHead.forward = poisoned if job["poisoned"] else FORWARD
+            calls.clear()
+            session.run(config.parse(recipe.Pretrain, job["words"], recipe.FOLDER))
+            AcceleratorState._reset_state(True)
+            GradientState._reset_state()
 
 
 if __name__ == "__main__":

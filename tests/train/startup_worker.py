@@ -1,8 +1,8 @@
-"""Starts that must not train, and one that must: `torchrun --nproc_per_node 3 startup_worker.py FOLDER WORDS...`.
+"""Starts that must not train, and one that must: `startup_worker.py FOLDER WORDS...` as three ranks.
 
-Rank 0 plays a machine and ranks 1 and 2 another, which differs in one thing; they go through all scenarios in one
-launch. FOLDER has the machines' working directories, a and b; rank r writes FOLDER/found-r.json: per scenario the code,
-message and `shared` of its end.
+Rank 0 plays a machine and ranks 1 and 2 another, which differs in one thing; they go through all scenarios together.
+FOLDER has the machines' working directories, a and b; rank r writes FOLDER/found-r.json: per scenario the code, message
+and `shared` of its end.
 """
 
 import json
@@ -68,6 +68,7 @@ def held() -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # they have met: the port is held already
     Accelerator.end_training = lambda self: None  # it would end the process group
     startup.SEEN_WITHIN = 0.5
     found = {
@@ -88,3 +89,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.exit(0)  # as the tools end

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ssl_vit import config, recipe
-from ssl_vit.exits import PREEMPTED, USAGE, Refusal
-from ssl_vit.train import loop
+from ssl_vit import config, evaluation, recipe
+from ssl_vit.exits import USAGE
 from ssl_vit.train.average import Average
-from tests.train.test_loop import StopAfter, assert_same_run, finetune, fresh_accelerate, pretrain, rows  # noqa: F401
+from tests.train.engines import fresh, rows
+from tests.train.test_loop import assert_same_run, finetune, pretrain, refused, stopped
 
 
 def averaged(values: list[float], factor: float) -> float:
@@ -51,15 +51,9 @@ def test_a_constant_is_its_own_average():
     assert torch.equal(dict(average.tensors())["average.w"], parameter)
 
 
-def test_a_resumed_average_is_the_straight_one_and_is_what_is_judged_and_exported(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_resumed_average_is_the_straight_one_and_is_what_is_judged_and_exported(shards: Path, tmp_path: Path):
     assert pretrain(shards, tmp_path / "straight", "average=0.9") == 0
-    monkeypatch.setattr(loop, "StopSignal", lambda accelerator: StopAfter(6))
-    with pytest.raises(Refusal) as end:
-        pretrain(shards, tmp_path / "stopped", "average=0.9")
-    assert end.value.code == PREEMPTED
-    monkeypatch.undo()
+    stopped(6, pretrain, shards, tmp_path / "stopped", "average=0.9")
     assert pretrain(shards, tmp_path / "stopped", "average=0.9") == 0
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
     state, raw = (
@@ -93,13 +87,10 @@ def test_the_best_checkpoint_stays_and_is_the_result(shards: Path, tmp_path: Pat
     assert all(torch.equal(value, saved[f"encoder.{name}"]) for name, value in exported.items())
 
 
-def test_a_resumed_run_keeps_the_same_best(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_resumed_run_keeps_the_same_best(shards: Path, tmp_path: Path):
     words = ["best=val_accuracy", "eval_every=2", "optim.lr=0.05"]
     assert pretrain(shards, tmp_path / "straight", *words) == 0
-    monkeypatch.setattr(loop, "StopSignal", lambda accelerator: StopAfter(7))
-    with pytest.raises(Refusal):
-        pretrain(shards, tmp_path / "stopped", *words)
-    monkeypatch.undo()
+    stopped(7, pretrain, shards, tmp_path / "stopped", *words)
     assert pretrain(shards, tmp_path / "stopped", *words) == 0
     one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("straight", "stopped"))
     assert one["best"] == other["best"]
@@ -107,10 +98,7 @@ def test_a_resumed_run_keeps_the_same_best(shards: Path, tmp_path: Path, monkeyp
 
 
 def test_a_value_that_is_not_measured_cannot_be_the_best(shards: Path, tmp_path: Path):
-    with pytest.raises(Refusal) as end:
-        pretrain(shards, tmp_path / "run", "best=val_top1", "eval_every=2")
-    assert end.value.code == USAGE
-    assert "val_loss" in end.value.message
+    refused(USAGE, "val_loss", pretrain, shards, tmp_path / "run", "best=val_top1", "eval_every=2")
 
 
 def test_predictions_of_the_best_are_what_a_classifier_is_told_by(shards: Path, tmp_path: Path):
@@ -125,13 +113,11 @@ def test_predictions_of_the_best_are_what_a_classifier_is_told_by(shards: Path, 
 
 def test_online_probes_are_those_of_the_exported_encoder(shards: Path, tmp_path: Path):
     """What is measured while training equals what tools/evaluate.py says of the encoder afterwards."""
-    from ssl_vit import evaluation
-
     data = [f"online.train={shards}/train", f"online.val={shards}/val", "online.shots=1,2"]
     assert pretrain(shards, tmp_path / "run", *data, "eval_every=5", "encoder.pool=mean") == 0
     told = [row for row in rows(tmp_path / "run") if "val_knn_top1" in row]
     assert [row["step"] for row in told] == [5, 10]
-    fresh_state()
+    fresh()
     given = [f"encoder={tmp_path / 'run'}", f"data.train={shards}/train", f"data.val={shards}/val", "data.workers=0"]
     given += [f"run={tmp_path / 'judged'}", "methods=knn,few_shot", "few_shot.shots=1,2", "random=false"]
     made = config.parse(evaluation.Evaluate, [*given, "features.readouts=mean", "quiet=true"], recipe.FOLDER)
@@ -142,14 +128,5 @@ def test_online_probes_are_those_of_the_exported_encoder(shards: Path, tmp_path:
     assert told[-1]["val_few_shot_2"] == pytest.approx(by["shots=2"])
 
 
-def fresh_state() -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-
-
 def test_online_needs_both_splits(shards: Path, tmp_path: Path):
-    with pytest.raises(Refusal) as end:
-        pretrain(shards, tmp_path / "run", f"online.train={shards}/train")
-    assert end.value.code == USAGE
+    refused(USAGE, "give both", pretrain, shards, tmp_path / "run", f"online.train={shards}/train")

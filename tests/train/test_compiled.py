@@ -48,13 +48,16 @@ def model(**more: Any) -> Model:
     return Model(encoder, MeanColor().build(encoder, 0))
 
 
+VARIANTS: list[dict[str, Any]] = [{"dropout": 0.1}, {"positions_at": "every"}]
+
+
 def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"dropout": 0.1}, {"positions_at": "every"}, {"drop_path": 0.1}],
+    [{}, *(pytest.param(more, marks=pytest.mark.process) for more in VARIANTS), {"drop_path": 0.1}],
     ids=["plain", "dropout", "every", "drop_path"],
 )
 def test_a_run_needs_few_graphs_and_makes_them_once(more: dict[str, Any]):

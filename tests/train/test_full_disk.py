@@ -1,234 +1,182 @@
-"""Disks that are full, slow or read-only, folders in use, recipes that differ: each ends with its code and one line.
+"""Disks that are full, slow, read-only or busy: each ends with its code and one line, or is borne and told of.
 
 Whatever it was, the last checkpoint is whole, and once the cause is gone the same command goes on to the same bits.
 """
 
 import errno
 import importlib
-import json
 import os
-import random
 import re
 import resource
 import shutil
-import signal
-import socket
 import subprocess
-import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from unittest.mock import patch
 
 import pytest
-from test_kill_points import finished, killed_in
 
-from ssl_vit.exits import CANNOT_CREATE, DISK, MISMATCH, PREEMPTED, USAGE
+from ssl_vit.exits import CANNOT_CREATE, DISK
 from ssl_vit.train import checkpoint
-from tests.runs import rows
-from tests.starts import BASE, PRELOAD, Start, live
-from tests.train.children import ended, fork, may_mount, mount, own_mounts
-from tests.train.outcome import STEPS, outcome, state, words
+from ssl_vit.train import run as run_module
+from tests import runs
+from tests.odd import NOT_ALLOWED
+from tests.starts import PRELOAD, call
+from tests.train.children import ended, fork, mount, own_mounts
+from tests.train.scenarios import Played, Scenario, Stage, each, ranks
 
-SEED = 3
-STOPPED = 4.0  # seconds in which a start that cannot be has said so, on a busy machine; faults.md: 2
-
-
-@pytest.fixture(scope="module")
-def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a training leaves that nothing stops."""
-    folder = tmp_path_factory.mktemp("straight")
-    return finished(words(shards, folder / "run"), folder, 1)
+FULL = ("save_every=2", "keep=99")  # a checkpoint soon fills a disk
+ALONE = ("data.workers=0",)  # loader workers have files of their own, in memory, which limits would also meet
 
 
-@pytest.fixture(scope="module")
-def mounts(tmp_path_factory: pytest.TempPathFactory) -> None:
-    if not may_mount(tmp_path_factory.mktemp("mount")):
-        pytest.skip("mounts of one's own are not allowed here")
-
-
-def begin(given: list[str], log: Path, prepare: Callable[[], object] = lambda: None, fault: str = "") -> int:
-    """A training in a child of this very process, after some preparation; its process id."""
-    from accelerate.state import AcceleratorState, GradientState
-
+def with_own_mounts(work: Callable[[], object], folder: Path) -> None:
+    """Do all of it in a child that may mount what it likes."""
     for name in PRELOAD:
         importlib.import_module(name)  # here, once
 
-    def work() -> None:
-        warnings.resetwarnings()
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        prepare()
-        live("pretrain", given, {**BASE, "SSL_VIT_FAULT": fault}, str(log), None)
-
-    return fork(work, log)
-
-
-def whole(work: Callable[[], object], folder: Path) -> None:
-    """Do all of it in a child with mounts of its own."""
-    for name in PRELOAD:
-        importlib.import_module(name)
-
     def alone() -> None:
-        own_mounts()
+        try:
+            own_mounts()
+        except (OSError, subprocess.CalledProcessError):
+            os._exit(NOT_ALLOWED)
         work()
 
     code = ended(fork(alone, folder / "scene"))
+    if code == NOT_ALLOWED:
+        pytest.skip("mounts of one's own are not allowed here")
     assert code == 0, (folder / "scene").read_text()
 
 
-def last_line(log: Path) -> str:
-    said = log.read_text()
-    assert "Traceback" not in said, said
-    return said.strip().splitlines()[-1]
+@contextmanager
+def files_of(size: int) -> Iterator[None]:
+    """Let no file grow beyond a size (EFBIG)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def hidden(run: Path) -> list[str]:
-    """Leftovers."""
-    return [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+def nothing_hidden(played: Played) -> None:
+    """No draft is left behind."""
+    assert not list((played.run / "checkpoints").glob(".*"))
 
 
-def exit_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "exit.json").read_text())
-
-
-# disks
-
-
-def test_a_disk_that_is_full(shards: Path, straight: dict[str, Any], tmp_path: Path, mounts: None):
+def test_a_disk_that_is_full(stage: Stage):
     """A4: 74 with what is needed and what is free, seen before and while it is written; freed, the run goes on."""
-    run, log = tmp_path / "run", tmp_path / "log"
-    run.mkdir()
-
-    def lie() -> None:
-        shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # type: ignore[assignment,attr-defined]
+    stage.run.mkdir()
+    room = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # type: ignore[attr-defined]  # noqa: E731
 
     def scene() -> None:
-        mount("-t", "tmpfs", "-o", "size=2150k", "none", run)
-        steps = []
-        for prepare in (lie, lambda: None):
-            log.unlink(missing_ok=True)
-            code = ended(begin(words(shards, run, "keep=99"), log, prepare))
-            line = last_line(log)
-            assert code == DISK, line
-            assert str(run) in line
-            newest = checkpoint.newest(run / "checkpoints")
-            assert newest is not None
-            steps.append(newest.name)
-            assert 4 <= int(newest.name[5:]) < STEPS
-            assert hidden(run) == []
-            wanted = r"No space left on device" if prepare is lie else r"needs \d+ bytes, \d+ are free"
-            assert re.search(wanted, line), line
-            assert newest.name in line or "whole" in line
-        assert steps[0] == steps[1]
-        for folder in checkpoint.steps(run / "checkpoints")[:-1]:
+        mount("-t", "tmpfs", "-o", "size=2150k", "none", stage.run)
+        found = []
+        for usage, wanted in ((room, "No space left on device"), (shutil.disk_usage, r"needs \d+ bytes, \d+ are free")):
+            line = f"(?=.*{stage.run})(?=.*{wanted})(?=.*(step-|whole))"
+            with patch.object(shutil, "disk_usage", usage):
+                full = Scenario((DISK,), "", line, says=("pretrain",), words=FULL, held=False, also=nothing_hidden)
+                said = stage.play(full).said
+            found.append(runs.saved(stage.run)[-1])
+            assert checkpoint.flaw(runs.last(stage.run)) is None
+            assert runs.last(stage.run).name in said or "whole" in said
+        assert found[0] == found[1]
+        assert 4 <= found[0] < 20
+        for folder in checkpoint.steps(stage.run / "checkpoints")[:-1]:
             shutil.rmtree(folder)
-        code = ended(begin(words(shards, run), log))
-        assert code == 0, log.read_text()
-        assert outcome(run) == straight
+        stage.finish()
+        stage.as_in_peace(stage.tiny_run(1))
 
-    whole(scene, tmp_path)
+    stage.tiny_run(1)  # made here, not in the child
+    with_own_mounts(scene, stage.folder)
 
 
-def test_a_disk_that_has_no_room_for_anything(shards: Path, tmp_path: Path, mounts: None):
+@pytest.mark.process
+def test_a_disk_that_has_no_room_for_anything(stage: Stage):
     """Not even for the lock file, or for exit.json: still a code and a line."""
-    run, log = tmp_path / "run", tmp_path / "log"
-    run.mkdir()
+    stage.run.mkdir()
 
     def scene() -> None:
-        mount("-t", "tmpfs", "-o", "size=64k", "none", run)
+        mount("-t", "tmpfs", "-o", "size=64k", "none", stage.run)
         with pytest.raises(OSError, match="No space"):
-            (run / "filler").write_bytes(bytes(1 << 20))
-        code = ended(begin(words(shards, run), log))
-        assert code in (DISK, CANNOT_CREATE), log.read_text()
-        assert str(run) in last_line(log)
+            (stage.run / "filler").write_bytes(bytes(1 << 20))
+        played = stage.begin(Scenario((DISK,)))
+        assert played.codes[0] in (DISK, CANNOT_CREATE), played.said
+        assert str(stage.run) in played.lines()[-1]
+        assert "Traceback" not in played.said
 
-    whole(scene, tmp_path)
+    with_own_mounts(scene, stage.folder)
 
 
-def test_files_that_may_not_grow(shards: Path, straight: dict[str, Any], tmp_path: Path):
+def test_files_that_may_not_grow(stage: Stage):
     """A5: a limit on file sizes (EFBIG), met by the second file of a checkpoint."""
-    given = words(shards, tmp_path / "run")
-    killed_in(given, tmp_path, 1, "update:step=5")
-    limit = (tmp_path / "run" / "checkpoints" / "step-00000004" / "model.safetensors").stat().st_size + 1000
-
-    def prepare() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    code = ended(begin(given, tmp_path / "log", prepare))
-    assert code == DISK, (tmp_path / "log").read_text()
-    assert "File too large" in last_line(tmp_path / "log")
-    assert exit_of(tmp_path / "run")["code"] == DISK
-    assert hidden(tmp_path / "run") == []
-    assert [folder.name for folder in checkpoint.steps(tmp_path / "run" / "checkpoints")][-1] == "step-00000004"
-    assert finished(given, tmp_path, 1) == straight
+    stage.stop("loss:step=9", *ALONE)
+    with files_of((runs.last(stage.run) / "model.safetensors").stat().st_size + 1000):
+        stage.play(Scenario((DISK,), "", "File too large", words=ALONE, saved=7, also=nothing_hidden))
+    stage.finish()
+    stage.as_in_peace(stage.tiny_run(1))
 
 
-def test_metrics_that_may_not_grow(shards: Path, tmp_path: Path):
+def test_metrics_that_may_not_grow(stage: Stage):
     """The same of metrics.jsonl: 74 with its path; the row that was cut is written anew."""
-    given = words(shards, tmp_path / "run", "save_every=8", "log_every=1", "panel_every=99")
-    killed_in(given, tmp_path, 1, "update:step=10")
-    path = tmp_path / "run" / "metrics.jsonl"
-    limit = path.stat().st_size * 5 // 4  # which row 12 goes over; the next checkpoint is due later
-    code = ended(begin(given, tmp_path / "log", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
-    assert code == DISK, (tmp_path / "log").read_text()
-    assert "File too large" in last_line(tmp_path / "log")
-    assert str(path) in last_line(tmp_path / "log")
-    assert finished(given, tmp_path, 1)["exit"]["code"] == 0
-    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, STEPS + 1))
+    more = ("save_every=8", "log_every=1", "panel_every=99", "steps=18", *ALONE)
+    stage.stop("loss:step=11", *more)
+    path = stage.run / "metrics.jsonl"
+    with files_of(path.stat().st_size * 5 // 4):  # which row 12 goes over; the next checkpoint is due later
+        stage.play(Scenario((DISK,), "", f"File too large.*{path}", words=more))
+    stage.finish(1, *more)
+    assert [row["step"] for row in runs.rows(stage.run)] == list(range(1, 19))
 
 
-def test_a_save_that_fails_may_be_borne(shards: Path, straight: dict[str, Any], tmp_path: Path):
+def test_a_save_that_fails_may_be_borne(stage: Stage):
     """on_save_error=continue: said, left behind, tried again at the next; but the last one must be there."""
-    given = words(shards, tmp_path / "run", "on_save_error=continue")
-    start = Start(given, tmp_path, 1, "enospc:point=save.mid:step=4,eio:point=save.written:step=6")
-    assert start.wait() == [0], start.said()
-    for step in (4, 6):
-        (line,) = [line for line in start.said().splitlines() if "on_save_error" in line and f"{step:08d}" in line]
-        assert re.search(r"No space left|Input/output error", line)
-    assert outcome(tmp_path / "run") == straight
-    given = words(shards, tmp_path / "other", "on_save_error=continue")
-    start = Start(given, tmp_path, 1, f"enospc:point=save.mid:step={STEPS}")
-    assert start.wait() == [DISK], start.said()
-    assert not (tmp_path / "other" / "encoder").exists()  # it would be that of an earlier step
-    assert start.said().strip().splitlines()[-1].count("No space left") == 1
+    borne = ("on_save_error=continue",)
+    faults = "enospc:point=save.mid:step=7,eio:point=save.written:step=14"
+    said = stage.play(Scenario((0,), faults, words=borne)).said
+    for step, error in ((7, "No space left"), (14, "Input/output error")):
+        (line,) = [line for line in said.splitlines() if "on_save_error" in line and f"{step:08d}" in line]
+        assert error in line
+    stage.as_in_peace(stage.tiny_run(1))
+    other = stage.at("other")
+    short = (*borne, "steps=7")
+    other.play(Scenario((DISK,), "enospc:point=save.mid:step=7", "No space left", words=short, saved=0))
+    assert not (other.run / "encoder").exists()  # it would be that of an earlier step
 
 
-def test_an_error_while_saving_ends_all_ranks_alike(shards: Path, tmp_path: Path):
+@each(
+    {
+        f"{place}, {world} ranks": Scenario(
+            (DISK,) * world,
+            f"eio:point=save.{place}:step=14",
+            "Input/output error.*(step-00000007|whole)",
+            saved=7,
+            also=nothing_hidden,
+            resumed=place == "mid" and world == 2,
+        )
+        for place in ("mid", "written")
+        for world in (1, 2)
+    }
+)
+def test_an_error_while_saving_ends_all_ranks_alike(scenario: Scenario, stage: Stage):
     """74 on each, one line, nothing published, and the same command goes on."""
-    given = words(shards, tmp_path / "run", "save_every=5")
-    for place in ("mid", "written"):
-        start = Start(given, tmp_path, 2, f"eio:point=save.{place}:step=10")
-        assert start.wait() == [DISK, DISK], start.said()
-        assert start.said().count("Input/output error") == 1
-        assert "step-00000005" in start.said() or "whole" in start.said()
-        assert exit_of(tmp_path / "run")["code"] == DISK
-        assert [folder.name for folder in checkpoint.steps(tmp_path / "run" / "checkpoints")] == ["step-00000005"]
-        assert hidden(tmp_path / "run") == []
-    start = Start(given, tmp_path, 2)
-    assert start.wait() == [0, 0], start.said()
+    stage.play(scenario)
 
 
-def test_folders_that_cannot_be_written(shards: Path, tmp_path: Path, mounts: None):
+def test_folders_that_cannot_be_written(stage: Stage):
     """A8: 73 before the first step, whether it is the run's folder or that of its checkpoints."""
-    run, log = tmp_path / "run", tmp_path / "log"
-    killed_in(words(shards, run), tmp_path, 1, "update:step=5")
-    before = state(run / "checkpoints" / "step-00000004")
+    stage.stop("loss:step=9")
+    before, rows = runs.state(stage.run), (stage.run / "metrics.jsonl").read_bytes()
 
     def scene() -> None:
-        for folder in (run / "checkpoints", run):
+        for folder in (stage.run / "checkpoints", stage.run):
             mount("--bind", folder, folder)
             mount("-o", "remount,ro,bind", folder)
-            began = time.monotonic()
-            code = ended(begin(words(shards, run), log))
-            assert time.monotonic() - began < STOPPED
-            assert code == CANNOT_CREATE, log.read_text()
-            assert "Read-only file system" in last_line(log)
-            assert str(run) in last_line(log)
-        assert state(run / "checkpoints" / "step-00000004") == before
+            line = f"(?=.*Read-only file system)(?=.*{stage.run})"
+            stage.play(Scenario((CANNOT_CREATE,), "", line, says=("pretrain",), held=False))
 
-    whole(scene, tmp_path)
-    assert [row["step"] for row in rows(run)] == [3]
+    with_own_mounts(scene, stage.folder)
+    assert runs.state(stage.run) == before
+    assert (stage.run / "metrics.jsonl").read_bytes() == rows
 
 
 def test_folders_that_are_none(shards: Path, tmp_path: Path):
@@ -239,288 +187,51 @@ def test_folders_that_are_none(shards: Path, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").touch()
     for name in ("file", "file/run", "loop", "nowhere", "pipe", "run", "x" * 300):
-        start = Start(words(shards, tmp_path / name), tmp_path / "logs")
-        assert start.wait(20) == [CANNOT_CREATE], (name, start.said())
-        assert "Traceback" not in start.said()
-        assert name in start.said().strip().splitlines()[-1]
-    start = Start(words(shards, tmp_path / "many" / "folders" / "deep", "steps=1"), tmp_path / "logs")
-    assert start.wait() == [0], start.said()
+        end = call("pretrain", runs.words(shards, tmp_path / name))
+        assert end.code == CANNOT_CREATE, (name, end.said)
+        assert "Traceback" not in end.said
+        assert name in end.line
+    end = call("pretrain", runs.words(shards, tmp_path / "many" / "folders" / "deep", "steps=1"))
+    assert end.code == 0, end.said
 
 
-def test_what_cannot_be_deleted_is_left_for_later(shards: Path, straight: dict[str, Any], tmp_path: Path, mounts: None):
+@pytest.mark.process
+def test_what_cannot_be_deleted_is_left_for_later(stage: Stage):
     """A9: a warning (EBUSY), the training goes on, and the next start deletes it."""
-    run, log = tmp_path / "run", tmp_path / "log"
-    killed_in(words(shards, run), tmp_path, 1, "update:step=5")
-    busy = run / "checkpoints" / "step-00000004"
+    stage.stop("loss:step=9")
+    busy, peace = runs.last(stage.run), stage.tiny_run(1)
 
     def scene() -> None:
         mount("--bind", busy, busy)
-        code = ended(begin(words(shards, run), log))
-        assert code == 0, log.read_text()
-        assert re.search(rf"{busy}.* could not be deleted.*busy", log.read_text())
+        assert re.search(rf"{busy}.* could not be deleted.*busy", stage.finish())
 
-    whole(scene, tmp_path)
-    assert busy.exists()
+    with_own_mounts(scene, stage.folder)
     assert checkpoint.flaw(busy) is None
-    left = outcome(run)
-    left["left"].remove("checkpoints/step-00000004")
-    assert left == straight
-    assert finished(words(shards, run), tmp_path, 1) == straight
+    stage.same_bits(peace)
+    assert set(runs.names(stage.run)) - set(runs.names(peace)) == {f"checkpoints/{busy.name}"}
+    stage.finish()
+    stage.as_in_peace(peace)
 
 
-def test_a_slow_disk_is_told_of_and_waited_for(shards: Path, tmp_path: Path):
+@ranks(2)
+def test_a_slow_disk_is_told_of_and_waited_for(stage: Stage, world: int):
     """A12: a warning with MB/s; two ranks wait for each other longer than it takes."""
-    given = words(shards, tmp_path / "run", "save_every=10", "timeout=30")
-    start = Start(given, tmp_path, 2, "sleep:point=save.mid:step=10-19:seconds=2.2")
-    assert start.wait() == [0, 0], start.said()
-    slow = [line for line in start.said().splitlines() if "MB/s" in line]
-    assert len(slow) == 1
-    assert "step-00000010" in slow[0]
-    assert re.search(r"\b2\.\d s, 0\.\d+ MB/s", slow[0])
+    fault = "sleep:point=save.mid:step=14-20:seconds=2.2"
+    said = stage.play(Scenario((0,) * world, fault, words=("timeout=30",))).said
+    (slow,) = [line for line in said.splitlines() if "MB/s" in line]
+    assert re.search(r"step-00000014.*\b[2-9]\.\d s, 0\.\d+ MB/s", slow)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_signal_in_a_save_makes_no_second_one(shards: Path, tmp_path: Path, world: int):
-    """A13: that save completes and is the checkpoint, whichever file it was at; then 75."""
-    straight = finished(words(shards, tmp_path / "straight" / "run"), tmp_path / "straight", world)
-    given = words(shards, tmp_path / "run")
-    for step, place in ((4, "mid"), (8, "written"), (12, "published")):
-        start = Start(given, tmp_path, world, f"term:point=save.{place}:step={step}:rank=0")
-        assert start.wait(25) == [PREEMPTED] * world, start.said()
-        end = exit_of(tmp_path / "run")
-        assert (end["code"], end["step"]) == (PREEMPTED, step)
-        saved = [folder.name for folder in checkpoint.steps(tmp_path / "run" / "checkpoints")]
-        assert saved[-1] == f"step-{step:08d}"
-        assert "Traceback" not in start.said()
-    killed_in(given, tmp_path, world, f"eval.batch:step={STEPS}")
-    start = Start(given, tmp_path, world, f"term:point=eval.batch,kill:point=save.written:step={STEPS}")
-    assert start.wait(25) == [PREEMPTED] * world, start.said()  # its checkpoint is there: none is put in its place
-    assert finished(given, tmp_path, world) == straight
-
-
-def test_a_word_that_cannot_be_left_is_not_the_end_that_is_told(shards: Path, tmp_path: Path):
+def test_a_word_that_cannot_be_left_is_not_the_end_that_is_told(stage: Stage, monkeypatch: pytest.MonkeyPatch):
     """exit.json cannot be written: the code and the line are still those of what happened."""
-    from ssl_vit.train import run
-
-    write = run.write_bytes
+    write = run_module.write_bytes
 
     def full(path: Path, data: bytes) -> None:
         if path.name == "exit.json":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, data)
 
-    log = tmp_path / "log"
-    given = words(shards, tmp_path / "run")
-    code = ended(begin(given, log, lambda: setattr(run, "write_bytes", full), "term:point=update:step=5"))
-    assert code == PREEMPTED, log.read_text()
-    assert "the same command goes on" in last_line(log)
-    assert not (tmp_path / "run" / "exit.json").exists()
-
-
-# two at once
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_folder_is_one_runs_at_a_time(shards: Path, tmp_path: Path, world: int):
-    """C14: the second is refused at once with who has it; killed with -9, the first leaves the folder free."""
-    given = words(shards, tmp_path / "run")
-    first = Start(given, tmp_path, 1, "hang:point=batch:step=6")
-    first.until(lambda: (tmp_path / "run" / "checkpoints" / "step-00000004").exists())
-    before = (tmp_path / "run" / "recipe.yaml").stat().st_mtime_ns, (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    for more in ([], ["fresh=true"]):
-        began = time.monotonic()
-        second = Start([*given, *more], tmp_path, world)
-        assert second.wait(20) == [CANNOT_CREATE] * world, second.said()
-        assert time.monotonic() - began < STOPPED
-        line = second.said().strip().splitlines()[-1]
-        assert f"pid {first.processes[0].pid}" in line
-        assert socket.gethostname() in line
-        assert "since" in line
-        assert "Traceback" not in second.said()
-    assert not (tmp_path / "run" / "exit.json").exists()  # it is the holder's to write
-    after = (tmp_path / "run" / "recipe.yaml").stat().st_mtime_ns, (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    assert after == before
-    assert first.processes[0].is_alive()
-    first.kill()
-    first.wait(5)
-    began = time.monotonic()
-    assert finished([*given, "steps=20"], tmp_path, world)["exit"] == {"code": 0, "step": STEPS}
-    assert time.monotonic() - began < 20
-
-
-def test_of_many_starts_at_once_one_trains(shards: Path, straight: dict[str, Any], tmp_path: Path):
-    given = words(shards, tmp_path / "run")
-    starts = [Start(given, tmp_path / f"{i}") for i in range(4)]
-    codes = sorted(code for start in starts for code in start.wait())
-    assert codes[0] == 0
-    assert set(codes[1:]) <= {0, CANNOT_CREATE}  # a late one finds it done
-    assert outcome(tmp_path / "run") == straight
-
-
-# recipes
-
-
-def test_another_recipe_is_shown_key_by_key(shards: Path, tmp_path: Path):
-    """B6: 78 before any weight is touched; safe keys may be allowed by name, others are no such keys (64)."""
-    given = words(shards, tmp_path / "run")
-    killed_in(given, tmp_path, 1, "update:step=5")
-    before = state(tmp_path / "run" / "checkpoints" / "step-00000004")
-    recipe = (tmp_path / "run" / "recipe.yaml").read_bytes()
-
-    def refused(*more: str, code: int = MISMATCH, world: int = 1) -> str:
-        start = Start([*given, *more], tmp_path, world)
-        assert start.wait(30) == [code] * world, start.said()
-        assert "Traceback" not in start.said()
-        assert (tmp_path / "run" / "recipe.yaml").read_bytes() == recipe
-        assert state(tmp_path / "run" / "checkpoints" / "step-00000004") == before
-        return start.said().strip().splitlines()[-1]
-
-    line = refused("encoder.width=32", "optim.lr=0.5", "optim.kind=sgd", "data.flip=false", "seed=7", world=2)
-    for part in ("encoder.width: 16 -> 32", "optim.lr: 0.001 -> 0.5", "optim.kind: adamw -> sgd", "seed: 0 -> 7"):
-        assert part in line
-    line = refused("optim.lr=0.5", "steps=30")
-    assert "optim.lr: 0.001 -> 0.5" in line
-    assert "steps: 20 -> 30" in line
-    assert "allow_change=" in line  # the way on
-    line = refused("optim.lr=0.5", "steps=30", "allow_change=steps")
-    assert "optim.lr: 0.001 -> 0.5" in line
-    assert "steps: 20 -> 30" not in line
-    for name in ("encoder.width", "seed", "batch", "data.train", "optim.kind", "head.ratio", "nonsense", "optim"):
-        assert name in refused("encoder.width=32", f"allow_change=steps,{name}", code=USAGE)
-    more = ["optim.lr=0.5", "steps=24", "allow_change=optim.lr,steps"]
-    start = Start([*given, *more], tmp_path)
-    assert start.wait() == [0], start.said()
-    assert "optim.lr: 0.001 -> 0.5" in start.said()  # D7: what changes is said
-    assert rows(tmp_path / "run")[0]["lr"] == 0.001
-    assert max(row["lr"] for row in rows(tmp_path / "run") if row["step"] > 4) > 0.01
-    recipe = (tmp_path / "run" / "recipe.yaml").read_bytes()
-    assert b"lr: 0.5" in recipe
-    start = Start([*given, *more[:2]], tmp_path)  # it is the run's recipe now
-    assert start.wait() == [0], start.said()
-
-
-DAMAGED = {
-    "empty": b"",
-    "binary": bytes(range(256)),
-    "cut": None,
-    "a list": b"- a\n- b\n",
-    "text": b"hello",
-    "a tag": b"!!python/object/apply:os.system ['touch canary']\n",
-    "a loop": b"encoder: &a\n  width: *a\n",
-    "aliases": b"a: &a [x,x,x,x,x,x,x,x,x]\n"
-    + b"".join(b"%c: &%c [%s]\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 9)) for i in range(9)),
-}
-
-
-def test_a_damaged_recipe_does_not_pass_for_the_runs(shards: Path, straight: dict[str, Any], tmp_path: Path):
-    """78 and its path, never a start anew, never a traceback; brought back, the run goes on."""
-    given = words(shards, tmp_path / "run")
-    killed_in(given, tmp_path, 1, "update:step=5")
-    path = tmp_path / "run" / "recipe.yaml"
-    text = path.read_bytes()
-    for name, content in DAMAGED.items():
-        path.write_bytes(text[: len(text) // 2] if content is None else content)
-        start = Start(given, tmp_path)
-        assert start.wait(20) == [MISMATCH], (name, start.said()[-3000:])
-        assert "Traceback" not in start.said(), name
-        assert "recipe.yaml" in start.said().splitlines()[-1] or "->" in start.said().splitlines()[-1], name
-        assert len(start.said()) < 5000, name
-    assert not list(tmp_path.rglob("canary"))
-    path.write_bytes(text)
-    assert finished(given, tmp_path, 1) == straight
-
-
-def test_a_fresh_start_puts_the_old_aside(shards: Path, straight: dict[str, Any], tmp_path: Path):
-    """fresh=true: nothing is deleted, all begins anew; a launcher's restart of it goes on."""
-    given = words(shards, tmp_path / "run", "fresh=true")
-    killed_in(given, tmp_path, 1, "update:step=9")
-    old = state(tmp_path / "run" / "checkpoints" / "step-00000008")
-    killed_in([*given, "seed=3", "encoder.width=32"], tmp_path, 1, "update:step=5")  # nor is the recipe bound
-    (aside,) = (tmp_path / "run").glob("before-*")
-    assert state(aside / "checkpoints" / "step-00000008") == old
-    assert [row["step"] for row in rows(aside.parent / aside.name)] == [3, 6, 7]
-    start = Start(given, tmp_path, 1, "kill:point=update:step=11")
-    assert start.wait() == [-signal.SIGKILL], start.said()
-    assert len(list((tmp_path / "run").glob("before-*"))) == 2
-    start = Start(given, tmp_path, 1, TORCHELASTIC_RESTART_COUNT="1")
-    assert start.wait() == [0], start.said()
-    assert len(list((tmp_path / "run").glob("before-*"))) == 2
-    mine = outcome(tmp_path / "run")
-    mine["left"] = [name for name in mine["left"] if not name.startswith("before-")]
-    assert mine == straight
-
-
-# clocks, ranks, workers
-
-
-def test_clocks_that_jump(shards: Path, straight: dict[str, Any], tmp_path: Path):
-    """C16: an hour back, a year ahead, at every look at the clock, over two starts: no effect."""
-    given = words(shards, tmp_path / "run")
-
-    def jump() -> None:
-        real, draw = time.time, random.Random(SEED)
-        time.time = lambda: real() + draw.choice([-3600, 0, 365 * 86400])  # type: ignore[assignment]
-
-    code = ended(begin(given, tmp_path / "log", jump, "kill:point=save.mid:step=10"))
-    assert code == -signal.SIGKILL, (tmp_path / "log").read_text()
-    for path in [*(tmp_path / "run").rglob("*")]:
-        os.utime(path, (2e9, 2e9))
-    code = ended(begin(given, tmp_path / "log", jump))
-    assert code == 0, (tmp_path / "log").read_text()
-    assert outcome(tmp_path / "run") == straight
-
-
-def test_another_number_of_processes_goes_on(shards: Path, tmp_path: Path):
-    """B7: 2, 1, 3, 2 ranks, one after the other: the same global batches, losses equal to rounding."""
-    more = ["batch=12", "log_every=1", "encoder.dropout=0"]
-    straight = finished(words(shards, tmp_path / "straight" / "run", *more), tmp_path / "straight", 1)
-    given = words(shards, tmp_path / "run", *more)
-    for world, step in ((2, 5), (1, 9), (3, 15)):
-        killed_in(given, tmp_path, world, f"update:step={step}")
-        if step == 5:
-            assert_same_weights(shards, tmp_path, more)
-        folder = checkpoint.newest(tmp_path / "run" / "checkpoints")
-        assert folder is not None
-        assert json.loads((folder / "MANIFEST.json").read_text())["world"] == world
-    mine = finished(given, tmp_path, 2)
-    for found, wanted in zip(mine["rows"], straight["rows"], strict=True):
-        for name in ("step", "samples_seen", "samples_digest", "bad_samples", "lr"):
-            assert found[name] == wanted[name]
-        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
-        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
-    start = Start(given, tmp_path, 5)
-    assert start.wait(30) == [USAGE] * 5, start.said()
-
-
-def assert_same_weights(shards: Path, folder: Path, more: list[str]) -> None:
-    """Loaded by another number of processes, the weights are the same bits: at a rate of 0 they stay so."""
-    for world in (1, 3):
-        run = shutil.copytree(folder / "run", folder / f"on {world}")
-        still = words(shards, run, *more, "optim.lr=0", "allow_change=optim.lr", "keep=9")
-        killed_in(still, folder, world, "update:step=9")
-        before, after = (state(run / "checkpoints" / f"step-{step:08d}") for step in (4, 8))
-        assert {k: v for k, v in before.items() if k.startswith("model ")} == {
-            k: v for k, v in after.items() if k.startswith("model ")
-        }
-
-
-def test_another_number_of_workers_changes_nothing(shards: Path, straight: dict[str, Any], tmp_path: Path):
-    """B8: 1, 2, 0 loader workers; killed with them, there are no orphans."""
-    given = words(shards, tmp_path / "run")
-    for workers, step in ((1, 7), (2, 13)):
-        start = Start([*given, f"data.workers={workers}"], tmp_path, 1, f"kill:point=update:step={step}")
-        start.until(lambda start=start: start.processes[0].exitcode is not None)
-        (pid,) = (process.pid for process in start.processes)
-        end = time.monotonic() + 5
-        while alive := group(pid):
-            assert time.monotonic() < end, alive
-            time.sleep(0.05)
-        assert start.wait(5) == [-signal.SIGKILL], start.said()
-    assert finished(given, tmp_path, 1) == straight
-
-
-def group(pid: int | None) -> list[str]:
-    """The processes of a group that are there, with their states."""
-    listed = subprocess.run(["ps", "-eo", "pgid=,pid=,stat=,args="], capture_output=True, text=True, check=True).stdout
-    lines = [line for line in listed.splitlines() if line.split()[0] == str(pid)]
-    return [line for line in lines if not line.split()[2].startswith("Z")]
+    monkeypatch.setattr(run_module, "write_bytes", full)
+    says = ("exit.json could not be written: No space left",)
+    stage.play(Scenario((DISK,), "eio:point=save.mid:step=7", "Input/output error", says=says, held=False))
+    assert not (stage.run / "exit.json").exists()

@@ -1,4 +1,4 @@
-"""Killed with -9 anywhere: at every call and every system call of a save, and whole trainings at any time.
+"""Killed with -9 anywhere: at every call and every system call of a save, and whole trainings at every place.
 
 After each kill the newest checkpoint is the old one, or the new one once it is published, never a third state; the same
 command goes on, and what it ends with is the uninterrupted run's, bit for bit.
@@ -22,16 +22,15 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from ssl_vit.exits import DISK, INTERNAL
+from ssl_vit.exits import DISK
 from ssl_vit.train import checkpoint
 from ssl_vit.train.checkpoint import MANIFEST
-from tests.runs import rows
-from tests.starts import Start
+from tests import runs
 from tests.train.children import ended, fork
-from tests.train.outcome import STEPS, outcome, words
+from tests.train.scenarios import KILLED, Scenario, Stage, ranks
 
 SEED = 5
-SHOWN, ALL = 24, 10**9  # system calls of a save that are killed in `make test`, and in `make test-long`
+SHOWN = 24  # system calls of a save that are killed in `make test-all`; all of them in `make test-long`
 OLD, NEW, KEEP = 1, 2, 1  # there is checkpoint 1, all that is kept; saving 2 prunes it
 PR_SET_PTRACER, ANY = 0x59616D61, -1
 CHANGING = {"openat", "mkdir", "mkdirat", "write", "writev", "pwrite64", "copy_file_range", "sendfile", "fallocate"}
@@ -132,21 +131,22 @@ def killed_at(last: int, parent: Path) -> None:
     save(parent, NEW)
 
 
-def test_a_save_killed_at_every_call(origin: Path, tmp_path: Path):
-    """The fallback that needs nothing: Python's own events."""
+@pytest.mark.parametrize("stride", [30, pytest.param(1, marks=pytest.mark.process)])
+def test_a_save_killed_at_every_call(origin: Path, tmp_path: Path, stride: int):
+    """Or at some: the fallback that needs nothing, Python's own events."""
     found: list[int] = []
-    code = -signal.SIGKILL
-    while code == -signal.SIGKILL:
-        parent = tmp_path / f"{len(found)}"
-        shutil.copytree(origin, parent)
-        code = ended(fork(lambda parent=parent: killed_at(len(found) + 1, parent), tmp_path / "screen"))
-        assert code in (0, -signal.SIGKILL), (tmp_path / "screen").read_text()
+    code = KILLED
+    while code == KILLED:
+        parent = shutil.copytree(origin, tmp_path / f"{len(found)}")
+        call = 1 + stride * len(found)
+        code = ended(fork(lambda parent=parent, call=call: killed_at(call, parent), tmp_path / "screen"))
+        assert code in (0, KILLED), (tmp_path / "screen").read_text()
         found.append(aftermath(parent))
         shutil.rmtree(parent)
     assert found == sorted(found), "published, and then not"
     times = Counter(found)
-    assert times[OLD] >= 20  # calls before the publication
-    assert times[NEW] >= 8  # and while the oldest is pruned
+    assert times[OLD] >= max(1, 20 // stride)  # calls before the publication
+    assert times[NEW] >= max(1, 8 // stride)  # and while the oldest is pruned
     print(f"\n{len(found) - 1} calls of a save, each killed: {times[OLD]} old, {times[NEW]} new, 0 others")
 
 
@@ -155,6 +155,8 @@ def test_a_save_killed_at_every_call(origin: Path, tmp_path: Path):
 
 def traced(work: Callable[[], object], folder: Path, *options: str) -> tuple[int, str, str]:
     """Do the work in a child under strace, which sees nothing of what came before; its code, trace and screen."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
     screen, trace = folder / "screen", folder / "trace"
 
     def stopped() -> None:
@@ -182,8 +184,6 @@ def traced(work: Callable[[], object], folder: Path, *options: str) -> tuple[int
 @pytest.fixture(scope="module")
 def calls(origin: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, int]]:
     """The system calls of a save, in order: name, and how many of the name came before, from 1."""
-    if shutil.which("strace") is None:
-        pytest.skip("strace is not installed")
     folder = tmp_path_factory.mktemp("calls")
     shutil.copytree(origin, folder / "all")
     code, trace, screen = traced(lambda: save(folder / "all", NEW), folder)
@@ -201,11 +201,10 @@ def kill_at(chosen: list[tuple[str, int]], origin: Path, folder: Path) -> Counte
     found: Counter[int] = Counter()
     reached: dict[str, int] = {}
     for name, number in chosen:
-        parent = folder / f"{name}-{number}"
-        shutil.copytree(origin, parent)
+        parent = shutil.copytree(origin, folder / f"{name}-{number}")
         inject = [f"--trace={name}", f"--inject={name}:signal=SIGKILL:when={number}"]
         code, _, screen = traced(lambda parent=parent: save(parent, NEW), folder, *inject)
-        assert code == -signal.SIGKILL, (name, number, screen)
+        assert code == KILLED, (name, number, screen)
         step = aftermath(parent)
         assert step >= reached.get(name, OLD), f"{name} {number}: published, and then not"
         reached[name] = step
@@ -214,6 +213,7 @@ def kill_at(chosen: list[tuple[str, int]], origin: Path, folder: Path) -> Counte
     return found
 
 
+@pytest.mark.process
 def test_a_save_killed_at_some_system_calls(origin: Path, calls: list[tuple[str, int]], tmp_path: Path):
     """Those around each change of a name, and a few others."""
     chosen = {i for i, (name, _) in enumerate(calls) if name.startswith("rename")}
@@ -231,9 +231,8 @@ def test_a_save_killed_at_every_system_call(origin: Path, calls: list[tuple[str,
     print(f"\n{len(chosen)} system calls of a save, each killed: {found[OLD]} old, {found[NEW]} new, 0 others")
 
 
-def test_everything_is_on_the_disk_before_it_counts(origin: Path, calls: list[tuple[str, int]], tmp_path: Path):
+def test_everything_is_on_the_disk_before_it_counts(origin: Path, tmp_path: Path):
     """Each file and the draft's folder flushed before the rename, the folder of all after it, and pruned only then."""
-    del calls
     parent = shutil.copytree(origin, tmp_path / "checkpoints")
     code, trace, screen = traced(lambda: save(parent, NEW), tmp_path, "--decode-fds=path")
     assert code == 0, screen
@@ -254,6 +253,7 @@ RENAMES = ("rename", "renameat", "renameat2")
 DELETIONS = ("unlink", "unlinkat", "rmdir")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("group", "error"),
     [(FLUSHES, "EIO"), (RENAMES, "EXDEV"), (RENAMES, "EACCES"), (DELETIONS, "EBUSY"), (("write",), "ENOSPC")],
@@ -263,8 +263,7 @@ def test_system_calls_that_fail(origin: Path, calls: list[tuple[str, int]], tmp_
     """Each flush, rename and deletion in turn: 74 and the old checkpoint; after the publication a warning at most."""
     seen: list[tuple[int, int]] = []
     for name, number in [call for call in calls if call[0] in group]:
-        parent = tmp_path / f"{name}-{number}"
-        shutil.copytree(origin, parent)
+        parent = shutil.copytree(origin, tmp_path / f"{name}-{number}")
         inject = [f"--trace={name}", f"--inject={name}:error={error}:when={number}"]
         code, trace, screen = traced(lambda parent=parent: save(parent, NEW), tmp_path, *inject)
         hit = next((line for line in trace.splitlines() if "INJECTED" in line), "")
@@ -290,126 +289,81 @@ def test_system_calls_that_fail(origin: Path, calls: list[tuple[str, int]], tmp_
 
 # whole trainings
 
-PLACES = ["start", "claimed", "batch:step=1", "save.begin:step=2", "save.mid:step=2", "save.written:step=2"]
-PLACES += ["save.published:step=2", "resume.chosen", "resume.loaded", "save.mid:step=4", "save.pruned:step=6"]  # B15
-PLACES += ["loss:step=7", "weights:step=7", "update:step=7", "eval.batch:step=7", "row:step=9", "save.begin:step=20"]
-PLACES += ["row:step=20", "eval.batch:step=20", "finish"]
-WORLDS = [1, 2]
-KILLS = {1: 4, 2: 2}  # at random times, in `make test`
-MANY = {1: 80, 2: 50}  # and in `make test-long`
+PLACES = ["start", "claimed", "batch:step=1", "save.begin:step=7", "save.mid:step=7", "save.written:step=7"]
+PLACES += ["save.published:step=7", "resume.chosen", "resume.loaded", "save.mid:step=14", "eval.batch:step=20"]  # B15
+PLACES += ["row:step=21", "save.pruned:step=28"]
+PLACES += ["loss:step=29", "weights:step=29", "update:step=29", "row:step=30", "save.begin:step=30"]
+PLACES += ["eval.batch:step=30", "finish"]
+SAVES = ("steps=20", "save_every=2")
+KILLS = {1: 80, 2: 50}  # at random times, in `make test-long`
+SPAN = {1: 2.5, 2: 4.0}  # seconds from the start on in which they come
 
 
-@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world} ranks")
-def straight(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What a training leaves that nothing stops: ranks, outcome, and seconds that it takes."""
-    world, folder = request.param, tmp_path_factory.mktemp("straight")
-    for run in (folder / "warm", folder / "run"):
-        began = time.monotonic()
-        start = Start(words(shards, run), folder, world)
-        assert start.wait() == [0] * world, start.said()
-    return world, outcome(run), time.monotonic() - began
-
-
-def finished(given: list[str], folder: Path, world: int) -> dict[str, Any]:
-    start = Start(given, folder, world)
-    assert start.wait() == [0] * world, start.said()
-    return outcome(folder / "run")
-
-
-def killed_in(given: list[str], folder: Path, world: int, place: str) -> None:
+def killed_at_a_place(place: str, world: int, *words: str) -> Scenario:
     """A start that comes to a place, where its first rank is killed; the others go with it, as in a power cut."""
-    start = Start(given, folder, world, f"kill:point={place}")
-    start.until(lambda: any(process.exitcode is not None for process in start.processes))
-    start.kill()
-    assert -signal.SIGKILL in start.wait(10), f"{place} was not reached: {start.said()}"
+    return Scenario((KILLED,) * world, f"kill:point={place}", cut=True, words=words)
 
 
-def kill_by_the_clock(shards: Path, folder: Path, straight: Any, kills: int) -> tuple[int, int]:
-    """Kill trainings at random times and start them again until so many were killed; how many were, over how many."""
-    world, wanted, seconds = straight
-    draw, count, runs = random.Random(SEED), 0, 0
-    while count < kills:
-        runs += 1
-        given = words(shards, folder / f"{runs}" / "run")
-        while True:
-            start = Start(given, folder / f"{runs}", world)
-            if count < kills:
-                time.sleep(draw.uniform(0, seconds))
+def test_a_training_killed_in_a_save(stage: Stage):
+    """The one kill of the default tier."""
+    stage.play(Scenario((KILLED,), "kill:point=save.mid:step=14", saved=7, resumed=True))
+
+
+@ranks(1, 2)
+def test_a_training_killed_at_every_place(stage: Stage, world: int):
+    """One after the other in the same run; a place in a resume, and then one in the first save after it (B15)."""
+    for place in PLACES[:: 1 if world == 1 else 2]:
+        stage.play(killed_at_a_place(place, world))
+    for name in (".results.json.tmp-host-1", ".exit.json.tmp-host-1", "checkpoints/.latest.tmp-host-1", ".shared-01"):
+        (stage.run / name).touch()  # a kill in any of these writes
+    stage.finish(world)
+    stage.as_in_peace(stage.tiny_run(world))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world", [1, 2])
+def test_trainings_killed_at_many_times(stage: Stage, world: int):
+    """Also where no place has a name: kill -9 of all at random moments, again and again, until so many were killed."""
+    draw, count, trainings = random.Random(SEED), 0, 0
+    while count < KILLS[world]:
+        trainings += 1
+        one, codes = stage.at(f"{trainings}"), [KILLED]
+        while codes != [0] * world:
+            start = one.start(world)
+            if count < KILLS[world]:
+                time.sleep(draw.uniform(0, SPAN[world]))
                 start.kill()
             codes = start.wait()
-            if codes == [0] * world:
-                break
-            assert codes.count(-signal.SIGKILL) > 0, f"seed {SEED}, kill {count}: {codes} {start.said()}"
-            count += 1
-        assert outcome(folder / f"{runs}" / "run") == wanted, f"seed {SEED}, training {runs}"
-    return count, runs
-
-
-def test_a_training_killed_at_every_place(shards: Path, straight: Any, tmp_path: Path):
-    """One after the other in the same run; a place in a resume, and then one in the first save after it (B15)."""
-    world, wanted, _ = straight
-    given = words(shards, tmp_path / "run")
-    for place in PLACES[:: 1 if world == 1 else 2]:
-        killed_in(given, tmp_path, world, place)
-    for name in (".results.json.tmp-host-1", ".exit.json.tmp-host-1", "checkpoints/.latest.tmp-host-1", ".shared-01"):
-        (tmp_path / "run" / name).touch()  # a kill in any of these writes
-    assert finished(given, tmp_path, world) == wanted
-
-
-def test_a_training_killed_at_random_times(shards: Path, straight: Any, tmp_path: Path):
-    kill_by_the_clock(shards, tmp_path, straight, KILLS[straight[0]])
+            assert codes == [0] * world or KILLED in codes, f"seed {SEED}, kill {count}: {codes} {start.said()}"
+            count += codes != [0] * world
+        one.as_in_peace(stage.tiny_run(world))
+    print(f"\n{count} kills at random times, {world} ranks, {trainings} trainings: 0 differing bits, 0 manual actions")
 
 
 @pytest.mark.long
-def test_trainings_killed_at_many_times(shards: Path, straight: Any, tmp_path: Path):
-    kills, runs = kill_by_the_clock(shards, tmp_path, straight, MANY[straight[0]])
-    print(f"\n{kills} kills at random times, {straight[0]} ranks, {runs} trainings: 0 differing bits, 0 manual actions")
-
-
-@pytest.mark.long
-def test_trainings_killed_at_every_place_of_many_steps(shards: Path, straight: Any, tmp_path: Path):
+@pytest.mark.parametrize("world", [1, 2])
+def test_trainings_killed_at_every_place_of_many_steps(stage: Stage, world: int):
     """The places of a save and of a resume, at every save of a training."""
-    world, wanted, _ = straight
-    given, count = words(shards, tmp_path / "run"), 0
-    for step in range(2, STEPS + 1, 2):
-        for place in ("save.begin", "save.mid", "save.written"):
-            killed_in(given, tmp_path, world, f"{place}:step={step}")
-            killed_in(given, tmp_path, world, ("resume.chosen", "resume.loaded")[count % 2])
-            count += 2
-        killed_in(given, tmp_path, world, f"{('save.published', 'save.pruned')[step // 2 % 2]}:step={step}")
-        count += 1
-    assert finished(given, tmp_path, world) == wanted
+    count = 0
+    for step in range(2, 21, 2):
+        places = []
+        for number, place in enumerate(("save.begin", "save.mid", "save.written")):
+            places += [f"{place}:step={step}", ("resume.chosen", "resume.loaded")[(step // 2 + number) % 2]]
+        places += [f"{('save.published', 'save.pruned')[step // 2 % 2]}:step={step}"]
+        for place in places:
+            stage.play(killed_at_a_place(place, world, *SAVES))
+            count += 1
+    stage.finish(world, *SAVES)
+    stage.as_in_peace(runs.straight(stage.shards, world, stage.folder / "straight", *SAVES))
     print(f"\n{count} kills at places of saves and resumes, {world} ranks: 0 differing bits, 0 manual actions")
 
 
-def test_a_kill_in_the_middle_of_an_accumulated_step(shards: Path, tmp_path: Path):
+def test_an_accumulated_step_that_is_cut_in_the_middle(stage: Stage):
     """There are no checkpoints between micro batches (B14): the step is made again as a whole."""
-    more = ["micro_batch=2", "save_every=1", "steps=6"]
-    given = words(shards, tmp_path / "run", *more)
+    more = ["micro_batch=2", "save_every=1", "steps=6", "eval_every=6"]
     for step in (2, 5):
-        killed_in(given, tmp_path, 1, f"loss:step={step}")
-        saved = checkpoint.steps(tmp_path / "run" / "checkpoints")
-        assert [int(folder.name[5:]) for folder in saved] == list(range(max(1, step - 2), step))
-    start = Start(given, tmp_path)
-    assert start.wait() == [0], start.said()
-    other = words(shards, tmp_path / "straight", *more)
-    start = Start(other, tmp_path)
-    assert start.wait() == [0], start.said()
-    assert outcome(tmp_path / "run", 6) == outcome(tmp_path / "straight", 6)
-
-
-@pytest.mark.parametrize(("rank", "place"), [(0, "save.mid"), (1, "save.begin")])
-def test_one_rank_killed_while_saving(shards: Path, tmp_path: Path, rank: int, place: str):
-    """A3: the other ends by itself within 15 s, nothing is published, and the same command goes on."""
-    given = words(shards, tmp_path / "run")
-    start = Start(given, tmp_path, 2, f"kill:point={place}:rank={rank}:step=4")
-    start.until(lambda: start.processes[rank].exitcode is not None)
-    began = time.monotonic()
-    codes = start.wait(40)
-    assert time.monotonic() - began < 15
-    assert codes[rank] == -signal.SIGKILL
-    assert codes[1 - rank] == INTERNAL, start.said()
-    assert [folder.name for folder in checkpoint.steps(tmp_path / "run" / "checkpoints")] == ["step-00000002"]
-    start = Start(given, tmp_path, 2)
-    assert start.wait() == [0, 0], start.said()
-    assert rows(tmp_path / "run")[-1]["step"] == STEPS
+        stage.stop(f"loss:step={step}", *more)
+        assert runs.saved(stage.run) == list(range(max(1, step - 3), step))
+    for one in (stage, stage.at("straight")):
+        one.finish(1, *more)
+    stage.as_in_peace(stage.at("straight").run)

@@ -1,8 +1,11 @@
 """A run that is stopped and resumed is the run that never stopped, bit for bit; and what else a run promises."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,20 +18,15 @@ from ssl_vit.data import manifest
 from ssl_vit.data.plan import Plan
 from ssl_vit.data.samples import Data
 from ssl_vit.exits import CANNOT_CREATE, DATA, MISMATCH, PREEMPTED, USAGE, Refusal
+from ssl_vit.heads.mean_color import MeanColorHead
 from ssl_vit.recipe import Finetune, Pretrain
 from ssl_vit.train import loop, pace
+from ssl_vit.train.run import Run
 from tests.conftest import TINY, draw_squares
-from tests.runs import SPEEDS
+from tests.runs import differing, results, told
+from tests.train.engines import fresh, rows
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps its state in the process; each run here is a start of its own."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+DROPOUT = "encoder.dropout=0.1"
 
 
 class StopAfter:
@@ -45,70 +43,57 @@ class StopAfter:
         pass
 
 
-def pretrain(shards: Path, run: Path, *arguments: str) -> int:
+def stopped(step: int, train: Callable[..., int], *given: Any) -> None:
+    """Train until a signal comes after so many steps."""
+    with patch.object(loop, "StopSignal", lambda _: StopAfter(step)), pytest.raises(Refusal) as end:
+        train(*given)
+    assert end.value.code == PREEMPTED
+
+
+def refused(code: int, match: str, start: Callable[..., object], *given: Any) -> None:
+    """A start ends with this code, and with one line that matches."""
+    with pytest.raises(Refusal, match=match) as end:
+        start(*given)
+    assert end.value.code == code
+    assert "\n" not in end.value.message
+
+
+def start(kind: type[Pretrain] | type[Finetune], shards: Path, run: Path, given: list[str]) -> int:
     data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", "tracker=none"]
-    given = [*TINY, *data, "steps=10", "log_every=3", "save_every=4", "optim.warmup_steps=2", *arguments]
-    return session.run(config.parse(Pretrain, given, recipe.FOLDER))
+    return session.run(config.parse(kind, [*TINY, *data, *given], recipe.FOLDER))
+
+
+def pretrain(shards: Path, run: Path, *arguments: str) -> int:
+    given = ["steps=10", "log_every=3", "save_every=4", "optim.warmup_steps=2", *arguments]
+    return start(Pretrain, shards, run, given)
 
 
 def finetune(shards: Path, run: Path, *arguments: str) -> int:
-    data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", "tracker=none"]
-    given = [*TINY, *data, "steps=40", "optim.lr=0.1", "data.flip=false", "data.crop_area=0.5,1", *arguments]
-    return session.run(config.parse(Finetune, given, recipe.FOLDER))
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def tensors(run: Path, step: int = 10) -> dict[str, torch.Tensor]:
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    return {
-        f"{file}/{k}": v
-        for file in ("model", "optimizer")
-        for k, v in load_file(folder / f"{file}.safetensors").items()
-    }
+    given = ["steps=40", "optim.lr=0.1", "data.flip=false", "data.crop_area=0.5,1", *arguments]
+    return start(Finetune, shards, run, given)
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Weights, optimizer, metrics (but for speeds) and export are the same bits."""
-    mine, theirs = tensors(a), tensors(b)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    strip = [[{k: v for k, v in row.items() if k not in SPEEDS} for row in rows(run)] for run in (a, b)]
-    assert strip[0] == strip[1]
-    assert (a / "encoder" / "model.safetensors").read_bytes() == (b / "encoder" / "model.safetensors").read_bytes()
+    """Checkpoint, metrics (but for speeds) and export are the same bits."""
+    assert differing(results(a), results(b)) == {}
 
 
 @pytest.fixture(scope="module")
 def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 10 steps, with dropout, that was never stopped."""
-    from accelerate.state import AcceleratorState, GradientState
-
     run = tmp_path_factory.mktemp("straight")
-    assert pretrain(shards, run, "encoder.dropout=0.1") == 0
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    assert pretrain(shards, run, DROPOUT) == 0
+    fresh()
     return run
 
 
-@pytest.mark.parametrize("stop", range(1, 10))
-def test_stop_at_any_step_and_resume(shards: Path, straight: Path, tmp_path: Path, monkeypatch, stop):
-    monkeypatch.setattr(loop, "StopSignal", lambda accelerator: StopAfter(stop))
-    with pytest.raises(Refusal) as end:
-        pretrain(shards, tmp_path, "encoder.dropout=0.1")
-    assert end.value.code == PREEMPTED
-    assert json.loads((tmp_path / "exit.json").read_text())["code"] == PREEMPTED
-    monkeypatch.undo()
-    assert pretrain(shards, tmp_path, "encoder.dropout=0.1", "data.workers=1" if stop == 5 else "data.workers=0") == 0
+@pytest.mark.parametrize("stop", [1, 5, 8, *(pytest.param(n, marks=pytest.mark.process) for n in (2, 3, 4, 6, 7, 9))])
+def test_stop_at_any_step_and_resume(shards: Path, straight: Path, tmp_path: Path, stop: int):
+    stopped(stop, pretrain, shards, tmp_path, DROPOUT)
+    assert told(tmp_path)["code"] == PREEMPTED
+    assert pretrain(shards, tmp_path, DROPOUT, "data.workers=1" if stop == 5 else "data.workers=0") == 0
     assert_same_run(straight, tmp_path)
-    assert json.loads((tmp_path / "exit.json").read_text()) | {"time": ""} == {
-        "code": 0,
-        "step": 10,
-        "reason": "done",
-        "rank": 0,
-        "time": "",
-    }
+    assert told(tmp_path) | {"time": ""} == {"code": 0, "step": 10, "reason": "done", "rank": 0, "time": ""}
 
 
 def test_a_kill_between_checkpoints_loses_only_the_steps_since(
@@ -124,21 +109,18 @@ def test_a_kill_between_checkpoints_loses_only_the_steps_since(
     monkeypatch.setattr(inject, "arm", lambda text: None)
     monkeypatch.setattr(inject, "point", die)
     with pytest.raises(SystemExit):
-        pretrain(shards, tmp_path, "encoder.dropout=0.1")
+        pretrain(shards, tmp_path, DROPOUT)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
     monkeypatch.undo()
-    pretrain(shards, tmp_path, "encoder.dropout=0.1")
+    pretrain(shards, tmp_path, DROPOUT)
     assert_same_run(straight, tmp_path)
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(shards: Path, straight: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(loop, "StopSignal", lambda accelerator: StopAfter(9))
-    with pytest.raises(Refusal):
-        pretrain(shards, tmp_path, "encoder.dropout=0.1")
-    monkeypatch.undo()
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(shards: Path, straight: Path, tmp_path: Path):
+    stopped(9, pretrain, shards, tmp_path, DROPOUT)
     (tmp_path / "checkpoints" / "step-00000009" / "model.safetensors").write_bytes(b"")
-    pretrain(shards, tmp_path, "encoder.dropout=0.1")
+    pretrain(shards, tmp_path, DROPOUT)
     assert_same_run(straight, tmp_path)
 
 
@@ -149,13 +131,10 @@ def test_what_a_run_leaves_behind(straight: Path):
     assert first["samples_seen"] == 24
     assert "val_loss" in rows(straight)[-1]
     assert (straight / "reconstruction.png").stat().st_size > 0
-    assert [path.name for path in sorted((straight / "checkpoints").glob("[!l]*"))] == [
-        "step-00000008",
-        "step-00000010",
-    ]
-    results = json.loads((straight / "results.json").read_text())
-    assert results["samples"] > 0
-    assert results["protocol"]["steps"] == 10
+    assert sorted(path.name for path in (straight / "checkpoints").glob("[!l]*")) == ["step-00000008", "step-00000010"]
+    result = json.loads((straight / "results.json").read_text())
+    assert result["samples"] > 0
+    assert result["protocol"]["steps"] == 10
 
 
 def test_a_run_takes_the_samples_of_the_plan(shards: Path, straight: Path):
@@ -167,10 +146,9 @@ def test_a_run_takes_the_samples_of_the_plan(shards: Path, straight: Path):
 
 
 def test_the_finished_command_again_changes_nothing(shards: Path, straight: Path):
-    before = rows(straight), tensors(straight)
-    assert pretrain(shards, straight, "encoder.dropout=0.1") == 0
-    assert rows(straight) == before[0]
-    assert all(torch.equal(value, before[1][name]) for name, value in tensors(straight).items())
+    before = rows(straight), results(straight)
+    assert pretrain(shards, straight, DROPOUT) == 0
+    assert (rows(straight), results(straight)) == before
 
 
 def test_micro_batches_add_up_to_the_batch(shards: Path, tmp_path: Path):
@@ -186,54 +164,39 @@ def test_micro_batches_add_up_to_the_batch(shards: Path, tmp_path: Path):
 
 def test_the_recipe_of_a_run_is_kept(shards: Path, tmp_path: Path):
     pretrain(shards, tmp_path, "steps=2")
-    with pytest.raises(
-        Refusal, match=r"optim\.lr: 0\.001 -> 0\.5; steps|steps: 2 -> 3; optim\.lr: 0\.001 -> 0\.5"
-    ) as end:
-        pretrain(shards, tmp_path, "steps=3", "optim.lr=0.5")
-    assert end.value.code == MISMATCH
-    saved = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
-    assert saved["steps"] == 2
+    changes = r"optim\.lr: 0\.001 -> 0\.5; steps|steps: 2 -> 3; optim\.lr: 0\.001 -> 0\.5"
+    refused(MISMATCH, changes, pretrain, shards, tmp_path, "steps=3", "optim.lr=0.5")
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["steps"] == 2
     assert pretrain(shards, tmp_path, "steps=2", "log_every=1", "keep=1") == 0  # these may change
 
 
 def test_a_start_that_failed_before_the_first_step_binds_nothing(shards: Path, tmp_path: Path):
-    with pytest.raises(Refusal, match="no such folder"):
-        pretrain(shards, tmp_path, "data.train=/nowhere", "steps=3")
-    assert json.loads((tmp_path / "exit.json").read_text())["code"] == DATA
+    refused(DATA, "no such folder", pretrain, shards, tmp_path, "data.train=/nowhere", "steps=3")
+    assert told(tmp_path)["code"] == DATA
     assert pretrain(shards, tmp_path, "steps=2") == 0
 
 
 def test_the_processes_must_divide_the_batch():
     made = config.parse(Pretrain, ["batch=6"], recipe.FOLDER)
-    with pytest.raises(Refusal, match="cannot be shared by 4 processes; these can: 1, 2, 3, 6") as end:
-        pace.shared(made, 0, 4)
-    assert end.value.code == USAGE
+    refused(USAGE, "cannot be shared by 4 processes; these can: 1, 2, 3, 6", pace.shared, made, 0, 4)
     assert pace.shared(made, 1, 3).micro_batch == 2
 
 
 def test_a_folder_in_use_is_refused(shards: Path, tmp_path: Path):
-    from ssl_vit.train.run import Run
-
     holder = Run(tmp_path)
     holder.claim(config.parse(Pretrain, [], recipe.FOLDER))
-    with pytest.raises(Refusal, match="in use by pid") as end:
-        pretrain(shards, tmp_path)
-    assert end.value.code == CANNOT_CREATE
+    refused(CANNOT_CREATE, "in use by pid", pretrain, shards, tmp_path)
     assert not (tmp_path / "exit.json").exists()  # that is the holder's to write
     holder.release()
 
 
 def test_other_data_in_the_same_run_is_refused(shards: Path, tmp_path: Path):
     pretrain(shards, tmp_path, "steps=2")
-    with pytest.raises(Refusal, match="other data") as end:
-        pretrain(shards, tmp_path, "steps=2", f"data.train={shards}/val")
-    assert end.value.code == MISMATCH
+    refused(MISMATCH, "other data", pretrain, shards, tmp_path, "steps=2", f"data.train={shards}/val")
 
 
 def test_bad_numbers_are_skipped_and_endless_ones_stop_the_run(shards: Path, tmp_path: Path, monkeypatch):
     """One bad loss leaves weights and optimizer alone and is counted; where going back does not help the run ends."""
-    from ssl_vit.heads.mean_color import MeanColorHead
-
     forward, calls = MeanColorHead.forward, []
 
     def poisoned(self, encoder, batch):
@@ -244,9 +207,7 @@ def test_bad_numbers_are_skipped_and_endless_ones_stop_the_run(shards: Path, tmp
         return output._replace(loss=output.loss * float("nan")) if bad else output
 
     monkeypatch.setattr(MeanColorHead, "forward", poisoned)
-    with pytest.raises(Refusal, match="not finite in 3 steps in a row up to 7, after 2 rollbacks") as end:
-        pretrain(shards, tmp_path)
-    assert end.value.code == DATA
+    refused(DATA, "not finite in 3 steps in a row up to 7, after 2 rollbacks", pretrain, shards, tmp_path)
     assert [row["skipped_updates"] for row in rows(tmp_path)] == [1, 2]
     weights = load_file(tmp_path / "checkpoints" / "step-00000004" / "model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
@@ -254,10 +215,10 @@ def test_bad_numbers_are_skipped_and_endless_ones_stop_the_run(shards: Path, tmp
 
 def test_finetuning_learns_colours_and_counts_each_sample_once(shards: Path, straight: Path, tmp_path: Path):
     finetune(shards, tmp_path, f"init={straight}", "encoder.pool=mean")
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["samples"] == json.loads((shards / "val" / "manifest.json").read_text())["samples"]
-    assert results["top1"] > 0.9
-    assert results["top5"] == 1.0
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["samples"] == json.loads((shards / "val" / "manifest.json").read_text())["samples"]
+    assert result["top1"] > 0.9
+    assert result["top5"] == 1.0
     assert load_encoder(tmp_path).pool == "mean"
 
 
@@ -284,23 +245,16 @@ def test_finetuning_starts_from_the_encoder_at_a_higher_resolution(shards: Path,
     ],
 )
 def test_bad_input_is_one_line(shards: Path, tmp_path: Path, arguments, code, message):
-    with pytest.raises(Refusal) as end:
-        pretrain(shards, tmp_path, *arguments)
-    assert end.value.code == code
-    assert message in str(end.value)
-    assert "\n" not in str(end.value)
+    refused(code, re.escape(message), pretrain, shards, tmp_path, *arguments)
 
 
 def test_an_architecture_that_contradicts_its_source_is_refused(shards: Path, straight: Path, tmp_path: Path):
-    with pytest.raises(Refusal, match=r"give encoder\.depth=2, or none") as end:
-        finetune(shards, tmp_path, f"init={straight}", "encoder.depth=3")
-    assert end.value.code == USAGE
+    refused(USAGE, r"give encoder\.depth=2, or none", finetune, shards, tmp_path, f"init={straight}", "encoder.depth=3")
 
 
 def test_a_folder_of_images_is_converted_first(squares: Path, tmp_path: Path):
     pretrain(tmp_path, tmp_path / "runs" / "r", f"data.train={squares}", "data.val=none", "steps=1")
-    made = list((tmp_path / "runs" / "shards").glob("*/manifest.json"))
-    assert len(made) == 1
+    assert len(list((tmp_path / "runs" / "shards").glob("*/manifest.json"))) == 1
 
 
 def test_a_folder_of_splits_gives_each_its_own(shards: Path, tmp_path: Path):
@@ -315,9 +269,8 @@ def test_a_folder_of_splits_gives_each_its_own(shards: Path, tmp_path: Path):
 
 def test_tars_without_a_manifest_are_refused(tmp_path: Path):
     (tmp_path / "000000.tar").write_bytes(b"\0" * 1024)
-    with pytest.raises(Refusal, match=r"has tars but no manifest\.json") as end:
-        pretrain(tmp_path, tmp_path / "r", f"data.train={tmp_path}", "data.val=none")
-    assert end.value.code == DATA
+    words = [f"data.train={tmp_path}", "data.val=none"]
+    refused(DATA, r"has tars but no manifest\.json", pretrain, tmp_path, tmp_path / "r", *words)
 
 
 def test_a_dry_run_says_what_it_would_do_and_trains_nothing(shards: Path, tmp_path: Path, capsys):

@@ -3,8 +3,6 @@
 import gzip
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,12 @@ from ssl_vit.train.attention import pin
 from ssl_vit.train.clock import PHASES
 from ssl_vit.train.numbers import LeftOut, RollBack
 from tests.conftest import TINY
-from tests.train.test_loop import StopAfter, fresh_accelerate, rows  # noqa: F401
+from tests.starts import Start
+from tests.train.engines import rows
+from tests.train.test_loop import stopped
 
-ROOT = Path(__file__).parents[2]
 LINE = re.compile(r"^first step \d+\.\d s after the start; fp32 on 1 threads, torch \S+; .* reaches \d+\.\d\d TFLOP/s$")
+OTHERS = ("math", "efficient", "cudnn")
 SPLIT = {f"time_{name}" for name in PHASES}
 pytestmark = pytest.mark.filterwarnings("ignore:Profiler clears events:UserWarning")
 
@@ -45,101 +45,77 @@ def count(events: list[dict[str, Any]], name: str) -> int:
     return sum(event.get("name") == name and event.get("ph") == "X" for event in events)
 
 
-def test_a_profile_of_five_steps(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert pretrain(shards, tmp_path, "steps=10", "profile=true", "save_every=6", "log_every=5") == 0
-    events = trace(tmp_path)
+def test_a_profile_of_five_steps_changes_no_number(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The loss and the weights are the same bits as those of a run without, which says nothing of one."""
+    more = ["steps=10", "save_every=6", "log_every=5", "encoder.dropout=0.1"]
+    plain, run = tmp_path / "plain", tmp_path / "profiled"
+    assert pretrain(shards, plain, *more) == 0
+    assert not (plain / "profile").exists()
+    said = capsys.readouterr()
+    assert "profile" not in said.out
+    assert "first step" not in said.out + said.err  # quiet=true
+    for row in rows(plain):
+        assert row.keys() >= SPLIT | {"mfu", "peak_memory_gib", "tflops"}
+        assert sum(row[name] for name in SPLIT) == pytest.approx(1, abs=5e-4)
+        assert 0 <= row["mfu"] < 1
+    assert rows(plain)[1]["time_checkpoint"] > 0  # of step 6
+
+    assert pretrain(shards, run, *more, "profile=true") == 0
+    events = trace(run)
     for name in ("data", "forward", "backward", "update"):
         assert count(events, name) == profile.STEPS, name
     assert count(events, "checkpoint") == 1
-    table = (tmp_path / "profile" / "table.txt").read_text()
+    table = (run / "profile" / "table.txt").read_text()
     assert table.startswith("5 steps\n")
     assert all(f" {name} " in table for name in ("data", "forward", "backward", "update"))
-    assert f"profile: 5 steps in {tmp_path}/profile" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "profile").iterdir()} == {"table.txt", "trace.json.gz"}
+    assert f"profile: 5 steps in {run}/profile" in capsys.readouterr().out
+    assert {path.name for path in (run / "profile").iterdir()} == {"table.txt", "trace.json.gz"}
+    assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(plain)]
+    assert len({(one / "encoder" / "model.safetensors").read_bytes() for one in (plain, run)}) == 1
 
 
-@pytest.mark.parametrize("steps", [4, 7])
+@pytest.mark.parametrize("steps", [4, pytest.param(7, marks=pytest.mark.process)])
 def test_a_run_shorter_than_the_window_is_traced_to_its_end(shards: Path, tmp_path: Path, steps: int):
     assert pretrain(shards, tmp_path, f"steps={steps}", "profile=true") == 0
     assert count(trace(tmp_path), "forward") == steps - profile.FIRST
     assert (tmp_path / "profile" / "table.txt").read_text().startswith(f"{steps - profile.FIRST} steps\n")
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", [*(pytest.param(steps, marks=pytest.mark.process) for steps in (1, 2)), 3])
 def test_too_few_steps_to_trace_are_said(shards: Path, tmp_path: Path, steps: int, capsys: pytest.CaptureFixture[str]):
     assert pretrain(shards, tmp_path, f"steps={steps}", "profile=true") == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("profile:")]
-    assert len(said) == 1
-    assert not said[0].startswith("profile: 0 steps")
+    [said] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("profile:")]
+    assert not said.startswith("profile: 0 steps")
 
 
-def test_a_stopped_run_leaves_what_was_traced_and_its_resume_its_own(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(loop, "StopSignal", lambda accelerator: StopAfter(5))
-    with pytest.raises(Refusal):
-        pretrain(shards, tmp_path, "steps=12", "profile=true")
+def test_a_stopped_run_leaves_what_was_traced_and_its_resume_its_own(shards: Path, tmp_path: Path):
+    stopped(5, pretrain, shards, tmp_path, "steps=12", "profile=true")
     assert count(trace(tmp_path), "forward") == 2
-    monkeypatch.undo()
     assert pretrain(shards, tmp_path, "steps=12", "profile=true") == 0
     assert count(trace(tmp_path), "forward") == 4  # of steps 6 to 12 all but the first three
-
-
-def test_a_profile_changes_no_number(shards: Path, tmp_path: Path):
-    """The loss and the weights are the same bits."""
-    found = []
-    for name, more in (("plain", []), ("profiled", ["profile=true"])):
-        assert pretrain(shards, tmp_path / name, "steps=6", "encoder.dropout=0.1", *more) == 0
-        found.append([row["loss"] for row in rows(tmp_path / name)])
-    assert found[0] == found[1]
-    assert (
-        len({(tmp_path / name / "encoder" / "model.safetensors").read_bytes() for name in ("plain", "profiled")}) == 1
-    )
-
-
-def test_no_profile_unless_asked(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert pretrain(shards, tmp_path, "steps=6") == 0
-    assert not (tmp_path / "profile").exists()
-    said = capsys.readouterr()
-    assert "profile" not in said.out
-    assert "first step" not in said.out + said.err  # quiet=true
-    for row in rows(tmp_path):
-        assert row.keys() >= SPLIT | {"mfu", "peak_memory_gib", "tflops"}
-        assert sum(row[name] for name in SPLIT) == pytest.approx(1, abs=5e-4)
-        assert 0 <= row["mfu"] < 1
-    assert rows(tmp_path)[1]["time_checkpoint"] > 0  # of step 4
 
 
 def starts(text: str) -> list[str]:
     return [line for line in text.splitlines() if "first step" in line]
 
 
-def test_the_line_of_a_start(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
-    assert pretrain(shards, tmp_path, "steps=5", "quiet=false") == 0
+def test_the_line_of_a_start(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One a start that trains, a resumed one too."""
+    given = (shards, tmp_path, "steps=5", "quiet=false")
+    stopped(2, pretrain, *given)
     (line,) = starts(capsys.readouterr().err)
     assert LINE.match(line), line
-    assert pretrain(shards, tmp_path / "b", "steps=5", "quiet=true") == 0
-    assert starts(capsys.readouterr().err) == []
-    monkeypatch.setattr(loop, "StopSignal", lambda accelerator: StopAfter(2))
-    with pytest.raises(Refusal):
-        pretrain(shards, tmp_path / "c", "steps=5", "quiet=false")
-    assert len(starts(capsys.readouterr().err)) == 1
-    monkeypatch.undo()
-    assert pretrain(shards, tmp_path / "c", "steps=5", "quiet=false") == 0
-    assert len(starts(capsys.readouterr().err)) == 1
-    assert pretrain(shards, tmp_path / "c", "steps=5", "quiet=false") == 0  # done: no step, no line
-    assert starts(capsys.readouterr().err) == []
+    for lines in (1, 0):  # done: no step, no line
+        assert pretrain(*given) == 0
+        assert len(starts(capsys.readouterr().err)) == lines
 
 
-def test_precision_bf16_residual_trains_and_goes_on(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_precision_bf16_residual_trains_and_goes_on(shards: Path, tmp_path: Path):
     """On a CPU, slowly: the loss stays near that of fp32, and a resumed run is the run that never stopped."""
     more = ["steps=6", "encoder.dropout=0.1", "precision=bf16_residual"]
     assert pretrain(shards, tmp_path / "fp32", *more[:-1]) == 0
     assert pretrain(shards, tmp_path / "a", *more) == 0
-    monkeypatch.setattr(loop, "StopSignal", lambda accelerator: StopAfter(3))
-    with pytest.raises(Refusal):
-        pretrain(shards, tmp_path / "b", *more)
-    monkeypatch.undo()
+    stopped(3, pretrain, shards, tmp_path / "b", *more)
     assert pretrain(shards, tmp_path / "b", *more) == 0
     files = [(tmp_path / name / "encoder" / "model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
@@ -157,14 +133,13 @@ def test_bf16_residual_where_there_is_none_is_refused(shards: Path, tmp_path: Pa
         session.run(config.parse(Pretrain, made, recipe.FOLDER))
 
 
+@pytest.mark.ranks
+@pytest.mark.process
 def test_two_processes_write_one_profile_and_one_line(shards: Path, tmp_path: Path):
-    given = words(shards, tmp_path / "run", "steps=6", "quiet=false", "profile=true")
-    given = [word for word in given if word != "quiet=true"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, "tools/pretrain.py", *given], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(starts(done.stderr)) == 1
-    assert done.stdout.count("profile: 3 steps") == 1
+    start = Start(words(shards, tmp_path / "run", "steps=6", "quiet=false", "profile=true"), tmp_path / "logs", 2)
+    assert start.wait(300) == [0, 0], start.said()
+    assert len(starts(start.said())) == 1
+    assert start.said().count("profile: 3 steps") == 1
     assert count(trace(tmp_path / "run"), "forward") == 3
     for row in rows(tmp_path / "run"):
         assert sum(row[name] for name in SPLIT) == pytest.approx(1, abs=5e-4)
@@ -185,9 +160,9 @@ def test_going_back_is_no_new_start(
     assert len(starts(capsys.readouterr().err)) == 1
 
 
-@pytest.mark.parametrize("kernel", ["flash", "math", "efficient", "cudnn"])
-def test_a_kernel_of_a_gpu_does_not_stop_a_run_on_a_cpu(shards: Path, tmp_path: Path, kernel: str):
-    try:
-        assert pretrain(shards, tmp_path, "steps=1", f"attention={kernel}") == 0
-    finally:
-        pin("auto")
+@pytest.mark.parametrize("kernel", ["flash", *(pytest.param(name, marks=pytest.mark.process) for name in OTHERS)])
+def test_a_kernel_of_a_gpu_does_not_stop_a_run_on_a_cpu(
+    shards: Path, tmp_path: Path, kernel: str, request: pytest.FixtureRequest
+):
+    request.addfinalizer(lambda: pin("auto"))
+    assert pretrain(shards, tmp_path, "steps=1", f"attention={kernel}") == 0

@@ -6,24 +6,31 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ssl_vit import config, recipe, session
-from ssl_vit.exits import USAGE, Refusal
-from ssl_vit.recipe import Pretrain
-from ssl_vit.train import trackers
+from ssl_vit.exits import USAGE
+from ssl_vit.heads.masked import MaskedHead
+from ssl_vit.recipe import Finetune, Pretrain
+from ssl_vit.train import loop, trackers
 from ssl_vit.train.norms import layer_of, squares
 from ssl_vit.train.pace import Loop
 from ssl_vit.train.pace import drawn as is_drawn
 from ssl_vit.train.tracker import _duration, _numbers
+from ssl_vit.train.window import Window
 from tests.conftest import TINY
-from tests.train.test_loop import StopAfter, fresh_accelerate, rows  # noqa: F401
+from tests.runs import state, told
+from tests.train.engines import fresh, rows
+from tests.train.test_loop import refused, stopped
 
 OF_ITS_STEP = ("gradient_norm_by_layer", "weight_norm_by_layer", "neighbour_loss", "neighbour_accuracy")
 
@@ -33,41 +40,42 @@ def pretrain(shards: Path, run: Path, *more: str) -> int:
     return session.run(config.parse(Pretrain, [*TINY, *data, "optim.warmup_steps=1", *more], recipe.FOLDER))
 
 
+def read(run: Path) -> Any:
+    """All that TensorBoard holds of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    every = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
+    return EventAccumulator(str(run / "tensorboard"), size_guidance=every).Reload()
+
+
 @pytest.fixture(scope="module")
 def board(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """A run and its TensorBoard."""
-    from accelerate.state import AcceleratorState, GradientState
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     run = tmp_path_factory.mktemp("board") / "run"
     pretrain(shards, run, "steps=12", "log_every=3", "panel_every=4", "save_every=5", "eval_every=6")
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    reader = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "histograms": 0})
-    return run, reader.Reload()
+    fresh()
+    return run, read(run)
 
 
 def test_tensorboard_holds_every_number_of_every_row(board: tuple[Path, Any]):
     run, reader = board
-    told = {}
+    wanted = {}
     for row in rows(run):
         for name, value in row.items():
             if isinstance(value, dict):
-                told |= {(f"{name.removesuffix('_by_layer')}/{layer}", row["step"]): v for layer, v in value.items()}
+                wanted |= {(f"{name.removesuffix('_by_layer')}/{layer}", row["step"]): v for layer, v in value.items()}
             elif isinstance(value, int | float) and name != "step":
                 group, name = ("val", name[4:]) if name.startswith("val_") else ("train", name)
-                told[f"{group}/{name}", row["step"]] = value
+                wanted[f"{group}/{name}", row["step"]] = value
     held = {(tag, event.step): event.value for tag in reader.Tags()["scalars"] for event in reader.Scalars(tag)}
-    assert held.keys() == told.keys()
-    for place, value in told.items():
+    assert held.keys() == wanted.keys()
+    for place, value in wanted.items():
         assert held[place] == pytest.approx(value, rel=1e-5), place
-    wanted = {"train/loss", "train/uniform", "train/unigram_entropy", "train/neighbour_loss", "train/data_wait"}
-    assert wanted | {"val/neighbour_loss", "gradient_norm/encoder.blocks.00"} <= {tag for tag, _ in held}
+    some = {"train/loss", "train/uniform", "train/unigram_entropy", "train/neighbour_loss", "train/data_wait"}
+    assert some | {"val/neighbour_loss", "gradient_norm/encoder.blocks.00"} <= {tag for tag, _ in held}
 
 
 def test_tensorboard_has_pictures_histograms_and_charts_of_what_belongs_together(board: tuple[Path, Any]):
-    import re
-
     run, reader = board
     assert [event.step for event in reader.Images("reconstruction")] == [4, 8, 12]
     newest = reader.Images("reconstruction")[-1]
@@ -91,8 +99,6 @@ def test_tensorboard_has_pictures_histograms_and_charts_of_what_belongs_together
 
 
 def test_norms_by_layer_are_those_of_the_weights(board: tuple[Path, Any]):
-    from safetensors.torch import load_file
-
     run, _ = board
     saved = load_file(run / "checkpoints" / "step-00000012" / "model.safetensors")
     found: dict[str, float] = {}
@@ -160,19 +166,19 @@ def test_weights_and_biases_offline(shards: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_mlflow_writes_into_the_run_and_goes_on_in_the_same_run(shards: Path, tmp_path: Path, monkeypatch):
+    """And each training of a process, as those of a sweep are, has its own."""
     pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
     words = ["steps=6", "log_every=2", "save_every=2", "tracker=mlflow"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ssl_vit.train.loop.StopSignal", lambda *_: StopAfter(3))
-        with pytest.raises(Refusal):
-            pretrain(shards, tmp_path, *words)
-    assert pretrain(shards, tmp_path, *words) == 0
-    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
-    [held] = (tmp_path / "mlruns").glob("*/*/metrics/train/loss")
-    lines = [line.split() for line in held.read_text().splitlines()]
-    wanted = {row["step"]: row["loss"] for row in rows(tmp_path)}
-    assert {int(line[2]): float(line[1]) for line in lines} == pytest.approx(wanted)
+    stopped(3, pretrain, shards, tmp_path / "one", *words)
+    for name in ("one", "two"):
+        assert pretrain(shards, tmp_path / name, *words) == 0
+        assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+        [held] = (tmp_path / name / "mlruns").glob("*/*/metrics/train/loss")
+        lines = [line.split() for line in held.read_text().splitlines()]
+        wanted = {row["step"]: row["loss"] for row in rows(tmp_path / name)}
+        assert {int(line[2]): float(line[1]) for line in lines} == pytest.approx(wanted)
+    assert sorted(wanted) == [2, 4, 6] == [int(line[2]) for line in lines]  # of the one that never stopped
 
 
 class Terminal(io.StringIO):
@@ -199,23 +205,21 @@ def test_weights_and_biases_without_a_key_is_refused_and_asks_nobody(shards: Pat
     monkeypatch.setenv("TERM", "xterm")
     for name in ("stdin", "stderr"):
         monkeypatch.setattr(f"sys.{name}", terminal)
+    line = r"tracker=wandb cannot begin .*WANDB_MODE=offline"
     try:
-        with pytest.raises(Refusal, match=r"tracker=wandb cannot begin .*WANDB_MODE=offline") as end:
-            pretrain(shards, tmp_path / "run", "steps=2", "tracker=wandb")
+        refused(USAGE, line, pretrain, shards, tmp_path / "run", "steps=2", "tracker=wandb")
         assert sys.stdin is terminal
         assert not terminal.asked
     finally:
         wandb.teardown()
-    assert end.value.code == USAGE
-    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == USAGE
+    assert told(tmp_path / "run")["code"] == USAGE
 
 
 def test_a_tracker_that_is_not_installed(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     known = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else known(name))
-    with pytest.raises(Refusal, match="pip install 'ssl_vit\\[wandb\\]'") as end:
-        pretrain(shards, tmp_path / "run", "steps=2", "tracker=wandb")
-    assert end.value.code == USAGE
+    cure = r"pip install 'ssl_vit\[wandb\]'"
+    refused(USAGE, cure, pretrain, shards, tmp_path / "run", "steps=2", "tracker=wandb")
 
 
 def test_durations_as_one_says_them():
@@ -224,18 +228,8 @@ def test_durations_as_one_says_them():
     ]  # fmt: skip
 
 
-def test_norms_by_layer_make_up_the_norm_of_all_gradients(shards: Path, tmp_path: Path):
-    pretrain(shards, tmp_path, "steps=2", "log_every=1", "tracker=none")
-    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line, parse_constant=lambda name: pytest.fail(name))
-        whole = math.sqrt(sum(value**2 for value in row["gradient_norm_by_layer"].values()))
-        assert whole == pytest.approx(row["grad_norm"], rel=1e-3)
-
-
 def test_the_baseline_that_copies_is_tried_where_a_row_follows(shards: Path, tmp_path: Path, monkeypatch):
     """It costs what a row costs, not what a step costs."""
-    from ssl_vit.heads.masked import MaskedHead
-
     tried, plain = [], MaskedHead.neighbours
 
     def count(self: Any, image: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -249,23 +243,10 @@ def test_the_baseline_that_copies_is_tried_where_a_row_follows(shards: Path, tmp
     assert [row["neighbour_loss"] > 0 for row in rows(tmp_path)] == [True, True]
 
 
-def test_each_training_of_a_process_has_its_own_mlflow(shards: Path, tmp_path: Path):
-    """As those of a sweep are."""
-    pytest.importorskip("mlflow")
-    for name in ("one", "two"):
-        assert pretrain(shards, tmp_path / name, "steps=2", "log_every=1", "tracker=mlflow") == 0
-        [held] = (tmp_path / name / "mlruns").glob("*/*/metrics/train/loss")
-        assert [line.split()[2] for line in held.read_text().splitlines()] == ["1", "2"]
-
-
 def test_tensorboard_of_a_run_that_was_killed_has_each_step_once(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """Rows and pictures that were written after the last checkpoint give way to those of the new start."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    from ssl_vit.train import loop
-
     words = ["steps=8", "log_every=1", "panel_every=2", "save_every=3"]
     plain = loop.update
 
@@ -275,15 +256,14 @@ def test_tensorboard_of_a_run_that_was_killed_has_each_step_once(
         return plain(*arguments, **options)
 
     monkeypatch.setattr("ssl_vit.train.health.Health.look", lambda _, row: ["alas"] * (row["step"] in (2, 5)))
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "update", die)
-        with pytest.raises(RuntimeError, match="killed"):
-            pretrain(shards, tmp_path, *words)
+    with patch.object(loop, "update", die), pytest.raises(RuntimeError, match="killed"):
+        pretrain(shards, tmp_path, *words)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
     pretrain(shards, tmp_path, *words)
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 9))
-    every = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
-    reader = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance=every).Reload()
+    for row in rows(tmp_path):  # and norms by layer make up the norm of all gradients
+        assert math.hypot(*row["gradient_norm_by_layer"].values()) == pytest.approx(row["grad_norm"], rel=1e-3)
+    reader = read(tmp_path)
     for name in ("train/loss", "gradient_norm/head.linear"):
         assert [event.step for event in reader.Scalars(name)] == list(range(1, 9))
     assert [event.step for event in reader.Histograms("labels")] == list(range(1, 9))
@@ -295,73 +275,55 @@ def test_tensorboard_of_a_run_that_was_killed_has_each_step_once(
 def test_a_picture_that_is_due_where_a_run_stops_is_drawn_after_it_saved(
     shards: Path, tmp_path: Path, monkeypatch: Any
 ):
-    from ssl_vit.train import loop
-
     did: list[str] = []
     for name in ("save", "draw"):
         plain = getattr(loop, name)
         monkeypatch.setattr(loop, name, lambda *a, n=name, f=plain, **k: (did.append(n), f(*a, **k))[1])
-    monkeypatch.setattr(loop, "StopSignal", lambda *_: StopAfter(2))
-    with pytest.raises(Refusal, match="stopped at step 2"):
-        pretrain(shards, tmp_path, "steps=4", "panel_every=2", "tracker=none")
+    stopped(2, pretrain, shards, tmp_path, "steps=4", "panel_every=2", "tracker=none")
+    assert told(tmp_path)["step"] == 2
     assert did == ["save", "draw"]
     assert (tmp_path / "reconstruction.png").exists()
 
 
 def test_pictures_and_rows_leave_the_training_as_it_is(shards: Path, tmp_path: Path):
     """And norms and the baseline that copies are those of a row's own step, however many steps it sums."""
-    ends, told = [], []
+    ends, last = [], []
     for every in (1, 4):
         run = tmp_path / str(every)
         more = ["encoder.dropout=0.2", "encoder.drop_path=0.2", f"panel_every={every}", f"log_every={every}"]
         pretrain(shards, run, "steps=4", "tracker=none", *more)
-        held = run / "checkpoints" / "step-00000004"
-        ends.append([(held / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")])
-        told.append({name: rows(run)[-1][name] for name in OF_ITS_STEP})
+        ends.append({name: bits for name, bits in state(run).items() if name.startswith(("model/", "optimizer/"))})
+        last.append({name: rows(run)[-1][name] for name in OF_ITS_STEP})
     assert ends[0] == ends[1]
-    assert told[0] == told[1]
+    assert last[0] == last[1]
 
 
 def test_each_of_several_trainings_has_its_own_tensorboard(shards: Path, tmp_path: Path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    from ssl_vit.recipe import Finetune
-
     data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={tmp_path}", "init=none", "seeds=2"]
     words = [*TINY, *data, "steps=2", "log_every=1", "optim.warmup_steps=1"]
     session.run(config.parse(Finetune, words, recipe.FOLDER))
     for seed in (0, 1):
-        told = rows(tmp_path / f"seed-{seed}")
-        board = tmp_path / f"seed-{seed}" / "tensorboard"
-        reader = EventAccumulator(str(board)).Reload()
-        assert len(list(board.iterdir())) == 1  # none of the other's
-        assert [event.value for event in reader.Scalars("train/loss")] == pytest.approx([row["loss"] for row in told])
+        run = tmp_path / f"seed-{seed}"
+        assert len(list((run / "tensorboard").iterdir())) == 1  # none of the other's
+        held = [event.value for event in read(run).Scalars("train/loss")]
+        assert held == pytest.approx([row["loss"] for row in rows(run)])
 
 
 def test_trackers_are_ended_once():
-    class Counts:
-        ended = 0
-
-        def finish(self) -> None:
-            self.ended += 1
-
-    accelerator: Any = SimpleNamespace(trackers=[Counts()])
-    [one] = accelerator.trackers
+    tracker = Mock()
+    accelerator: Any = SimpleNamespace(trackers=[tracker])
     trackers.end(accelerator)
     trackers.end(accelerator)
-    assert one.ended == 1
+    tracker.finish.assert_called_once_with()
 
 
 def test_norms_of_gradients_that_are_not_numbers(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Their row is JSON, and the trackers take what is left of it."""
-    from ssl_vit.train.window import Window
-
     plain = Window.add
 
     def spoil(self: Window, sums: dict[str, torch.Tensor]) -> None:
-        plain(
-            self, {name: value * math.nan if name == "_gradient/head.linear" else value for name, value in sums.items()}
-        )
+        spoilt = {name: value * math.nan for name, value in sums.items() if name == "_gradient/head.linear"}
+        plain(self, sums | spoilt)
 
     monkeypatch.setattr(Window, "add", spoil)
     assert pretrain(shards, tmp_path, "steps=1", "log_every=1") == 0

@@ -1,10 +1,9 @@
 """Bounded waiting: whoever waits in vain ends, with the names of those that are missing; nobody else is disturbed.
 
-All processes of all scenarios share one start (watchdog_worker.py).
+Processes that wait are those of watchdog_worker.py, which would be ended by an alarm, with another code, in the end.
 """
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -17,34 +16,39 @@ import pytest
 from ssl_vit.exits import INTERNAL
 from ssl_vit.train import watchdog
 from ssl_vit.train.watchdog import Watchdog
+from tests.train.engines import environment
+from tests.train.watchdog_worker import SCENARIOS
 
-HERE = Path(__file__).parent
+pytestmark = pytest.mark.ranks
+WORKER = Path(__file__).with_name("watchdog_worker.py")
 ON = f"on {socket.gethostname()}"
-END = 5  # seconds from the timeout to the end of a process
+Found = dict[str, list[dict[str, Any]]]
+
+
+def ends(folder: Path, names: list[str]) -> Found:
+    """What each scenario's ranks ended with."""
+    command = [sys.executable, str(WORKER), str(folder), *names]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    found = {name: json.loads((folder / name / "found.json").read_text()) for name in names}
+    for rank in (rank for ranks in found.values() for rank in ranks):
+        lines = rank["stderr"].splitlines(keepends=True)  # torch says so where the machine's resolver is slow
+        rank["stderr"] = "".join(line for line in lines if "hostname of the client socket cannot be" not in line)
+    return found
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What each scenario's ranks ended with."""
-    folder = tmp_path_factory.mktemp("watchdog")
-    worker = [sys.executable, str(HERE / "watchdog_worker.py"), str(folder)]
-    path = {"PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(worker, env=os.environ | path, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    ends = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/found.json")}
-    for rank in (rank for ranks in ends.values() for rank in ranks):
-        lines = rank["stderr"].splitlines(keepends=True)  # torch says so where the machine's resolver is slow
-        rank["stderr"] = "".join(line for line in lines if "hostname of the client socket cannot be" not in line)
-    return ends
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """All scenarios, at once, but for the one of the default tier."""
+    return ends(tmp_path_factory.mktemp("watchdog"), [name for name in SCENARIOS if name != "stopped"])
 
 
 def bad_end(rank: dict[str, Any], line: str) -> None:
-    """It ended at once after its timeout, with the code, this line as the last one, and told of both before."""
+    """It ended with the code, this line as the last one, and told of both before."""
     assert rank["exit"] == INTERNAL, rank
     assert rank["code"] == INTERNAL
     assert line in rank["message"]
     assert rank["stderr"].endswith(f"{rank['message']}\n")
-    assert rank["late"] < END
 
 
 def waited(rank: dict[str, Any], line: str) -> None:
@@ -64,13 +68,14 @@ def one_tells(ranks: list[dict[str, Any]], line: str) -> None:
     assert told[0].count("\n") == 1
 
 
-def test_a_stopped_peer_is_named_and_ended(found):
-    line = f"rank 0 has been at step 1 for 2 s (timeout=1.5): no sign of life from rank 1 {ON}"
-    waited(found["stopped"][0], line)
-    assert found["stopped"][1]["exit"] == -9  # it would outlive its launcher
+def test_a_stopped_peer_is_named_and_ended(tmp_path: Path):
+    first, second = ends(tmp_path, ["stopped"])["stopped"]
+    waited(first, f"rank 0 has been at step 1 for 2 s (timeout=1.5): no sign of life from rank 1 {ON}")
+    assert second["exit"] == -9  # it would outlive its launcher
 
 
-def test_those_that_wait_for_it_together_name_nobody_else(found):
+@pytest.mark.process
+def test_those_that_wait_for_it_together_name_nobody_else(found: Found):
     for number in (0, 2):
         rank = found["one of three stopped"][number]
         assert rank["exit"] == INTERNAL
@@ -78,60 +83,64 @@ def test_those_that_wait_for_it_together_name_nobody_else(found):
         assert "most recent call first" in rank["stderr"]
 
 
-def test_a_master_that_is_stopped_with_the_store_is_named(found):
-    """As under Slurm, where rank 0 holds the store: nobody answers, and asking must not take for ever."""
-    waited(found["rank 0 stopped"][1], f"no sign of life from rank 0 {ON}")
-    waited(found["rank 0 stopped elsewhere"][1], "the machine of rank 0 (127.0.0.1) does not answer")
+SLOW = "the checkpoint of step 3"
+WAITED = {  # (scenario, rank): what its watchdog says
+    # as under Slurm, where rank 0 holds the store: nobody answers, and asking must not take for ever
+    ("rank 0 stopped", 1): f"no sign of life from rank 0 {ON}",
+    ("rank 0 stopped elsewhere", 1): "the machine of rank 0 (127.0.0.1) does not answer",
+    ("killed unheard elsewhere", 0): f"at step 1 for 3 s (timeout=3): no sign of life from rank 1 {ON}",
+    ("slow", 0): f"rank 0 has been at step 4 for 3 s (timeout=3): rank 1 {ON} is still at {SLOW}",
+    ("slow", 1): f"rank 1 has been at {SLOW} for 3 s (timeout=3): the others wait for it",
+} | {
+    ("stuck", n): f"rank {n} has been at step 1 for 3 s (timeout=3): no process is behind: the network between them is "
+    "stuck"
+    for n in range(2)
+}
 
 
-def test_a_killed_peer_is_named_at_once_by_one(found):
-    ranks = found["one of three killed"]
-    one_tells([ranks[0], ranks[2]], f"rank 1 {ON} (pid ")
+@pytest.mark.process
+@pytest.mark.parametrize(("scenario", "rank"), WAITED)
+def test_who_waits_in_vain_says_for_whom(found: Found, scenario: str, rank: int):
+    waited(found[scenario][rank], WAITED[scenario, rank])
 
 
-def test_a_killed_peer_is_named_where_nothing_broke(found):
-    ranks = found["killed unheard"]
-    one_tells([ranks[0], ranks[2]], f"rank 1 {ON} (pid ")
+KILLED = {
+    "one of three killed": f"rank 1 {ON} (pid ",
+    "killed unheard": f"rank 1 {ON} (pid ",  # the others wait for something that does not break
+    "killed elsewhere": f"no sign of life from rank 1 {ON}",
+}
 
 
-def test_a_killed_peer_on_another_machine_is_named(found):
-    ranks = found["killed elsewhere"]
-    one_tells([ranks[0], ranks[2]], f"no sign of life from rank 1 {ON}")
-    waited(found["killed unheard elsewhere"][0], f"at step 1 for 3 s (timeout=3): no sign of life from rank 1 {ON}")
+@pytest.mark.process
+@pytest.mark.parametrize("scenario", KILLED)
+def test_a_killed_peer_is_named_at_once_by_one(found: Found, scenario: str):
+    first, _, last = found[scenario]
+    one_tells([first, last], KILLED[scenario])
 
 
-def test_a_killed_master_is_named(found):
+@pytest.mark.process
+def test_a_killed_master_is_named(found: Found):
     bad_end(found["rank 0 killed"][1], f"rank 1 lost its peers at step 1: rank 0 {ON} (pid ")
 
 
-def test_who_fails_has_the_word(found):
+@pytest.mark.process
+def test_who_fails_has_the_word(found: Found):
     ranks = found["failed"]
     assert [(rank["exit"], rank["stderr"]) for rank in ranks] == [(INTERNAL, ""), (1, ""), (INTERNAL, "")]
     assert all(f"rank 1 {ON} failed: a reason" in ranks[number]["message"] for number in (0, 2))
 
 
-def test_a_slow_peer_is_named_with_the_place_where_it_is(found):
-    late = f"rank 1 {ON} is still at the checkpoint of step 3"
-    waited(found["slow"][0], f"rank 0 has been at step 4 for 3 s (timeout=3): {late}")
-    own = "rank 1 has been at the checkpoint of step 3 for 3 s (timeout=3): the others wait for it"
-    waited(found["slow"][1], own)
-
-
-def test_where_all_wait_it_is_the_network(found):
-    for number, rank in enumerate(found["stuck"]):
-        line = f"rank {number} has been at step 1 for 3 s (timeout=3)"
-        waited(rank, f"{line}: no process is behind: the network between them is stuck")
-
-
-def test_a_full_disk_does_not_keep_a_process(found):
+@pytest.mark.process
+def test_a_full_disk_does_not_keep_a_process(found: Found):
     """Its verdict cannot be written; it ends all the same."""
     for rank in found["told in vain"]:
         assert rank["exit"] == INTERNAL
         assert "has been at step 1 for" in rank["stderr"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("scenario", ["steady", "recovers"])
-def test_who_goes_on_is_not_disturbed(found, scenario: str):
+def test_who_goes_on_is_not_disturbed(found: Found, scenario: str):
     """Also where it stood still for longer than the timeout, but went on before the verdict."""
     assert [(rank["exit"], rank["stderr"]) for rank in found[scenario]] == [(0, ""), (0, "")]
 
@@ -148,6 +157,28 @@ def alone(world: int, missing: str) -> Watchdog:
     dog.world, dog._missing, dog._lost = world, lambda: missing, lambda: None
     dog.beat("step 7")
     return dog
+
+
+def told(pulse: int, beats: int, place: str, ending: bool = False) -> dict[str, Any]:
+    return {"host": "b", "pulse": pulse, "beats": beats, "place": place, "ending": ending}
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "later", "said"),  # how far this rank has come, and what is known of the other, twice
+    [
+        (9, told(1, 9, "step 7"), told(1, 9, "step 7"), "no sign of life from rank 1 on b"),
+        (9, told(1, 8, "step 6"), told(2, 8, "step 6"), "rank 1 on b is still at step 6"),
+        (8, told(1, 9, "step 7"), told(2, 9, "step 7"), "the others wait for it"),
+        (9, told(1, 9, "step 7"), told(2, 9, "step 7"), ""),
+        (9, told(1, 9, "step 7"), told(1, 9, "step 7", ending=True), ""),
+    ],
+)
+def test_who_is_missing_by_what_all_tell(mine: int, other: dict[str, Any], later: dict[str, Any], said: str):
+    dog: Any = alone(2, "")
+    del dog._missing  # the real one
+    answers = iter([[told(1, mine, "step 7"), other], [told(2, mine, "step 7"), later]])
+    dog._prefix, dog._asking = "", SimpleNamespace(multi_get=lambda _: [json.dumps(one) for one in next(answers)])
+    assert dog._missing() == said
 
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:"

@@ -1,7 +1,7 @@
-"""Processes that wait for one another, all scenarios at once: `watchdog_worker.py FOLDER` writes FOLDER/found.json.
+"""Processes that wait for one another: `watchdog_worker.py FOLDER NAME...` writes FOLDER/NAME/found.json.
 
-A scenario's processes are forked from this one, which has torch already. Its driver holds the store, as torchrun's
-agent does, or leaves it to rank 0, as under Slurm; it waits for all of them and writes down how each ended.
+All scenarios run at once. Their processes are forked from this one, which has torch already. A scenario's driver holds
+the store, as torchrun's agent does, or leaves it to rank 0, as under Slurm; it writes down how each rank ended.
 """
 
 import json
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +31,9 @@ HOST = "127.0.0.1"
 MOST = 15  # seconds, then a process that the watchdog did not end is ended, with another code
 
 
-def hang() -> None:
+def hang(dog: Watchdog) -> None:
     """As a thread that waits for a card or for a disk."""
+    del dog
     threading.Event().wait()
 
 
@@ -40,33 +42,23 @@ def meet(dog: Watchdog) -> None:
     try:
         dist.barrier()
     except RuntimeError as error:
-        lost = dog.explain(error)
-        assert lost is not None
-        dog.ended(lost)
-        leave(lost)
+        end = dog.explain(error)
+        assert end is not None
+        dog.ended(end)
+        leave(end)
 
 
-def stopped(dog: Watchdog, victim: bool) -> None:
+def lost(dog: Watchdog, victim: bool, number: int, wait: Callable[[Watchdog], None]) -> None:
+    """A rank gets a signal; the others may hear of it by their collective, which breaks, or wait for what does not."""
     dog.beat("step 1")
     if victim:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    meet(dog)
+        os.kill(os.getpid(), number)
+    wait(dog)
 
 
-def killed(dog: Watchdog, victim: bool) -> None:
-    """The others hear of it by their collective, which breaks."""
-    dog.beat("step 1")
-    if victim:
-        os.kill(os.getpid(), signal.SIGKILL)
-    meet(dog)
-
-
-def killed_unheard(dog: Watchdog, victim: bool) -> None:
-    """The others wait for something that does not break."""
-    dog.beat("step 1")
-    if victim:
-        os.kill(os.getpid(), signal.SIGKILL)
-    hang()
+stopped = partial(lost, number=signal.SIGSTOP, wait=meet)
+killed = partial(lost, number=signal.SIGKILL, wait=meet)
+killed_unheard = partial(lost, number=signal.SIGKILL, wait=hang)
 
 
 def failed(dog: Watchdog, victim: bool) -> None:
@@ -75,20 +67,20 @@ def failed(dog: Watchdog, victim: bool) -> None:
     if victim:
         dog.fail(Refusal(1, "a reason"))
         os._exit(1)
-    hang()
+    hang(dog)
 
 
 def slow(dog: Watchdog, victim: bool) -> None:
     dog.beat("the checkpoint of step 3")
     if not victim:
         dog.beat("step 4")
-    hang()
+    hang(dog)
 
 
 def stuck(dog: Watchdog, victim: bool) -> None:
     del victim
     dog.beat("step 1")
-    hang()
+    hang(dog)
 
 
 def told_in_vain(dog: Watchdog, victim: bool) -> None:
@@ -97,10 +89,8 @@ def told_in_vain(dog: Watchdog, victim: bool) -> None:
     def ended(end: Refusal) -> None:
         raise OSError(28, f"No space left on device: {end}")
 
-    del victim
     dog.ended = ended
-    dog.beat("step 1")
-    hang()
+    stuck(dog, victim)
 
 
 def steady(dog: Watchdog, victim: bool) -> None:
@@ -185,8 +175,7 @@ def live(number: int, scenario: Scenario, listener: socket.socket, folder: Path)
     watchdog.PULSE = scenario.pulse
 
     def ended(end: Refusal) -> None:
-        told = {"due": dog._at + dog.timeout, "code": end.code, "message": end.message}
-        (folder / f"told-{number}.json").write_text(json.dumps(told))
+        (folder / f"told-{number}.json").write_text(json.dumps({"code": end.code, "message": end.message}))
 
     dog = Watchdog(stub, scenario.timeout, ended)
     if scenario.elsewhere:
@@ -211,10 +200,10 @@ def fork(work: Callable[[], None], stderr: Path) -> int:
 
 
 def drive(scenario: Scenario, folder: Path) -> None:
-    """Start a scenario's ranks, and write down how each of them ended and how long after it was due."""
+    """Start a scenario's ranks, and write down how each of them ended."""
     listener = socket.create_server((HOST, 0))
     ranks = {
-        fork(lambda number=number: live(number, scenario, listener, folder), folder / f"stderr-{number}"): number
+        fork(partial(live, number, scenario, listener, folder), folder / f"stderr-{number}"): number
         for number in range(scenario.ranks)
     }
     keeper = None
@@ -232,27 +221,25 @@ def drive(scenario: Scenario, folder: Path) -> None:
         if scenario.do is stopped and len(found) == len(ranks) - 1 and scenario.victim not in found:
             os.kill(victim, signal.SIGKILL)  # on another machine, it may be, or as here on one that is asked no more
         child, status = os.wait()
-        number, now = ranks[child], time.monotonic()
+        number = ranks[child]
         told = folder / f"told-{number}.json"
         found[number] = json.loads(told.read_text()) if told.exists() else {}
-        if told.exists():
-            found[number]["late"] = now - found[number]["due"]
-        found[number] |= {
-            "exit": os.waitstatus_to_exitcode(status),
-            "stderr": (folder / f"stderr-{number}").read_text(),
-        }
+        found[number]["exit"] = os.waitstatus_to_exitcode(status)
+        found[number]["stderr"] = (folder / f"stderr-{number}").read_text()
     (folder / "found.json").write_text(json.dumps([found[number] for number in range(scenario.ranks)]))
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
-    drivers = []
-    for name, scenario in SCENARIOS.items():
+    for name in names:
         (folder / name).mkdir()
-        drivers.append(fork(lambda s=scenario, name=name: drive(s, folder / name), folder / name / "stderr"))
+    if len(names) == 1:
+        drive(SCENARIOS[names[0]], folder / names[0])
+        return
+    drivers = [fork(partial(drive, SCENARIOS[name], folder / name), folder / name / "stderr") for name in names]
     for driver in drivers:
         os.waitpid(driver, 0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,75 @@
+"""What the tests of the data path share: a small class folder, a web server without patience, moto's S3."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssl_vit.data import duplicates, foreign, pool, shards
+from tests.data import servers
+from tests.data.pictures import NAMES, write_pictures
+from tests.data.servers import Buckets, Site
+
+
+@pytest.fixture(scope="module")
+def in_process() -> Iterator[None]:
+    """For a module that is not about workers: one is this process itself, several are processes as ever."""
+
+    def do(pieces: list[Any], count: int, work: Callable[..., Any], arguments: Callable[..., Any], *rest: Any) -> Any:
+        if count > 1:
+            yield from pool.do(pieces, count, work, arguments, *rest)
+        else:
+            yield from ((piece, work(*arguments(piece))) for piece in list(pieces))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (duplicates, foreign, shards):
+            patch.setattr(module, "do", do)
+        yield
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """12 images of three classes."""
+    return write_pictures(tmp_path / "images", NAMES)
+
+
+@pytest.fixture
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A web server of an empty folder, which is asked again soon."""
+    (tmp_path / "web").mkdir()
+    servers.hurry(monkeypatch, patience=10)
+    with servers.site(tmp_path / "web") as site:
+        yield site
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[tuple[Buckets, dict[str, str]]]:
+    with servers.s3() as both:
+        yield both
+
+
+@pytest.fixture
+def buckets(moto: tuple[Buckets, dict[str, str]], tmp_path: Path) -> Iterator[Buckets]:
+    """S3, with this test's own home for what is on its way there."""
+    made, environment = moto
+    made.seen.clear()
+    with servers.at_s3(environment, tmp_path / "home"):
+        yield made
+    made.faults = lambda method, path, nth: None
+
+
+@pytest.fixture
+def host(buckets: Buckets) -> Iterator[Callable[[str, Path], str]]:
+    """Put a folder on the web ("http") or on S3 ("s3"): its URL."""
+    with ExitStack() as stack:
+
+        def put(kind: str, folder: Path) -> str:
+            if kind == "http":
+                return stack.enter_context(servers.site(folder)).url
+            url = f"{buckets.bucket()}/x"
+            buckets.upload(folder, url)
+            return url
+
+        yield put

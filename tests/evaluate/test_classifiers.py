@@ -1,0 +1,344 @@
+"""tools/evaluate.py methods=classifier: a classifier that timm wrote, its tables, and what it cannot be.
+
+ImageNet-ReaL and ObjectNet as their authors define them, against a loop over timm's logits; no file of theirs.
+"""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn import metrics as theirs
+
+from ssl_vit.evaluate import metrics
+from ssl_vit.evaluate.label_sets import read_class_map, read_label_sets
+from ssl_vit.evaluate.metrics import Predictions
+from ssl_vit.exits import DATA, Refusal
+from tests import frozen
+
+NAMES = sorted(["a|b", "<script>alert(1)", "two\nlines", "a,b", 'say "x"', "Blüte 花", "=1+1"])
+COUNTS = {name: 3 + i for i, name in enumerate(NAMES)}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
+    """shards/ of classes with names of all kinds, and classifier/ of the same."""
+    folder = tmp_path_factory.mktemp("classifier")
+    frozen.shards(folder, frozen.files(dict.fromkeys(NAMES, 1), COUNTS))
+    return folder, frozen.classifier(folder / "classifier", NAMES)
+
+
+def words(folder: Path, run: Path, val: Path | None = None, *more: str) -> list[str]:
+    first = [f"encoder={folder}/classifier", f"data.val={val or folder / 'shards' / 'val'}", f"run={run}"]
+    return [*first, "methods=classifier", "data.workers=0", "metrics.bootstrap=20", "batch=5", *more]
+
+
+@pytest.fixture(scope="module")
+def run(given: tuple[Path, torch.nn.Module]) -> Path:
+    folder, _ = given
+    frozen.run_tool("evaluate", words(folder, folder / "done"), folder)
+    return folder / "done"
+
+
+def answers(given: tuple[Path, torch.nn.Module]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """timm's scores, the labels and the names of all images of val."""
+    folder, model = given
+    files = [folder / "images" / "val" / name / f"{i}.png" for name in NAMES for i in range(COUNTS[name])]
+    labels = np.array([NAMES.index(path.parent.name) for path in files])
+    return frozen.logits(model, files), labels, [str(path.relative_to(folder / "images")) for path in files]
+
+
+def test_the_numbers_are_scikit_learns_of_timms_scores(given, run: Path):
+    scores, labels, _ = answers(given)
+    found, first = frozen.results(run), scores.argmax(1)
+    assert found["top1"] == pytest.approx(theirs.accuracy_score(labels, first))
+    assert found["top5"] == pytest.approx(theirs.top_k_accuracy_score(labels, scores, k=5))
+    assert found["mean_per_class"] == pytest.approx(theirs.balanced_accuracy_score(labels, first))
+    assert found["samples"] == len(labels)
+    assert found["loss"] == pytest.approx(theirs.log_loss(labels, torch.tensor(scores).softmax(1).numpy()), rel=1e-4)
+    assert 0 < found["top1"] < found["top5"] < 1
+
+
+def table(path: Path) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8") as text:
+        rows = list(csv.reader(text))
+    assert {len(row) for row in rows} == {len(rows[0])}
+    return rows
+
+
+def test_the_tables_hold_every_image_and_class(given, run: Path):
+    scores, labels, keys = answers(given)
+    head, *rows = table(run / "predictions.csv")
+    assert head[:5] == ["sample", "key", "label", "top1", "score1"]
+    assert sorted(row[1] for row in rows) == sorted(keys)
+    best = {key: [NAMES[i] for i in np.argsort(-one)[:5]] for key, one in zip(keys, scores, strict=True)}
+    assert {row[1]: row[3::2] for row in rows} == best
+    assert all(row[2] == row[1].split("/")[1] for row in rows)
+    head, *rows = table(run / "confusion.csv")
+    assert head[1:] == [row[0] for row in rows] == NAMES
+    want = theirs.confusion_matrix(labels, scores.argmax(1), labels=range(len(NAMES)))
+    assert [[int(cell) for cell in row[1:]] for row in rows] == want.tolist()
+    head, *rows = table(run / "per_class.csv")
+    assert [(row[0], int(row[1])) for row in rows] == list(COUNTS.items())
+
+
+def test_the_page_shows_no_markup_of_a_name(run: Path):
+    for name in ("report.html", "report.md"):
+        assert "<script" not in (run / name).read_text()
+
+
+@pytest.mark.process
+@pytest.mark.ranks
+def test_processes_give_the_same_numbers_as_one(given, run: Path, tmp_path: Path):
+    frozen.run_tool("evaluate", words(given[0], tmp_path / "run"), tmp_path, world=2)
+    mine, theirs = frozen.numbers(tmp_path / "run"), frozen.numbers(run)
+    assert mine.pop("loss") == pytest.approx(theirs.pop("loss"), rel=1e-6)
+    assert mine == theirs
+    for name in ("predictions.csv", "confusion.csv", "per_class.csv"):
+        assert (tmp_path / "run" / name).read_text() == (run / name).read_text()
+
+
+def test_what_has_no_classifier_is_refused(given, tmp_path: Path):
+    frozen.encoder(tmp_path / "bare")
+    frozen.classifier(tmp_path / "other", [*NAMES[:-1], "zebra"])
+    for said, changed in [
+        ("classifier", f"encoder={tmp_path}/bare"),
+        ("alone", "methods=classifier,knn"),
+        ("class_map", f"encoder={tmp_path}/other"),
+    ]:
+        assert said in frozen.refused("evaluate", [*words(given[0], tmp_path / "run"), changed], tmp_path)
+
+
+@pytest.mark.parametrize("tool", ["evaluate", "predict"])
+def test_a_classifier_of_nan_is_refused(tool: str, given, tmp_path: Path):
+    folder = given[0]
+    frozen.classifier(tmp_path / "sick", NAMES)
+    tensors = load_file(tmp_path / "sick" / "model.safetensors")
+    tensors["head.bias"][1] = float("nan")
+    save_file(tensors, tmp_path / "sick" / "model.safetensors", metadata={"format": "pt"})
+    asked = [*words(folder, tmp_path / "run"), f"encoder={tmp_path}/sick"]
+    if tool == "predict":
+        asked = [f"encoder={tmp_path}/sick", f"input={folder}/images", f"output={tmp_path}/out.csv"]
+    frozen.refused(tool, asked, tmp_path)
+
+
+ARCHITECTURES: dict[str, tuple[dict[str, Any], bool]] = {
+    "mean of the patches": ({"global_pool": "avg", "fc_norm": False}, True),
+    "other heads": ({"num_heads": 4}, True),
+    "a norm after pooling": ({"global_pool": "avg"}, False),
+    "registers": ({"reg_tokens": 2}, False),
+    "no class token": ({"class_token": False, "global_pool": "avg", "fc_norm": False}, True),
+    "layer scale": ({"init_values": 1e-3}, False),
+    "no bias": ({"qkv_bias": False}, False),
+    "maximum of the patches": ({"global_pool": "max", "fc_norm": False}, False),
+    "another activation": ({"act_layer": "relu"}, False),
+}
+
+
+@pytest.mark.parametrize("what", list(ARCHITECTURES))
+def test_another_architecture_is_timms_or_is_refused(what: str, given, tmp_path: Path):
+    """Never silently something else."""
+    arguments, known = ARCHITECTURES[what]
+    folder = given[0]
+    model = frozen.classifier(tmp_path / "made", NAMES, **arguments)
+    asked = [*words(folder, tmp_path / "run"), f"encoder={tmp_path}/made"]
+    if not known:
+        frozen.refused("evaluate", asked, tmp_path)
+        return
+    frozen.run_tool("evaluate", asked, tmp_path)
+    scores, labels, _ = answers((folder, model))
+    assert frozen.results(tmp_path / "run")["top1"] == pytest.approx(np.mean(scores.argmax(1) == labels))
+
+
+# --- several labels an image (ImageNet-ReaL), several classes a label (ObjectNet)
+
+WNIDS = [f"n{number:08d}" for number in range(8)]
+NUMBERED = [f"{WNIDS[(5 * i + 3) % 8]}/ILSVRC2012_val_{i:08d}.png" for i in range(1, 49)]
+"""Entry i of the list is the image of number i + 1; class folders bring them in another order."""
+PLAIN = [f"{name.split('/')[0]}/{'abc'[i % 3]}{i:02d}.png" for i, name in enumerate(NUMBERED)]
+
+
+def label_sets(count: int, classes: int, empty: int, seed: int = 0) -> list[list[int]]:
+    """A list of the shape of the real one: so many empty, most of one label, some of several, one of nine."""
+    random = np.random.default_rng(seed)
+    sizes = np.minimum(random.choice([1, 2, 3, 4], count, p=[0.84, 0.11, 0.03, 0.02]), classes)
+    sizes[random.permutation(count)[:empty]] = 0
+    sizes[np.flatnonzero(sizes)[0]] = min(9, classes)
+    first = random.integers(classes, size=count)
+    return [[(one + 7 * k) % classes for k in range(size)] for one, size in zip(first.tolist(), sizes, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
+    """The images, numbered/ and plain/, and a classifier of their eight classes."""
+    folder = tmp_path_factory.mktemp("real")
+    frozen.draw(folder / "numbered", NUMBERED)
+    frozen.draw(folder / "plain", PLAIN)
+    model = frozen.classifier(folder / "classifier", WNIDS)
+    top = frozen.logits(model, [folder / "numbered" / name for name in NUMBERED]).argmax(1)
+    assert len(set(top.tolist())) >= 4, "an oracle that always says the same is none"
+    return folder, model
+
+
+def expected(scores: np.ndarray, accepted: list[Any]) -> dict[str, float]:
+    """The share of images whose best, or one of the five best, is accepted; without those that accept nothing."""
+    used = [i for i, one in enumerate(accepted) if len(one)]
+    best = np.argsort(-scores, axis=1)[:, :5]
+    right = [[bool(set(best[i, :k].tolist()) & set(accepted[i])) for i in used] for k in (1, 5)]
+    return {"top1": float(np.mean(right[0])), "top5": float(np.mean(right[1])), "samples": len(used)}
+
+
+def tops(found: dict[str, Any]) -> dict[str, float]:
+    return {name: frozen.find(found, name) for name in ("top1", "top5")}
+
+
+@pytest.mark.parametrize("form", ["numbers", "file names", "plain names"])
+def test_real_is_measured_by_file_name_whatever_the_folders(form: str, real, tmp_path: Path):
+    folder, model = real
+    val = "plain" if form == "plain names" else "numbered"
+    files = sorted((folder / val).rglob("*.png"), key=lambda path: path.name)
+    sets = label_sets(48, 8, empty=5)
+    content = {path.name: one for path, one in zip(files, sets, strict=True)} if form == "file names" else sets
+    (tmp_path / "real.json").write_text(json.dumps(content))
+    run = tmp_path / "run"
+    more = f"metrics.label_sets={tmp_path}/real.json"
+    frozen.run_tool("evaluate", words(folder, run, folder / val, more), tmp_path)
+    found, scores = frozen.results(run), frozen.logits(model, files)
+    want = expected(scores, sets)
+    assert want["samples"] == 43
+    assert 0 < want["top1"] < want["top5"]
+    assert frozen.find(found, "label_sets") == pytest.approx(want)
+    plain = expected(scores, [[WNIDS.index(path.parent.name)] for path in files])
+    assert tops(found) == pytest.approx(tops(plain))
+
+
+ROW = label_sets(48, 8, 3)
+BAD: dict[str, tuple[list[str], Any]] = {
+    "too short": (NUMBERED, ROW[:-1]),
+    "too short without numbers": (PLAIN, ROW[:-1]),
+    "too long without numbers": (PLAIN, [*ROW, [1]]),
+    "a list for names that are there twice": ([f"{'ab'[i % 2]}/{i // 2}.png" for i in range(48)], ROW),
+    "an image of number 0": ([*NUMBERED[:-1], "n/ILSVRC2012_val_00000000.png"], ROW),
+    "a class that is none": (NUMBERED, [*ROW[:-1], [8]]),
+    "a negative class": (NUMBERED, [*ROW[:-1], [-1]]),
+    "a name": (NUMBERED, [*ROW[:-1], "n00000001"]),
+    "a number as text": (NUMBERED, [*ROW[:-1], ["1"]]),
+    "truth": (NUMBERED, [*ROW[:-1], [True]]),
+    "no lists": (NUMBERED, list(range(48))),
+    "fractions": (NUMBERED, [*ROW[:-1], [1.5]]),
+    "none of the files": (NUMBERED, {"other.png": [1]}),
+    "a number alone": (NUMBERED, 7),
+    "nothing": (NUMBERED, None),
+    "names that are there twice": (["a/0.png", "b/0.png"], {"0.png": [1]}),
+    "no JSON": (NUMBERED, b"[[1], [2]\xff"),
+    "deep": (NUMBERED, b"[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("what", [*BAD, "no file", "a folder"])
+def test_label_sets_that_do_not_fit_are_refused(what: str, tmp_path: Path):
+    path, (keys, content) = tmp_path / "real.json", BAD.get(what, (NUMBERED, None))
+    if what == "a folder":
+        path.mkdir()
+    elif what in BAD:
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(Refusal, match=r"real\.json") as said:
+        read_label_sets(str(path), keys, 8)
+    assert said.value.code == DATA
+    assert "\n" not in said.value.message
+    assert len(said.value.message) < 400
+
+
+def test_a_part_of_imagenet_takes_its_numbers_of_the_whole_list(tmp_path: Path):
+    """Ten images of fifty thousand, with and without a suffix, as shards of others name them."""
+    sets = label_sets(50_000, 1000, empty=3163)
+    (tmp_path / "real.json").write_text(json.dumps(sets))
+    numbers = [1, 2, 293, 3163, 9999, 12345, 43210, 49999, 50_000, 7]
+    keys = [f"val-{i % 3}/ILSVRC2012_val_{number:08d}{('', '.JPEG')[i % 2]}" for i, number in enumerate(numbers)]
+    assert read_label_sets(str(tmp_path / "real.json"), keys, 1000) == [sets[number - 1] for number in numbers]
+    with pytest.raises(Refusal, match="50001"):
+        read_label_sets(str(tmp_path / "real.json"), [*keys, "ILSVRC2012_val_00050001.JPEG"], 1000)
+
+
+OBJECTS = [f"ball/{i}.png" for i in range(12)] + [f"cup & saucer/{i}.png" for i in range(9)]
+OBJECTS += [f"junk/{i}.png" for i in range(6)]
+MAP = {"ball": [0, 3], "cup & saucer": [WNIDS[5]]}
+
+
+def test_objectnet_by_a_class_map(real, tmp_path: Path):
+    """C5.5: any of a folder's classes is right, folders without one are left out, over all classes and over mapped."""
+    folder, model = real
+    frozen.draw(tmp_path / "objects", OBJECTS, seed=3)
+    (tmp_path / "map.json").write_text(json.dumps(MAP))
+    run = tmp_path / "run"
+    more = f"metrics.class_map={tmp_path}/map.json"
+    frozen.run_tool("evaluate", words(folder, run, tmp_path / "objects", more), tmp_path)
+    scores = frozen.logits(model, [tmp_path / "objects" / name for name in OBJECTS])
+    accepted = [[0, 3]] * 12 + [[5]] * 9 + [[]] * 6
+    found = frozen.results(run)
+    every, mapped = frozen.find(found, "mapped"), frozen.find(found, "mapped_only")
+    assert tops(every) == pytest.approx(tops(expected(scores, accepted)))
+    only = np.full_like(scores, -np.inf)
+    only[:, [0, 3, 5]] = scores[:, [0, 3, 5]]
+    best = expected(only, accepted)
+    assert mapped["top1"] == pytest.approx(best["top1"])
+    assert mapped["top5"] == 1.0, "of three mapped classes each is among the five best"
+    assert frozen.find(found, "samples") == 21
+    assert mapped["top1"] >= every["top1"]
+    assert every["top5"] >= every["top1"]
+    assert every["top1"] != best["top1"], "the two have to differ for this to show anything"
+
+
+MAPS: dict[str, Any] = {
+    "a class that is none": {"ball": [8]},
+    "a name that no class has": {"ball": ["n99999999"]},
+    "a negative class": {"ball": [-1]},
+    "folders that are none of the data's": {"nothing": [0]},
+    "no folder": {},
+    "a list": [],
+    "a list in a list": {"ball": [[1]]},
+    "an object in it": {"ball": {"n00000001": 1}},
+    "a fraction": {"ball": [1.0]},
+    "truth": {"ball": True},
+    "nothing": {"ball": None},
+    "a number": 5,
+}
+
+
+@pytest.mark.parametrize("what", list(MAPS))
+def test_a_class_map_that_does_not_fit_is_refused(what: str, tmp_path: Path):
+    (tmp_path / "map.json").write_text(json.dumps(MAPS[what]))
+    with pytest.raises(Refusal, match=r"map\.json") as said:
+        read_class_map(str(tmp_path / "map.json"), ["ball", "cup & saucer", "junk"], WNIDS)
+    assert said.value.code == DATA
+
+
+def test_a_class_map_is_by_number_or_name(tmp_path: Path):
+    """Also of classes whose names are numbers: a text is a name."""
+    (tmp_path / "map.json").write_text(json.dumps({"ball": [0, "1"], "cup": "2", "hat": 2}))
+    found = read_class_map(str(tmp_path / "map.json"), ["cup", "junk", "ball", "hat"], ["2", "1", "0"])
+    assert found == [[0], [], [0, 1], [2]]
+
+
+def test_class_sets_that_differ_are_refused_without_a_map(real, tmp_path: Path):
+    frozen.draw(tmp_path / "objects", OBJECTS[::4])
+    asked = words(real[0], tmp_path / "run", tmp_path / "objects")
+    assert "class" in frozen.refused("evaluate", asked, tmp_path)
+
+
+def test_the_denominator_is_the_images_that_have_labels():
+    """C5.4a and b: of 50,000 lists 3,163 are empty; and a label anywhere in the set is right."""
+    sets = label_sets(50_000, 999, empty=3163)
+    first = np.array([one[0] if one else 0 for one in sets])
+    top = np.stack([first, *((first + k) % 1000 for k in range(1, 5))], 1)
+    labels = np.zeros(50_000, np.int64)
+    found = Predictions(np.arange(50_000), labels, top, np.full((50_000, 5), 0.2, np.float32))
+    assert metrics.accuracy(found, 1000, sets) == {"top1": 1.0, "top5": 1.0, "samples": 46_837}
+    last = np.array([[one[-1] if one else 0] for one in sets])
+    for top, right in ((np.full((50_000, 1), 999), 0.0), (last, 1.0)):
+        turned = Predictions(found.samples, found.labels, top, found.scores[:, :1])
+        assert metrics.accuracy(turned, 1000, sets) == {"top1": right, "top5": right, "samples": 46_837}

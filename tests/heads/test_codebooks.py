@@ -1,0 +1,180 @@
+"""Codebooks: fitted to shards, kept in a run, refused where they do not fit; and a run whose labels collapse."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors import safe_open
+
+from ssl_vit import codebook, config, recipe, session
+from ssl_vit.codebook import FitClusters
+from ssl_vit.data.manifest import load
+from ssl_vit.data.samples import Data, Samples
+from ssl_vit.data.shards import MakeShards, convert
+from ssl_vit.exits import CANNOT_CREATE, DATA, MISMATCH, PREEMPTED, USAGE, Refusal
+from ssl_vit.heads import clusters
+from ssl_vit.recipe import Pretrain
+from ssl_vit.train import loop
+from tests.conftest import TINY
+from tests.heads.masked import codebook_of, patches_of, vit
+from tests.runs import rows
+from tests.train.test_loop import StopAfter
+
+
+def pretrain(data: Path, run: Path, *arguments: str) -> None:
+    given = [*TINY, f"data.train={data}/train", f"run={run}", "tracker=none", "steps=6", "log_every=2", "save_every=3"]
+    try:
+        session.run(config.parse(Pretrain, [*given, *arguments], recipe.FOLDER))
+    finally:  # the next one is a start of its own
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+
+def refused(code: int, data: Path, run: Path, *arguments: str, match: str | None = None) -> None:
+    with pytest.raises(Refusal, match=match) as end:
+        pretrain(data, run, *arguments)
+    assert end.value.code == code
+
+
+def test_a_collapse_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Of images on which there is nothing to see."""
+    (tmp_path / "images" / "all").mkdir(parents=True)
+    for number in range(12):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / "images" / "all" / f"{number:02d}.png")
+    options = {"val_fraction": 0.3, "shard_samples": 7, "workers": 1, "quiet": True}
+    convert(MakeShards(input=str(tmp_path / "images"), output=str(tmp_path / "shards"), **options))
+    pretrain(tmp_path / "shards", tmp_path / "run")
+    said = [line for line in capsys.readouterr().out.splitlines() if "the same label" in line]
+    assert len(said) == 1
+    assert said[0].startswith("warning: step 2: 100% of the patches have the same label")
+    assert [row["top_label"] for row in rows(tmp_path / "run")] == [1, 1, 1]
+
+
+def test_no_collapse_is_told_of_colours(tiny_run: Callable[[int], Path]):
+    (log,) = (tiny_run(1).parent / "logs").iterdir()
+    assert "the same label" not in log.read_text()
+    assert all(row["top_label"] < 0.9 for row in rows(tiny_run(1)))
+
+
+# fitted to shards
+
+
+def fit(shards: Path, output: Path, *arguments: str) -> str:
+    given = [f"data.train={shards}/train", f"output={output}", "patch=4", "clusters=5", "data.image_size=16"]
+    return codebook.fit(config.parse(FitClusters, [*given, "data.workers=0", *arguments], recipe.FOLDER))
+
+
+@pytest.mark.parametrize("space", ["color", "patch"])
+def test_clusters_are_fitted_to_shards(space, shards: Path, tmp_path: Path):
+    """K centres that leave less of the variance than chance would, the same for a seed; the numbers it tells hold."""
+    said = fit(shards, tmp_path / "a", f"space={space}")
+    fit(shards, tmp_path / "b", f"space={space}")
+    fit(shards, tmp_path / "c", f"space={space}", "seed=1")
+    found = {}
+    for name in "abc":
+        with safe_open(str(tmp_path / name), framework="pt") as file:
+            found[name] = file.get_tensor("centers"), file.metadata()
+    centers, about = found["a"]
+    assert torch.equal(centers, found["b"][0])
+    assert not torch.equal(centers, found["c"][0])
+    assert centers.shape == (5, 3 if space == "color" else 48)
+    assert centers.isfinite().all()
+    assert 0 <= float(centers.min()) <= float(centers.max()) <= 1
+    about = json.loads(about["codebook"])
+    assert about["data"]
+    assert {key: about[key] for key in ("space", "patch", "seed")} == {"space": space, "patch": "4", "seed": "0"}
+    assert f"5 clusters of {16 * load(shards / 'train').samples:,} {space} vectors" in said
+    # squares of three colours: some centre is near each
+    means = centers.unflatten(1, (3, -1)).mean(2)
+    for color in ((20, 40, 220), (30, 200, 60), (220, 30, 40)):
+        assert (means - torch.tensor(color) / 255).norm(dim=1).min() < 0.1
+
+
+def test_centres_are_those_of_the_patches_themselves(shards: Path, tmp_path: Path):
+    """Each is about the mean of the training patches that are nearest to it, seen as training sees them."""
+    fit(shards, tmp_path / "file", "space=color", "clusters=3", "data.crop_area=1,1")
+    centers = clusters.read(str(tmp_path / "file"), vit().build())
+    train = load(shards / "train")
+    data = Data(train=(str(shards / "train"),), image_size=16, workers=0, crop_area=(1, 1))
+    image = Samples(train, data, seed=0, training=True).batch([(0, i) for i in range(train.samples)])[0]["image"]
+    points = patches_of(image.contiguous(), 4).mean((3, 4)).reshape(-1, 3) / 255
+    nearest = ((points[:, None] - centers.numpy()) ** 2).sum(2).argmin(1)
+    for number, center in enumerate(centers):
+        np.testing.assert_allclose(points[nearest == number].mean(0), center, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("output", "arguments", "code", "message"),
+    [
+        ("file", ["data.train=none"], USAGE, "data.train: it must be given"),
+        ("file", ["patch=5"], USAGE, "patch=5 does not divide data.image_size=16,16"),
+        ("file", ["clusters=5000"], DATA, "clusters=5000: "),
+        ("file", ["data.train=/nowhere"], DATA, "/nowhere: no such folder"),
+        ("/proc/none/file", [], CANNOT_CREATE, "output="),
+        (".", [], CANNOT_CREATE, "output="),
+    ],
+)
+def test_what_cannot_be_fitted_is_one_line(output, arguments, code, message, shards: Path, tmp_path: Path):
+    with pytest.raises(Refusal) as end:
+        fit(shards, tmp_path / output, *arguments)
+    assert end.value.code == code
+    assert message in str(end.value)
+    assert "\n" not in str(end.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_codebook_fitted_again_is_the_same_file(tmp_path: Path):
+    said = {"space": "patch", "patch": "4", "seed": "0", "data": "abc"}
+    for number in range(6):
+        clusters.write(tmp_path / str(number), torch.ones(2, 3), said)
+    assert len({(tmp_path / str(number)).read_bytes() for number in range(6)}) == 1
+
+
+# in a run
+
+
+def test_a_run_keeps_its_codebook(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is copied into the run, which goes on bit for bit with it and with no other, unless it begins afresh."""
+    run, copy = tmp_path / "run", tmp_path / "run" / "codebook.safetensors"
+    given, other = codebook_of(tmp_path / "a", "patch"), codebook_of(tmp_path / "b", "patch", seed=3)
+    first, words = Path(given).read_bytes(), ["head.kind=clusters", f"head.codebook={given}"]
+    pretrain(shards, tmp_path / "straight", *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopSignal", lambda accelerator: StopAfter(4))
+        refused(PREEMPTED, shards, run, *words)
+    assert copy.read_bytes() == first
+    Path(given).write_bytes(Path(other).read_bytes())  # the same name, other centres
+    refused(MISMATCH, shards, run, *words, match="not the one that the run was begun with")
+    refused(MISMATCH, shards, run, "head.kind=clusters", f"head.codebook={other}")
+    assert copy.read_bytes() == first
+    Path(given).unlink()  # the copy does in its place
+    pretrain(shards, run, "head.kind=clusters", f"head.codebook={copy}")
+    ends = [rows(folder)[-1]["loss"] for folder in (tmp_path / "straight", run)]
+    assert ends[0] == ends[1]
+    assert rows(run)[-1]["uniform"] == math.log(7)
+    pretrain(shards, run, "head.kind=clusters", f"head.codebook={other}", "fresh=true")
+    assert copy.read_bytes() == Path(other).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("make_file", "message"),
+    [
+        (lambda path: None, "cannot be read as a codebook"),
+        (lambda path: path.write_bytes(b"nonsense"), "cannot be read as a codebook"),
+        (lambda path: clusters.write(path, torch.rand(7, 192), {}), "nor of patches of 4 pixels"),
+        (lambda path: clusters.write(path, torch.full((7, 48), float("nan")), {}), "nor of patches of 4 pixels"),
+        (None, r"head\.codebook: it must be given"),
+    ],
+)
+def test_a_codebook_of_something_else_is_refused(make_file, message, shards: Path, tmp_path: Path):
+    words = ["head.kind=clusters"]
+    if make_file is not None:
+        make_file(tmp_path / "file")
+        words.append(f"head.codebook={tmp_path / 'file'}")
+    refused(USAGE, shards, tmp_path / "run", *words, match=message)
