@@ -26,6 +26,8 @@ TINY = [
 ]
 """Overrides of a model and a batch that train in milliseconds."""
 
+_file: Path | None = None  # that of the last test
+
 torch.set_num_threads(1)
 
 
@@ -60,9 +62,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.get_closest_marker("ranks") is None)  # the longest group begins first
 
 
-def pytest_collection_finish() -> None:
-    """Accelerate collects garbage after each training; a million objects of imports are none of it."""
-    gc.freeze()
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed what is random, so that it does not depend on the order, and keep garbage collection short.
+
+    Accelerate collects after each training, of which there are hundreds: what earlier files left is no garbage of it.
+    """
+    torch.manual_seed(0)
+    np.random.seed(0)
+    global _file
+    if item.path != _file:
+        _file = item.path
+        gc.collect()
+        gc.freeze()
 
 
 def _fixtures(item: pytest.Item) -> list[pytest.FixtureDef]:

@@ -32,7 +32,7 @@ class Loop(Config):
     precision: Precision = Field(
         default="auto",
         description="auto is bf16 on a GPU, fp32 on CPU; bf16 is autocast, weights and what blocks add to stay fp32; "
-        "bf16_residual has blocks add in bf16 too",
+        "bf16_residual has blocks add in bf16 too; on a CPU bf16 is compared with fp32 before the first step",
     )
     attention: Attention = Field(
         default="auto",

@@ -1,6 +1,7 @@
 """Children of a test: forked from it with all it has imported, and put where they can do no harm."""
 
 import ctypes
+import gc
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def fork(work: Callable[[], object], screen: Path) -> int:
 
 def _work(work: Callable[[], object], screen: Path) -> NoReturn:
     code = 1
+    gc.freeze()  # else a collection would copy all memory that is shared with the parent
     try:
         handle = os.open(screen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1)
