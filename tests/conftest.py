@@ -48,13 +48,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(StartCounter())
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep together what shares a module fixture, and on one worker all that starts several ranks (`ranks`)."""
+    of_ranks = {item.path for item in items if item.get_closest_marker("ranks")}
     for item in items:
-        if item.get_closest_marker("ranks"):
+        shares = any(part.scope in ("module", "class") for part in _fixtures(item))
+        if item.get_closest_marker("ranks") or (shares and item.path in of_ranks):
             item.add_marker(pytest.mark.xdist_group("ranks"))
-        elif any(part.scope in ("module", "class") for part in _fixtures(item)):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+        elif shares:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
     if (seed := config.option.shuffle) is not None:
         order = random.Random(seed)
         files = {item.nodeid.partition("::")[0]: order.random() for item in items}

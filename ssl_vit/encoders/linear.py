@@ -82,5 +82,6 @@ def convolve_in_fp32_on_cpu(encoder: nn.Module) -> None:
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     tensors = [value for value in (*args, *module.parameters(recurse=False)) if isinstance(value, Tensor)]
     low = torch.is_autocast_enabled("cpu") or any(tensor.dtype in LOW_PRECISION for tensor in tensors)
-    with Fp32Convolutions() if low and tensors[0].device.type == "cpu" else nullcontext():
+    on_cpu = any(tensor.device.type == "cpu" for tensor in tensors)
+    with Fp32Convolutions() if low and on_cpu else nullcontext():
         return type(module).forward(module, *args, **kwargs)
