@@ -86,35 +86,25 @@ def growth(work: Callable[[], object]) -> float:
 
 SHARDS, SAMPLES = 4, 6  # of the set that is damaged, a shard
 TOTAL = SHARDS * SAMPLES
-CUTS: dict[str, Callable[[np.ndarray, np.ndarray, int], int]] = {  # bytes that are left, of the samples' places
-    "cut to nothing": lambda starts, ends, size: 0,
-    "cut in the first header": lambda starts, ends, size: 100,
-    "cut in a header": lambda starts, ends, size: starts[3] - 200,
-    "cut between two samples": lambda starts, ends, size: starts[3] - 512,
-    "cut in an image": lambda starts, ends, size: starts[3] + 10,
-    "cut behind an image": lambda starts, ends, size: ends[3],
-    "cut between an image and its class": lambda starts, ends, size: -(-ends[3] // 512) * 512,
-    "cut in the end mark": lambda starts, ends, size: size - 700,
-}
-FLIPS: dict[str, Callable[[np.ndarray, np.ndarray], int]] = {
-    "a bit of a header": lambda starts, ends: starts[3] - 512 + 130,
-    "a bit of an image": lambda starts, ends: (starts[3] + ends[3]) // 2,
-    "the first bit of an image": lambda starts, ends: starts[3],
-    "the last bit of an image": lambda starts, ends: ends[3] - 1,
-    "a bit of a class": lambda starts, ends: -(-ends[3] // 512) * 512 + 512,
-    "a bit of the padding": lambda starts, ends: ends[3],
-}
-EVERY = set(range(SAMPLES))
-CONTENTS: dict[str, tuple[Callable[[bytes, bytes, int], bytes], set[int]]] = {  # of (own, another's, place), and losses
-    "grown": (lambda own, other, at: own + b"more", set()),
-    "zeros in an image": (lambda own, other, at: own[: at + 5] + bytes(45) + own[at + 50 :], {3}),
-    "zeros to the end": (lambda own, other, at: own[:at] + bytes(len(own) - at), {3, 4, 5}),
-    "moved by a block": (lambda own, other, at: bytes(512) + own, EVERY),
-    "a page": (lambda own, other, at: b"<html>404</html>", EVERY),
-    "a page of the right size": (lambda own, other, at: b"<html>".ljust(len(own), b" "), EVERY),
-    "gzip": (lambda own, other, at: gzip.compress(own), EVERY),
-    "another shard": (lambda own, other, at: other, EVERY),
-    "another shard of the right size": (lambda own, other, at: other.ljust(len(own), b"\0")[: len(own)], EVERY),
+CONTENTS: dict[str, Callable[[bytes, bytes, int, int], bytes]] = {  # of own ones, another's, and where an image lies
+    "cut to nothing": lambda own, other, start, end: b"",
+    "cut in a header": lambda own, other, start, end: own[: start - 200],
+    "cut in an image": lambda own, other, start, end: own[: start + 10],
+    "cut behind an image": lambda own, other, start, end: own[:end],
+    "cut in the end mark": lambda own, other, start, end: own[:-700],
+    "a bit of a header": lambda own, other, start, end: flipped(own, start - 512 + 130),
+    "a bit of an image": lambda own, other, start, end: flipped(own, (start + end) // 2),
+    "the first bit of an image": lambda own, other, start, end: flipped(own, start),
+    "the last bit of an image": lambda own, other, start, end: flipped(own, end - 1),
+    "a bit of a class": lambda own, other, start, end: flipped(own, -(-end // 512) * 512 + 512),
+    "a bit of the padding": lambda own, other, start, end: flipped(own, end),
+    "grown": lambda own, other, start, end: own + b"more",
+    "zeros in an image": lambda own, other, start, end: own[: start + 5] + bytes(45) + own[start + 50 :],
+    "zeros to the end": lambda own, other, start, end: own[:start] + bytes(len(own) - start),
+    "moved by a block": lambda own, other, start, end: bytes(512) + own,
+    "a page of the right size": lambda own, other, start, end: b"<html>".ljust(len(own), b" "),
+    "gzip": lambda own, other, start, end: gzip.compress(own),
+    "another shard": lambda own, other, start, end: other,
 }
 NO_FILE: dict[str, Callable[[Path], object]] = {
     "gone": lambda path: None,
@@ -127,16 +117,10 @@ INDEXES: dict[str, tuple[Callable[[Path, np.ndarray], object], str]] = {
     "a short index": (lambda path, rows: np.save(path, rows[:3]), "its index has 252 bytes"),
     "an index of garbage": (lambda path, rows: path.write_bytes(b"garbage"), "its index has 7 bytes"),
     "an index of other labels": (lambda path, rows: np.save(path, _relabeled(rows)), "its index is altered"),
-    "a pickled index": (lambda path, rows: np.save(path, _pickled(rows)), "its index has {} bytes"),
-    **{
-        f"an index cut at {size}": (
-            lambda path, rows, size=size: os.truncate(path, size),
-            f"its index has {size} bytes",
-        )
-        for size in (0, 100, 300)
-    },
+    "an empty index": (lambda path, rows: os.truncate(path, 0), "its index has 0 bytes"),
+    "a pickled index": (lambda path, rows: np.save(path, np.array([Payload()] * 6, object)), "its index has {} bytes"),
 }
-KINDS = [*CUTS, *FLIPS, *CONTENTS, *NO_FILE, *INDEXES]
+KINDS = [*CONTENTS, *NO_FILE, *INDEXES]
 
 
 def _relabeled(rows: np.ndarray) -> np.ndarray:
@@ -145,60 +129,43 @@ def _relabeled(rows: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _pickled(rows: np.ndarray) -> np.ndarray:
-    return np.array([Payload()] * len(rows), dtype=object)
+def flipped(data: bytes, *spots: int, bit: int = 3) -> bytes:
+    broken = bytearray(data)
+    for spot in spots:
+        broken[spot] ^= 1 << bit
+    return bytes(broken)
 
 
 def flip(path: Path, *spots: int) -> None:
-    data = bytearray(path.read_bytes())
-    for spot in spots:
-        data[spot] ^= 8
-    path.write_bytes(data)
+    path.write_bytes(flipped(path.read_bytes(), *spots))
 
 
 def damage(kind: str, path: Path, rows: np.ndarray) -> tuple[set[int], str]:
     """Damage a shard; returns which of its samples cannot be had any more, and what the verifier is to say of it."""
-    size = path.stat().st_size
-    starts, ends = rows["offset"].astype(int), rows["offset"].astype(int) + rows["size"]
     if kind in INDEXES:
         break_it, says = INDEXES[kind]
         break_it(index := path.with_suffix(".npy"), rows)
-        return EVERY, says.format(index.stat().st_size if index.exists() else 0)
+        return {*range(SAMPLES)}, says.format(index.exists() and index.stat().st_size)
     if kind in NO_FILE:
         path.unlink()
         NO_FILE[kind](path)
-        return EVERY, "missing"
-    if kind in CUTS:
-        left = int(CUTS[kind](starts, ends, size))
-        os.truncate(path, left)
-        return {number for number, end in enumerate(ends) if end > left}, f"{left} bytes, not {size}"
-    if kind in FLIPS:
-        spot = int(FLIPS[kind](starts, ends))
-        flip(path, spot)
-        return {number for number in EVERY if starts[number] <= spot < ends[number]}, "altered"
-    content, lost = CONTENTS[kind]
-    data = content(path.read_bytes(), path.with_name("000002.tar").read_bytes(), int(starts[3]))
-    path.write_bytes(data)
-    return lost, "altered" if len(data) == size else f"{len(data)} bytes, not {size}"
+        return {*range(SAMPLES)}, "missing"
+    own, other = path.read_bytes(), path.with_name("000002.tar").read_bytes()
+    places = [slice(int(row["offset"]), int(row["offset"]) + int(row["size"])) for row in rows]
+    path.write_bytes(data := CONTENTS[kind](own, other, places[3].start, places[3].stop))
+    says = "altered" if len(data) == len(own) else f"{len(data)} bytes, not {len(own)}"
+    return {number for number, place in enumerate(places) if data[place] != own[place]}, says
 
 
 # tars of others
 
 END = bytes(1024)
 FORMATS: dict[str, Any] = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-NO_FILES = {
-    "symlink": tarfile.SYMTYPE,
-    "hard link": tarfile.LNKTYPE,
-    "character device": tarfile.CHRTYPE,
-    "block device": tarfile.BLKTYPE,
-    "pipe": tarfile.FIFOTYPE,
-    "sparse file": tarfile.GNUTYPE_SPARSE,
-}
+NO_FILES = {"symlink": tarfile.SYMTYPE, "hard link": tarfile.LNKTYPE, "character device": tarfile.CHRTYPE}
+NO_FILES |= {"block device": tarfile.BLKTYPE, "pipe": tarfile.FIFOTYPE, "sparse file": tarfile.GNUTYPE_SPARSE}
 
 
-def member(
-    name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, size: int | None = None, form: str = "gnu"
-) -> bytes:
+def member(name: str, data: bytes = b"", kind: bytes = b"0", size: int | None = None, form: str = "gnu") -> bytes:
     """One member as it stands in a tar; `size` is what its header claims, where that is not so."""
     info = tarfile.TarInfo(name)
     info.type, info.size, info.linkname = kind, len(data) if size is None else size, "0.jpg"
@@ -213,10 +180,7 @@ def pax(*records: bytes) -> bytes:
 def record(keyword: bytes, value: bytes) -> bytes:
     """One record of an extended header, its own length before it."""
     rest = b" " + keyword + b"=" + value + b"\n"
-    length = len(rest) + 1
-    while length != len(str(length)) + len(rest):
-        length = len(str(length)) + len(rest)
-    return str(length).encode() + rest
+    return next(b"%d%s" % (size, rest) for size in range(len(rest), 10**9) if size == len(str(size)) + len(rest))
 
 
 def sparse_bomb(size: int) -> bytes:
@@ -236,13 +200,13 @@ def gzip_that_says_ustar(data: bytes) -> bytes:
     return packed[:3] + bytes([packed[3] | 4]) + packed[4:10] + struct.pack("<H", 300) + bytes(extra) + packed[10:]
 
 
-def _reddish(number: int) -> Image.Image:
+def _reddish(number: int) -> bytes:
     """A picture that any crop of it can be told by: its red is 40 times its number."""
-    red = Image.new("L", (24, 20), 40 * number)
-    return Image.merge("RGB", [red, *picture(number).split()[1:]])
+    image = Image.merge("RGB", [Image.new("L", (24, 20), 40 * number), *picture(number).split()[1:]])
+    return encoded(image, "PNG" if number % 2 else "JPEG")
 
 
-GOOD = [encoded(_reddish(number), "PNG" if number % 2 else "JPEG") for number in range(6)]
+GOOD = [_reddish(number) for number in range(6)]
 ALL = {image: number % 3 for number, image in enumerate(GOOD)}
 NAMED = [
     (f"s/{n:03d}.{kind}", data)
@@ -272,11 +236,8 @@ class Odd(NamedTuple):
 def odd_members() -> Iterator[Odd]:
     """What hostile, careless or damaged tars may hold."""
     payload = pickle.dumps(Payload())
-    objects = io.BytesIO()
-    np.save(objects, np.array([Payload()], dtype=object), allow_pickle=True)
-    for suffix in ("pyd", "pickle", "pkl", "pth", "pt", "cls.pkl"):
+    for suffix in ("pyd", "pickle", "pth", "cls.pkl", "npy"):
         yield Odd(f"a {suffix}", member(f"s/002.{suffix}", payload))
-    yield Odd("an npy of objects", member("s/002.npy", objects.getvalue()))
     yield Odd("a sample that is a pickle", sample("x", payload))
     yield Odd("a class that is a pickle", sample("x", label=payload), -1)
     yield Odd("a gz member", member("x.jpg.gz", gzip.compress(GOOD[0])) + member("x.cls.gz", gzip.compress(b"1")))
@@ -284,7 +245,6 @@ def odd_members() -> Iterator[Odd]:
         links = member("s/000.jpg", kind=kind) + member("x.jpg", kind=kind) + member("x.cls", b"0")
         yield Odd(f"a {name}", links, damage=True)
         yield Odd(f"a {name} with a size", member("x.jpg", kind=kind, size=1 << 33), damage=True)
-    yield Odd("a sparse file with data", member("x.jpg", b"data", tarfile.GNUTYPE_SPARSE), damage=True)
     yield Odd("a sparse file with a hole", sparse_bomb(4096), damage=True)
     yield Odd("an unknown kind", member("x", kind=b"Z"), damage=True)
     yield Odd("a broken header", b"y" + member("x.jpg", b"data")[1:], damage=True)
@@ -293,14 +253,9 @@ def odd_members() -> Iterator[Odd]:
     for text in (b"-512", b"1e3", b"9" * 20, b"9" * 5000):
         odd = pax(record(b"size", text)) + member("x.jpg")
         yield Odd(f"an extended size of {text[:21]!r}", odd, damage=len(text) == 20)
-    for what, records in (
-        ("an endless record", b"0 path=odd\n00 path=odd\n"),
-        ("a negative record", b"-5 path=odd\n"),
-        ("a record longer than its header", b"9999 path=odd\n"),
-        ("records of one byte", b"1" * 3000),
-        ("a record of many digits", b"9" * 5000 + b" path=odd\n"),
-    ):
-        yield Odd(what, pax(records) + member("x.jpg"))
+    path = b" path=odd\n"  # behind a length that is endless, negative, beyond the header, or of too many digits
+    for text in (b"0" + path + b"00" + path, b"-5" + path, b"9999" + path, b"9" * 5000 + path, b"1" * 3000):
+        yield Odd(f"a record of length {text[:12]!r}", pax(text) + member("x.jpg"))
     yield Odd("an extended header of garbage", pax(b"\xff" * 5000) + sample("x"), 1)
     yield Odd("an extended header of a megabyte", pax(record(b"comment", bytes(MB))) + sample("x"), 1, True)
     yield Odd("an extended header over the limit", pax(record(b"comment", bytes(LONGEST))) + member("x.jpg"), 0, True)
@@ -308,23 +263,13 @@ def odd_members() -> Iterator[Odd]:
     yield Odd("a long name over the limit", member("x" * (LONGEST + 1)), damage=True)
     yield Odd("a name of 60 kB", member("x/" * 30_000 + "x.jpg", b"data"))
     yield Odd("an empty name", member("", b"data"))
-    for name in (
-        "../../x",
-        "/x",
-        "..\\..\\x",
-        "C:\\x",
-        "$(touch canary)",
-        "`touch canary`",
-        "|touch canary",
-        "<script>",
-    ):
+    for name in ("../../x", "/x", "..\\..\\x", "C:\\x", "$(touch canary)", "`touch canary`", "|touch canary"):
         yield Odd(f"the name {name}", sample(name), 0 if name.startswith("..\\") else 1)  # all behind its first dot
         yield Odd(f"the name {name} of a bad image", sample(name, b"no image"))
     for what, name in (
         ("a newline", "x\nreplaced by sample 0\n"),
         ("an escape", "x\x1b]0;title\x07\x1b[2J"),
         ("10 kB", "x/" * 5000 + "x"),
-        ("no Unicode", "caf\udce9"),
         ("right to left", "x\u202egpj"),
         ("a lone surrogate", "\udcff\udcfe"),
     ):
@@ -334,7 +279,6 @@ def odd_members() -> Iterator[Odd]:
         yield Odd(f"a name with {what} of no member", member(name, size=1 << 40), damage=True)
         yield Odd(f"a name with {what} in a suffix", member(f"x.{name}", b""))
     yield Odd("a duplicate key", sample("x") + sample("x"))
-    yield Odd("a duplicate image", sample("x") + member("x.jpg", GOOD[0]))
     yield Odd("a.JPG beside a.jpg", member("x.JPG", GOOD[0]) + sample("x"))
     yield Odd("a.png beside a.jpg", member("x.png", GOOD[1]) + sample("x"))
     yield Odd("img.v1.jpg", sample("img.v1"))
@@ -347,28 +291,18 @@ def odd_members() -> Iterator[Odd]:
     behind = GOOD[0] + bytes(-len(GOOD[0]) % 512) + member("inner.jpg", b"x")
     yield Odd("a tar behind an image", sample("x", behind), 1)
     yield Odd("no image", member("x.cls", b"1"))
-    yield Odd("an empty image", sample("x", b""))
     yield Odd("a huge image", sample("x", png(65_000, 65_000, 8, 2, b"\0")))
-    yield Odd("an image of one column", sample("x", png(1, 89_478_485, 8, 0, b"\0")))
     yield Odd("an EPS", sample("x", b"%!PS-Adobe-3.0 EPSF-3.0\n(touch canary) system"))
     for what, label in (("of a megabyte", b"x" * MB), ("that is negative", b"-2"), ("beyond all", b"9" * 30)):
         yield Odd(f"a class {what}", sample("x", label=label), -1)
-    for what, text in (
-        ("deep", b"[" * 100_000),
-        ("a list", b"[1, 2]"),
-        ("no UTF-8", b'{"label": "\xff"}'),
-        ("of many digits", b'{"label": ' + b"9" * 5000 + b"}"),
-        ("cut", b'{"label": 1'),
-        ("a label that is a list", b'{"label": [1]}'),
-        ("a label that is not finite", b'{"label": NaN}'),
-    ):
-        yield Odd(f"a json {what}", member("x.jpg", GOOD[0]) + member("x.json", text), -1)
+    notes = [b'{"label": %s}' % label for label in (b'"\xff"', b"9" * 5000, b"[1]", b"NaN")]
+    for text in (*notes, b"[" * 100_000, b"[1, 2]", b'{"label": 1'):
+        yield Odd(f"a json {text[:15]!r}", member("x.jpg", GOOD[0]) + member("x.json", text), -1)
 
 
 NO_TARS = {
     "nothing": b"",
     "a page": b"<!DOCTYPE html>" * 100,
-    "a few zeros": bytes(100),
     "nearly a block": bytes(511),
     "gzip": gzip.compress(THEIRS),
     "gzip that says it is a tar": gzip_that_says_ustar(THEIRS),
@@ -390,10 +324,10 @@ def segment(marker: int, data: bytes) -> bytes:
     return struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data
 
 
-def exif(orientation: int) -> bytes:
+def exif(orientation: int) -> Image.Exif:
     block = Image.Exif()
     block[0x112] = orientation
-    return block.tobytes()
+    return block
 
 
 def bomb(side: int, depth: int, colour: int) -> bytes:
@@ -427,10 +361,8 @@ def _seen(data: bytes) -> np.ndarray:
 def _good() -> Iterator[tuple[str, Good]]:
     image = picture(5, 40, 60)
     rgb, jpeg = np.asarray(image), encoded(image, "JPEG", quality=95, subsampling=0)
-    for name in ("UPPER.JPEG", "jpeg-called.png"):
-        yield name, Good(jpeg, rgb, 3, True)
-    for name in ("plain.png", "png-called.jpg"):
-        yield name, Good(encoded(image, "PNG"), rgb)
+    yield from dict.fromkeys(("UPPER.JPEG", "jpeg-called.png"), Good(jpeg, rgb, 3, True)).items()
+    yield from dict.fromkeys(("plain.png", "png-called.jpg"), Good(encoded(image, "PNG"), rgb)).items()
     yield "plain.webp", Good(encoded(image, "WEBP", lossless=True), rgb)
     for name, kind, most in (("grey.jpg", "JPEG", 1.5), ("grey.png", "PNG", 0)):
         grey = picture(4, channels=1)
@@ -438,12 +370,10 @@ def _good() -> Iterator[tuple[str, Good]]:
         yield name, Good(encoded(grey, kind), np.repeat(np.asarray(grey)[..., None], 3, 2), most, kind == "JPEG")
     yield "cmyk.jpg", Good(encoded(image.convert("CMYK"), "JPEG", quality=95), rgb, 3, True)
 
-    one_bit = [[[255] * 3, [0] * 3] * 4]
-    yield "one-bit.png", Good(png(8, 1, 1, 0, b"\0\xaa"), np.array(one_bit))
-    values = [0, 255, 256, 30_000, 65_535, 511, 40_000, 1]
-    grey16 = b"\0" + struct.pack(">4H", *values[:4]) + b"\0" + struct.pack(">4H", *values[4:])
-    upper = np.array([v >> 8 for v in values]).reshape(2, 4, 1)
-    yield "grey16.png", Good(png(4, 2, 16, 0, grey16), np.repeat(upper, 3, 2))
+    yield "one-bit.png", Good(png(8, 1, 1, 0, b"\0\xaa"), np.array([[[255] * 3, [0] * 3] * 4]))
+    values = np.array([[[0], [255], [256], [30_000]], [[65_535], [511], [40_000], [1]]])
+    grey16 = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    yield "grey16.png", Good(png(4, 2, 16, 0, grey16), np.repeat(values >> 8, 3, 2))
     colour16 = png(2, 1, 16, 2, b"\0" + struct.pack(">6H", 0, 255, 256, 511, 40_000, 65_535))
     yield "rgb16.png", Good(colour16, np.array([[[0, 0, 1], [1, 156, 255]]]))
     yield "one-pixel.png", Good(png(1, 1, 8, 2, b"\0\1\2\3"), np.array([[[1, 2, 3]]]))
@@ -456,10 +386,8 @@ def _good() -> Iterator[tuple[str, Good]]:
         assert clear.mode == mode
         yield f"{mode}.png", Good(encoded(clear, "PNG"), on_white, 1)
         yield f"{mode}.webp", Good(encoded(clear, "WEBP", lossless=True, exact=True), on_white, 1)
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([10, 20, 30, 40, 50, 60])
-    palette.putdata([0, 1])
-    yield "palette.png", Good(encoded(palette, "PNG", transparency=0), np.array([[[255] * 3, [40, 50, 60]]]))
+    colours = chunk(b"PLTE", bytes([10, 20, 30, 40, 50, 60])) + chunk(b"tRNS", b"\0")  # the first one is transparent
+    yield "palette.png", Good(png(2, 1, 8, 3, b"\0\0\1", colours), np.array([[[255] * 3, [40, 50, 60]]]))
     three = np.array([[[255] * 3, [7] * 3, [200] * 3]])
     for name, depth, colour, row, key, wanted in (  # a key colour is transparent
         ("key-grey.png", 8, 0, struct.pack(">3B", 0, 7, 200), struct.pack(">H", 0), three),
@@ -467,7 +395,6 @@ def _good() -> Iterator[tuple[str, Good]]:
         ("key-rgb.png", 8, 2, bytes(range(1, 10)), struct.pack(">3H", 1, 2, 3), [[[255] * 3, [4, 5, 6], [7, 8, 9]]]),
     ):
         yield name, Good(png(3, 1, depth, colour, b"\0" + row, chunk(b"tRNS", key)), np.array(wanted))
-
     frames = [picture(number, 40, 60) for number in (6, 7)]
     for kind, options in (("WEBP", {"lossless": True}), ("PNG", {})):
         animated = encoded(image, kind, save_all=True, append_images=frames, duration=50, **options)
@@ -485,7 +412,7 @@ def _good() -> Iterator[tuple[str, Good]]:
         assert (turn(_seen(turned)) == np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(turned))))).all()
         yield f"exif{number}.jpg", Good(turned, turn(_seen(jpeg)), 0.8, number == 1)
         yield f"exif{number}.png", Good(encoded(image, "PNG", exif=exif(number)), turn(rgb))
-    long = segment(0xFE, b"a comment " * 600) + segment(0xE1, exif(6))
+    long = segment(0xFE, b"a comment " * 600) + segment(0xE1, exif(6).tobytes())
     xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     for name, before in (("behind-comment.jpg", long), ("in-xmp.jpg", segment(0xE1, xmp))):
         odd = b"\xff\xd8" + before + jpeg[2:]
@@ -496,26 +423,18 @@ def _good() -> Iterator[tuple[str, Good]]:
 def _bad() -> Iterator[tuple[str, bytes]]:
     image = picture(3, 64, 64)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    for kind in ("JPEG", "PNG", "WEBP"):
-        for share in (0.2, 0.5, 0.9):
-            data = encoded(noise, kind, quality=90)
-            yield f"cut-{kind}-{share}.jpg", data[: int(share * len(data))]
-    yield "cut.jpg", (whole := encoded(image, "JPEG"))[: len(whole) // 2]
-    yield "cut.png", encoded(image, "PNG")[:-300]
+    for kind, share in itertools.product(("JPEG", "PNG", "WEBP"), (0.2, 0.5, 0.9)):
+        data = encoded(noise, kind, quality=90)
+        yield f"cut-{kind}-{share}.jpg", data[: int(share * len(data))]
     for kind in ("GIF", "TIFF", "BMP", "PPM", "PDF", "EPS", "ICO", "TGA", "JPEG2000"):
         yield f"other-{kind}.jpg", encoded(image, kind)
     yield "other-animated-gif.webp", encoded(picture(3), "GIF", save_all=True, append_images=[picture(4)])
     yield "other-script.eps.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(touch canary) (w) file\n"
-    for number, scrap in enumerate(
-        (b"", b"\xff\xd8\xff", b"\xff\xd8\xff\xe0" * 50, b"\x89PNG\r\n\x1a\n", b"<svg/>", bytes(99))
-    ):
-        yield f"scrap{number}.jpg", scrap
-    yield "page.jpg", b"<!DOCTYPE html><html><body>403 Forbidden</body></html>"
-    yield "svg.jpg", b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
-    yield "elf.jpg", b"\x7fELF\x02\x01\x01" + bytes(500)
-    yield "fpx.jpg", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(1000)
-    yield "script.jpg", b"#!/bin/sh\ntouch canary\n"
-    yield "pickle.jpg", pickle.dumps(Payload())
+    scraps = [b"", b"\xff\xd8\xff", b"\xff\xd8\xff\xe0" * 50, b"\x89PNG\r\n\x1a\n", bytes(99)]
+    scraps += [b"<!DOCTYPE html><html><body>403 Forbidden</body></html>", b"#!/bin/sh\ntouch canary\n"]
+    scraps += [b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>']
+    scraps += [b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(1000), pickle.dumps(Payload())]  # an FPX file
+    yield from ((f"scrap{number}.jpg", scrap) for number, scrap in enumerate(scraps))
     for size in ((65_000, 65_000), (MAX_SIDE + 1, 1), (8001, 8000)):
         yield f"sides-{size[0]}.jpg", lying_jpeg(*size)
         yield f"sides-{size[0]}.png", png(*size, 8, 2, b"\0")
@@ -534,7 +453,5 @@ def bombs() -> dict[str, bytes]:
     """More that is refused: a few kB that would fill 80 MB each."""
     many = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(MB - 1)))
     profile = chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(80 * MB), 9))
-    return {
-        "profile-bomb.png": png(2, 1, 8, 0, b"\0\1\2", profile),
-        "text-bomb.png": png(2, 1, 8, 0, b"\0\1\2", *[many] * 80),
-    }
+    bomb_of = {"profile-bomb.png": [profile], "text-bomb.png": [many] * 80}
+    return {name: png(2, 1, 8, 0, b"\0\1\2", *chunks) for name, chunks in bomb_of.items()}

@@ -54,6 +54,13 @@ def write_pictures(root: Path, names: Iterable[str], **size: int) -> Path:
     return root
 
 
+def rejected(folder: Path) -> dict[str, str]:
+    """Path -> reason of what a conversion left out."""
+    file = folder / "rejects.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return {row["path"]: row["reason"] for row in rows}
+
+
 def members(tar: Path) -> dict[str, bytes]:
     """Name -> content of a tar, by the standard library."""
     with tarfile.open(tar) as archive:

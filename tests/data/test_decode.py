@@ -1,14 +1,16 @@
-"""Bytes to pixels: one written rule for each odd kind of image, and refusal of everything that is not an image."""
+"""Bytes to pixels by one written rule for each odd kind of image, no image refused, and no photograph's place kept."""
 
 import contextlib
 import faulthandler
 import io
-import json
 import os
 import resource
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,11 +18,12 @@ from PIL import Image, ImageFile
 
 from ssl_vit.data import decode as module
 from ssl_vit.data.decode import MAX_PIXELS, BadImage, decode, jpeg_size, open_image, to_rgb
+from ssl_vit.data.privacy import without_location
 from ssl_vit.data.samples import Data
 from ssl_vit.data.stream import Share, TrainingStream
 from ssl_vit.data.write import checked
-from tests.data.damage import BAD_IMAGES, CPU, GOOD_IMAGES, MB, SMALL, bomb, bombs, growth, lying_jpeg
-from tests.data.pictures import chunk, contents, encoded, one, picture, png, samples, write_pictures
+from tests.data.damage import BAD_IMAGES, CPU, GOOD_IMAGES, MB, SMALL, bomb, bombs, exif, growth, lying_jpeg
+from tests.data.pictures import chunk, contents, encoded, one, picture, png, rejected, samples, write_pictures
 
 
 def difference(got: np.ndarray, wanted: np.ndarray) -> float:
@@ -30,8 +33,12 @@ def difference(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(got.astype(float) - wanted).mean())
 
 
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
 def seen(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    return np.asarray(opened(data).convert("RGB"))
 
 
 @pytest.mark.parametrize("name", GOOD_IMAGES)
@@ -80,36 +87,20 @@ def test_half_scale_has_half_the_size_and_the_same_picture(height: int, width: i
     assert difference(np.asarray(twice)[:height, :width], seen(data)) < 2
 
 
-def test_the_largest_size_is_within_the_limit():
+def test_the_largest_size_and_a_phones_jpeg_with_a_second_picture_are_taken():
     assert open_image(png(8000, MAX_PIXELS // 8000, 8, 2, b"\0")).size == (8000, 8000)
     assert jpeg_size(lying_jpeg(8000, 8000)) == (8000, 8000)
+    assert checked(data := GOOD_IMAGES["twice.jpg"].data, None, None) == (data, "jpg")
 
 
-def test_running_out_of_memory_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch):
+def test_running_out_of_memory_is_no_fault_of_the_image():
     """Taken for a bad image, it would drop good samples for ever, and others on every machine."""
-
-    def starved(*_: object, **__: object) -> None:
-        raise MemoryError
-
     image = open_image(encoded(picture(), "PNG"))
-    monkeypatch.setattr(module.ImageOps, "exif_transpose", starved)
-    with pytest.raises(MemoryError):
+    with patch.object(module.ImageOps, "exif_transpose", side_effect=MemoryError), pytest.raises(MemoryError):
         to_rgb(image)
 
 
-def test_a_phones_jpeg_with_a_second_picture_is_a_jpeg():
-    data = GOOD_IMAGES["twice.jpg"].data
-    assert checked(data, None, None) == (data, "jpg")
-
-
-@pytest.mark.parametrize(
-    ("depth", "colour"),
-    [
-        *(pytest.param(8, 2, id="rgb"), pytest.param(8, 6, id="rgba")),
-        *(pytest.param(16, 2, id="rgb16"), pytest.param(16, 6, id="rgba16")),
-        pytest.param(16, 0, id="grey16"),
-    ],
-)
+@pytest.mark.parametrize(("depth", "colour"), [(8, 2), (8, 6), (16, 2), (16, 6), (16, 0)])
 def test_the_memory_of_a_decompressed_image_is_bounded(depth: int, colour: int):
     """A file of a few kB: it is 16 bytes a pixel at most, so 1 GB for the largest that is taken."""
     side = 2000
@@ -118,26 +109,18 @@ def test_the_memory_of_a_decompressed_image_is_bounded(depth: int, colour: int):
     assert growth(lambda: decode(data)) < 16 * side * side + 20 * MB
 
 
-@pytest.mark.parametrize("name", ["profile-bomb.png", "text-bomb.png", "sides-65000.png", "sides-long.png"])
+@pytest.mark.parametrize("name", ["profile-bomb.png", "text-bomb.png", "sides-65000.png", "sides-long.png", "text"])
 def test_the_memory_of_compressed_extras_is_bounded(name: str):
-    def refused() -> None:
-        with pytest.raises(BadImage):
-            decode(data)
+    """All are refused; but one text of 80 MB may as well be passed over."""
 
-    data = (BAD_IMAGES | bombs())[name]
-    assert growth(refused) < 30 * MB
-
-
-def test_a_compressed_text_bomb_is_refused_or_passed_over():
     def decoded() -> None:
         with contextlib.suppress(BadImage):
             assert decode(data).shape == (1, 2, 3)
+            assert name == "text"
 
-    data = png(2, 1, 8, 0, b"\0\1\2", chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80 * MB), 9)))
+    text = png(2, 1, 8, 0, b"\0\1\2", chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80 * MB), 9)))
+    data = (BAD_IMAGES | bombs() | {"text": text})[name]
     assert growth(decoded) < 30 * MB
-
-
-# on their way into shards
 
 
 @pytest.fixture(scope="module")
@@ -149,21 +132,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def rejected(folder: Path) -> dict[str, str]:
-    """Path -> reason of what a conversion left out."""
-    lines = (folder / "rejects.jsonl").read_text().splitlines()
-    return {reject["path"]: reject["reason"] for reject in map(json.loads, lines)}
-
-
-def test_odd_images_are_converted_as_they_are_and_bad_ones_listed(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_odd_images_are_converted_as_they_are_and_bad_ones_listed(folder: Path, tmp_path: Path, monkeypatch: Any):
     monkeypatch.chdir(tmp_path)
     made = one(folder, tmp_path / "out", shard_samples=7)
     rejects = rejected(tmp_path / "out")
     assert rejects.keys() == (BAD_IMAGES | bombs()).keys()
     assert all(reason and "\n" not in reason for reason in rejects.values())
-    assert made.samples == len(GOOD_IMAGES)
+    assert (made.samples, made.job["rejects"]) == (len(GOOD_IMAGES), len(rejects))
     found = {name: image for name, (_, image, _) in samples(made).items()}
     assert found == {name: good.data for name, good in GOOD_IMAGES.items()}
     stream = TrainingStream(made, Data(**SMALL), seed=0, batch=made.samples)
@@ -176,37 +151,100 @@ def test_bad_images_are_refused_when_they_are_shrunk_too(folder: Path, tmp_path:
     made = one(folder, tmp_path / "out", resize=9, quality=95)
     assert rejected(tmp_path / "out").keys() == (BAD_IMAGES | bombs()).keys()
     for name, (_, image, _) in samples(made).items():
-        pixels = GOOD_IMAGES[name].pixels
-        sides = Image.open(io.BytesIO(image)).size
+        pixels, sides = GOOD_IMAGES[name].pixels, opened(image).size
         assert min(sides) == min(9, *pixels.shape[:2])
         assert (sides[0] > sides[1]) == (pixels.shape[1] > pixels.shape[0]), name  # upright
 
 
-def test_an_image_at_which_the_decoder_crashes_is_listed_and_the_rest_is_as_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_image_at_which_the_decoder_crashes_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     names = [f"{'ab'[number % 2]}/{number:02d}.png" for number in range(20)]
     write_pictures(tmp_path / "in", names)
     shutil.copytree(tmp_path / "in", tmp_path / "other")
-    deadly = {names[3], names[8]}
-    killers = {(tmp_path / "in" / name).read_bytes() for name in deadly}
-    for name in deadly:  # what the shards are to be: the same files, of which these are rejected
-        (tmp_path / "other" / name).write_bytes(bytes((tmp_path / "in" / name).stat().st_size))
-    wanted = one(tmp_path / "other", tmp_path / "wanted", shard_samples=3)
-    right = module.open_image
+    killers = {name: (tmp_path / "in" / name).read_bytes() for name in (names[3], names[8])}
+    for name, data in killers.items():  # what the shards are to be: the same files, of which these are rejected
+        (tmp_path / "other" / name).write_bytes(bytes(len(data)))
 
-    def crashing(data: bytes) -> Image.Image:
-        if data in killers:
+    def crashing(data: bytes, right: Any = module.open_image) -> Image.Image:
+        if data in killers.values():
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             faulthandler.disable()  # pytest's, which would write much
             os.abort()
         return right(data)
 
+    wanted = one(tmp_path / "other", tmp_path / "wanted", shard_samples=3)
     monkeypatch.setattr(module, "open_image", crashing)
+    kinds = (".tar", ".npy")
     for workers in (1, 2):
         made = one(tmp_path / "in", tmp_path / f"out{workers}", shard_samples=3, workers=workers)
-        assert rejected(made.folder) == dict.fromkeys(deadly, "its decoder crashes")
-        assert made.samples == wanted.samples == len(names) - len(deadly)
-        assert {n: d for n, d in contents(made.folder).items() if n.endswith((".tar", ".npy"))} == {
-            n: d for n, d in contents(wanted.folder).items() if n.endswith((".tar", ".npy"))
-        }
+        assert rejected(made.folder) == dict.fromkeys(killers, "its decoder crashes")
+        assert made.samples == wanted.samples == len(names) - len(killers)
+        made_of, wanted_of = (contents(m.folder).items() for m in (made, wanted))
+        assert {f for f in made_of if f[0].endswith(kinds)} == {f for f in wanted_of if f[0].endswith(kinds)}
+
+
+# where a photograph was taken does not reach the shards, and nothing else of its file changes
+
+SECRET, DATE = (48.0, 51.0, 29.5), b"2026:11:22"
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><exif:GPSLatitude>48,51.49N</exif:GPSLatitude></x:xmpmeta>'
+
+
+def location(gps: bool = True) -> Image.Exif:
+    block = exif(6)
+    block[0x010F] = "A maker of cameras"
+    if gps:
+        block.get_ifd(0x8825).update({1: "N", 2: SECRET, 3: "E", 4: (2.0, 17.0, 40.0), 29: DATE.decode()})
+    return block
+
+
+def photograph(kind: str, gps: bool = True) -> bytes:
+    return encoded(picture(3, 40, 60), kind, exif=location(gps).tobytes())
+
+
+def changed() -> Iterator[Any]:
+    """A file with a location, and what of it tells that one is there."""
+    for kind in ("JPEG", "PNG", "WEBP"):
+        yield pytest.param(photograph(kind), DATE, id=kind)
+    for kind in ("JPEG", "WEBP"):
+        yield pytest.param(encoded(picture(3), kind, xmp=XMP), b"GPS", id=f"XMP in {kind}")
+    second = picture(2)  # both pictures of a phone's file lose it
+    second.info["exif"] = location().tobytes()
+    both = encoded(picture(1), "MPO", save_all=True, append_images=[second], exif=location().tobytes())
+    yield pytest.param(both, DATE, id="MPO")
+
+
+@pytest.mark.parametrize(("data", "secret"), [*changed()])
+def test_the_location_is_gone_and_the_rest_is_as_it_was(data: bytes, secret: bytes):
+    assert secret in data
+    clean = without_location(data)
+    assert secret not in clean
+    assert len(clean) == len(data)
+    image, before = opened(clean), opened(data)
+    image.load()  # also checks a PNG's checksums
+    assert np.array_equal(np.asarray(image), np.asarray(before))
+    assert before.getexif().get_ifd(0x8825).get(2) == (SECRET if secret == DATE else None)
+    assert not image.getexif().get_ifd(0x8825)
+    assert [image.getexif().get(tag) for tag in (0x112, 0x10F)] == [before.getexif().get(tag) for tag in (0x112, 0x10F)]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_what_has_no_location_keeps_every_byte(kind: str):
+    for data in (photograph(kind, gps=False), encoded(picture(1), kind)):
+        assert without_location(data) is data
+
+
+@pytest.mark.parametrize("cut", range(20, 200, 7))
+def test_damaged_exif_is_no_obstacle(cut: int):
+    tiff = location().tobytes()[:cut]
+    for block in (tiff, tiff + b"\xff" * 40, tiff + bytes(40)):
+        data = b"\xff\xd8\xff\xe1" + (len(block) + 2).to_bytes(2, "big") + block + photograph("JPEG", gps=False)[2:]
+        without_location(data)
+        without_location(b"\x89PNG\r\n\x1a\n" + chunk(b"eXIf", block[6:]) + b"\0\0\xff")
+
+
+def test_shards_hold_no_location_unless_asked(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(photograph("JPEG"))
+    clean, kept = (one(tmp_path / "in", tmp_path / f"out{k}", keep_location=k) for k in (False, True))
+    assert samples(kept)["a.jpg"][1] == photograph("JPEG")
+    assert samples(clean)["a.jpg"][1] == without_location(photograph("JPEG"))
+    assert (clean.job["keep_location"], kept.job["keep_location"]) == (False, True)

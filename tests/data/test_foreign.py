@@ -1,12 +1,9 @@
 """Shards that others wrote: what webdataset, img2dataset and the rest put in a tar is found, named and trained on."""
 
 import contextlib
-import hashlib
 import json
 import os
 import re
-import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -30,6 +27,7 @@ from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.samples import Data
 from ssl_vit.data.stream import EvaluationStream, Share, TrainingStream
 from ssl_vit.data.verify import VerifyShards, verify
+from tests.data import servers
 from tests.data.damage import CPU, END, member
 from tests.data.pictures import contents, encoded, make, one, picture, write_pictures
 from tests.starts import call
@@ -53,7 +51,7 @@ def write(folder: Path, samples: Iterable[Sample], most: int = MOST) -> Path:
     return folder
 
 
-def add(folder: Path, *samples: dict[str, str | bytes]) -> None:
+def add(folder: Path, *samples: Sample) -> None:
     """One more shard."""
     with TarWriter(str(folder / "00003.tar"), encoder=False) as writer:
         for sample in samples:
@@ -70,23 +68,16 @@ def indexed(shards: Path | str, **options: Any) -> Manifest:
 
 
 def refused(shards: Path | str, code: int, *says: str, **options: Any) -> None:
-    with pytest.raises(exits.Refusal) as caught:
-        indexed(shards, **options)
-    assert caught.value.code == code
-    assert "\n" not in str(caught.value)
-    assert not [text for text in says if text not in str(caught.value)], str(caught.value)
+    line = servers.refused(lambda: indexed(shards, **options), code)
+    assert not [text for text in says if text not in line], line
 
 
 def held(made: Manifest) -> list[tuple[bytes, str | None]]:
     """Image bytes and name of the class of every sample in order, by manifest and indexes alone."""
-    found = []
-    for shard in range(len(made.shards)):
-        data = made.tar(shard).read_bytes()
-        for row in made.index(shard):
-            label = int(row["label"])
-            part = data[int(row["offset"]) : int(row["offset"]) + int(row["size"])]
-            found.append((part, made.classes[label] if label >= 0 else None))
-    return found
+    data = [made.tar(shard).read_bytes() for shard in range(len(made.shards))]
+    names: list[str | None] = [*made.classes, None]  # -1: none
+    rows = [(tar, row) for tar, one in zip(data, map(made.index, range(len(data))), strict=True) for row in one]
+    return [(tar[row["offset"] :][: row["size"]], names[row["label"]]) for tar, row in rows]
 
 
 def rejects(folder: Path) -> list[dict[str, str]]:
@@ -94,95 +85,63 @@ def rejects(folder: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def in_img2dataset_style(number: int) -> Sample:
-    data = image(number)
-    note = {
-        "caption": f"a picture of {number}", "url": f"https://example.org/{number}.jpg", "key": f"{number:09d}",
-        "status": "success", "error_message": None, "width": 12, "height": 10, "original_width": 24, "exif": "{}",
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }  # fmt: skip
-    return {"__key__": f"{number:09d}", "jpg": data, "txt": note["caption"], "json": note}
+Classes = Callable[[int], Any]
 
 
-Classes = Callable[[int], str | None]
+def turns(*answers: str | None) -> Classes:
+    """Of samples that take turns in these classes."""
+    return lambda number: answers[number % len(answers)]
 
 
-def no_class(number: int) -> None:
-    """Of any sample."""
-
-
-def name(number: int) -> str:
-    return NAMES[number % 3]
-
-
-def third(number: int) -> str:
-    return str(number % 3)
-
-
-def half(number: int) -> str:
-    return str(number % 2)
-
+name, third, half, mixed = turns(*NAMES), turns(*"012"), turns(*"01"), turns("7", "seven", "12")
+IMG2DATASET: dict[str, Any] = {
+    "caption": "a picture", "url": "https://example.org/1.jpg", "key": "000000001", "status": "success",
+    "error_message": None, "width": 12, "height": 10, "original_width": 24, "exif": "{}", "sha256": "0" * 64,
+}  # fmt: skip
 
 STYLES: dict[str, tuple[Callable[[int], Sample], Classes]] = {
     "number in cls": (lambda i: {"jpg": image(i), "cls": i % 3}, third),
-    "numbers with gaps": (lambda i: {"jpg": image(i), "cls": 5 * (i % 2)}, lambda i: str(5 * (i % 2))),
+    "numbers with gaps": (lambda i: {"jpg": image(i), "cls": 5 * (i % 2)}, turns("0", "5")),
     "text in cls": (lambda i: {"jpg": image(i), "cls": f"{name(i)}\n".encode()}, name),
     "number in JSON": (lambda i: {"png": image(i, "png"), "json": {"label": i % 2}}, half),
     "text in JSON": (lambda i: {"webp": image(i, "webp"), "json": {"class": name(i), "width": 1}}, name),
     "a number as text": (lambda i: {"jpg": image(i), "json": {"cls": half(i)}}, half),
-    "numbers and names": (
-        lambda i: {"jpg": image(i), "cls": [b"7", b"seven", b"12"][i % 3]},
-        lambda i: ["7", "seven", "12"][i % 3],
-    ),
-    "no labels": (lambda i: {"jpg": image(i)}, no_class),
-    "some labels": (
-        lambda i: {"jpg": image(i), **({"cls": 1} if i % 2 else {"cls": -1} if i % 4 else {})},
-        lambda i: "1" if i % 2 else None,
-    ),
-    "empty labels": (lambda i: {"jpg": image(i), "cls": b" ", "json": {"label": "x"}}, no_class),
-    "img2dataset": (in_img2dataset_style, no_class),
-    "open_clip": (lambda i: {"jpg": image(i), "txt": "a caption", "json": {"uid": "ab"}}, no_class),
-    "timm": (
-        lambda i: {"__key__": f"n0144{i}", "jpg": image(i), "cls": i % 3, "json": {"label": 9, "filename": "x.JPEG"}},
-        third,
-    ),
+    "numbers and names": (lambda i: {"jpg": image(i), "cls": mixed(i).encode()}, mixed),
+    "no labels": (lambda i: {"jpg": image(i)}, turns(None)),
+    "some labels": (lambda i: {"jpg": image(i)} | ({}, {"cls": 1}, {"cls": -1}, {"cls": 1})[i % 4], turns(None, "1")),
+    "empty labels": (lambda i: {"jpg": image(i), "cls": b" ", "json": {"label": "x"}}, turns(None)),
+    "img2dataset": (lambda i: {"jpg": image(i), "txt": "a picture", "json": IMG2DATASET}, turns(None)),
+    "timm": (lambda i: {"__key__": f"n0144{i}", "jpg": image(i), "cls": i % 3, "json": {"label": 9}}, third),
     "ImageNet's names": (lambda i: {"__key__": f"val.{i:08d}", "JPEG": image(i), "cls": i % 3}, third),
-    "dots in all names": (
-        lambda i: {"__key__": f"a.b.{i}", "png": image(i, "png"), "json": {"label": name(i)}, "c.txt": "no"},
-        name,
-    ),
+    "dots in all names": (lambda i: {"__key__": f"a.b.{i}", "jpg": image(i), "cls": i % 2, "c.txt": "no"}, half),
     "folders": (lambda i: {"__key__": f"n0{i % 3}.v1/x_{i}", "JPEG": image(i), "cls": i % 3}, third),
-    "the same name in other folders": (
-        lambda i: {"__key__": f"{'abc'[i % 3]}/{i // 3}", "jpg": image(i), "cls": i % 3},
-        third,
-    ),
-    "segmentation beside it": (
-        lambda i: {"jpg": image(i), "seg.png": image(i + 100, "png"), "depth.npy": b"\x93NUMPY", "cls": i % 2},
-        half,
-    ),
+    "segmentation beside it": (lambda i: {"jpg": image(i), "seg.png": image(9, "png"), "cls": i % 2}, half),
     "all kinds": (lambda i: {(k := list(KINDS)[i % len(KINDS)]): image(i, k), "cls": i % 2}, half),
-    "a name of 300 letters": (
-        lambda i: {"__key__": f"{'x' * 150}/{'é' * 70}{i}", "jpg": image(i), "cls": i % 2},
-        half,
-    ),
 }
-CLASSES = {"no labels": [], "empty labels": [], "img2dataset": [], "open_clip": [], "some labels": ["0", "1"]}
+CLASSES = {"no labels": [], "empty labels": [], "img2dataset": [], "some labels": ["0", "1"]}
 CLASSES |= {"numbers with gaps": [*"012345"], "numbers and names": ["12", "7", "seven"]}
 """Of a style, where they are not just all that occur, sorted."""
-NOT_IMAGES = {"__key__", "cls", "json", "txt", "seg.png", "depth.npy", "c.txt"}
+NOT_IMAGES = {"__key__", "cls", "json", "txt", "seg.png", "c.txt"}
 
 
 def styled(style: str) -> list[Sample]:
     return [{"__key__": f"{number:05d}"} | STYLES[style][0](number) for number in range(COUNT)]
 
 
+REPORTS = {"number in cls": ["10 samples, 3 classes, 3 shards"]}
+REPORTS |= {"some labels": ["10 samples, 5 without a class, 2 classes, 3 shards"]}
+REPORTS |= {"img2dataset": ["not read: 10 .txt", "10 samples, 0 classes, 3 shards"]}
+
+
 @pytest.mark.parametrize("style", STYLES)
-def test_every_sample_is_found_with_its_bytes_and_class(style: str, tmp_path: Path):
+def test_every_sample_is_found_with_its_bytes_and_class(style: str, tmp_path: Path, capsys: Any):
     """In their order, by shards; what others wrote is not touched, and a second run changes nothing."""
     samples = styled(style)
     folder = write(tmp_path / "set", samples)
     before = contents(folder)
     made = indexed(folder)
+    said = capsys.readouterr().out.replace(f"{folder}: ", "").splitlines()
+    assert said == REPORTS.get(style, said)
     class_of = STYLES[style][1]
     images = [next(data for name, data in sample.items() if name not in NOT_IMAGES) for sample in samples]
     assert held(made) == [(data, class_of(number)) for number, data in enumerate(images)]
@@ -218,20 +177,15 @@ def test_samples_are_those_that_webdataset_sees(tmp_path: Path, entries: list[tu
         for suffix in suffixes
     ]
     tar.write_bytes(b"".join(members) + END)
-    theirs = {}
+    theirs = []
     if any(set(suffixes) & {"jpg", "PNG"} for _, suffixes in entries):
         for sample in WebDataset(str(tar), shardshuffle=False, empty_check=False):
             kinds = sample.keys() & {"jpg", "png"}
             if len(kinds) == 1:
                 label = int(sample["cls"]) if "cls" in sample else 3 if "json" in sample else None
-                theirs[sample["__key__"]] = (sample[kinds.pop()], label)
-    ours = foreign.scan(tar, tar.name)
-    rows = [(tar.read_bytes()[offset : offset + size], label) for offset, size, label, _ in ours.rows]
-    if theirs:  # without an image, or with "KEY.seg.png" alone, names are cut at the last dot
-        assert rows == list(theirs.values())
-
-
-# classes
+                theirs.append((sample[kinds.pop()], label))
+    rows = [(tar.read_bytes()[start:][:size], label) for start, size, label, _ in foreign.scan(tar, tar.name).rows]
+    assert rows == theirs or not theirs  # without an image, or with "KEY.seg.png" alone, names end at the last dot
 
 
 @pytest.mark.parametrize(
@@ -240,15 +194,15 @@ def test_samples_are_those_that_webdataset_sees(tmp_path: Path, entries: list[tu
         (None, ["0", "1"], half),
         ("fine", ["0", "1", "2"], third),
         ("name", sorted(NAMES), name),
-        ("some", ["yes"], lambda i: "yes" if i < 3 else None),
-        ("nothing", [], no_class),
+        ("some", ["yes"], turns(*["yes"] * 3, *[None] * 4)),
+        ("nothing", [], turns(None)),
     ],
 )
 def test_label_key_names_the_field(tmp_path: Path, label_key: str | None, classes: list[str], wanted: Classes):
     """Before cls, and before the fields that are looked at else."""
-    fields = [{"fine": i % 3, "name": name(i), "label": 8, "cls": 8} for i in range(7)]
-    fields = [note | ({"some": "yes"} if i < 3 else {}) for i, note in enumerate(fields)]
-    samples = numbered({"cls": i % 2, "json": note} for i, note in enumerate(fields))
+    notes: list[Sample] = [{"fine": i % 3, "name": name(i), "label": 8, "cls": 8} for i in range(7)]
+    notes = [*({"some": "yes"} | note for note in notes[:3]), *notes[3:]]
+    samples = numbered({"cls": i % 2, "json": note} for i, note in enumerate(notes))
     made = indexed(write(tmp_path, samples), label_key=label_key)
     assert [label for _, label in held(made)] == [wanted(i) for i in range(7)]
     assert made.classes == classes
@@ -268,7 +222,6 @@ def text(path: Path, content: Any) -> Path:
 
 MORE = [*NAMES[::-1], "more"]
 MAPS: dict[str, tuple[Any, list[str]]] = {  # content, and the classes in their order
-    "map.txt": ("\n".join(MORE), MORE),
     "map.json": (MORE, MORE),
     "of numbers.json": ({NAMES[1]: 0, NAMES[0]: 1, NAMES[2]: 2}, [*NAMES[1::-1], NAMES[2]]),
     "shards": (None, sorted([*NAMES, "a"])),  # of ours
@@ -284,12 +237,10 @@ def test_a_class_map_orders_names_and_names_numbers(file: str, said: str, tmp_pa
         one(write_pictures(tmp_path / "images", [f"{name}/0.png" for name in classes]), tmp_path / file)
     else:
         text(tmp_path / file, content)
-    numbers = [i % 3 for i in range(6)]
-    fields = [{"cls": NAMES[i].encode() if said == "names" else i} for i in numbers]
+    fields = [{"cls": NAMES[i].encode() if said == "names" else i} for i in range(3)]
     made = indexed(write(tmp_path / "set", numbered([*fields, {}])), class_map=str(tmp_path / file))
     assert made.classes == classes
-    wanted = [NAMES[i] if said == "names" else classes[i] for i in numbers]
-    assert [label for _, label in held(made)] == [*wanted, None]
+    assert [label for _, label in held(made)] == [*(NAMES if said == "names" else classes[:3]), None]
 
 
 def test_a_class_map_may_know_the_numbers_themselves(tmp_path: Path):
@@ -305,7 +256,6 @@ def test_a_class_map_may_know_the_numbers_themselves(tmp_path: Path):
     [
         ([0, 3], ["a", "b", "c"], ["has 3 classes", "number 3"]),
         ([b"a", b"x"], ["a", "b"], ["does not have 1 of the classes (first: x)"]),
-        ([b"a", 1], ["a", "b"], ["first: 1"]),
         ([0], "{", ["cannot be read"]),
         ([1_000_000], None, ["class 1000000", "class_map="]),
     ],
@@ -349,23 +299,15 @@ def test_the_index_may_lie_elsewhere(folder: Path, tmp_path: Path, monkeypatch: 
     os.chmod(folder, 0o755)
 
 
-def test_an_index_beside_its_tars_moves_with_them(folder: Path, tmp_path: Path):
-    indexed(folder)
-    folder.rename(tmp_path / "elsewhere")
-    assert held(manifest.load(tmp_path / "elsewhere")) == NUMBERED
-
-
-FOLDERS = ["{here}/set", "{here}/set/", "set", "{here}/set/../set", ".", "./set", "set/.", "./"]
-PATTERNS = ["{here}/set/{{00000..00002}}.tar", "set/{{00000..00002}}.tar", "set/0000{{0,1,2}}.tar", "set/*.tar"]
-PATTERNS += ["{here}/s?t/0000?.tar"]
+FOLDERS = ["{here}/set/", "{here}/set/../set", ".", "./set", "./"]
+PATTERNS = ["{here}/set/{{00000..00002}}.tar", "set/0000{{0,1,2}}.tar", "set/*.tar", "{here}/s?t/0000?.tar"]
 LONG = "{here}/set/{{" + ",".join(f"{number:05d}" for number in range(100)) + "}}.tar"
 """Longer than any file name may be, as a script writes it."""
 
 
 @pytest.mark.parametrize("pattern", [*FOLDERS, *PATTERNS, pytest.param(LONG, id="long list")])
-def test_a_folder_and_patterns_name_the_same_set(
-    folder: Path, tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_folder_and_patterns_name_the_same_set(folder: Path, pattern: str, monkeypatch: pytest.MonkeyPatch):
+    tmp_path = folder.parent
     monkeypatch.chdir(folder if pattern in (".", "./") else tmp_path)
     made = indexed(pattern.format(here=tmp_path), output=str(tmp_path / "index"))
     assert made.job["rejects"] == (97 if pattern == LONG else 0)
@@ -375,10 +317,13 @@ def test_a_folder_and_patterns_name_the_same_set(
 
 
 def test_a_pattern_in_the_working_folder_is_indexed_there(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """And an index beside its tars moves with them."""
     monkeypatch.chdir(folder)
     indexed("{00000..00002}.tar")
     monkeypatch.chdir("/")
     assert held(manifest.load(folder)) == NUMBERED
+    folder.rename(folder.parent / "elsewhere")
+    assert held(manifest.load(folder.parent / "elsewhere")) == NUMBERED
 
 
 @pytest.mark.parametrize(
@@ -393,28 +338,18 @@ def test_tars_below_two_folders_are_one_set(tmp_path: Path, shards: str, at: str
     if shards != "sets":
         write(tmp_path / "sets" / "c", styled("no labels"))
     made = indexed(tmp_path / shards, **({"output": str(tmp_path / "index")} if at == "index" else {}))
-    names = ["a/00000.tar", "a/00001.tar", "b/deep/00000.tar", "b/deep/00001.tar"]
-    assert [shard.name for shard in made.shards] == names
+    names = ["a/00000", "a/00001", "b/deep/00000", "b/deep/00001"]
+    assert [shard.name for shard in made.shards] == [f"{name}.tar" for name in names]
     assert held(made) == NUMBERED
     assert manifest.load(tmp_path / at) == made
-    found = {path.relative_to(tmp_path / at).as_posix() for path in (tmp_path / at).rglob("*.npy")}
-    assert found == {name.replace(".tar", ".npy") for name in names}
-
-
-def test_a_pattern_over_two_disks_is_one_set(folder: Path, tmp_path: Path):
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
-        write(Path(disk), styled("number in cls"))
-        made = indexed(f"/{{{str(folder)[1:]},{disk[1:]}}}/{{00000..00002}}.tar", output=str(tmp_path / "index"))
-        assert made.samples == len(held(made)) == 2 * COUNT
+    assert {name for name in contents(tmp_path / at) if name.endswith(".npy")} == {f"{name}.npy" for name in names}
 
 
 @pytest.mark.parametrize(
     ("pattern", "code", "says"),
     [
-        *(
-            ("{here}/" + many + ".tar", exits.USAGE, "more than 1,000,000 names")
-            for many in ("{{0..9999999999}}", "{{0..9999}}{{0..9999}}", "{{a,b}}" * 25, "{{a,b}}" * 60)
-        ),
+        ("{here}/{{0..9999999999}}.tar", exits.USAGE, "more than 1,000,000 names"),
+        ("{here}/" + "{{a,b}}" * 60 + ".tar", exits.USAGE, "more than 1,000,000 names"),
         ("{here}/nothing", exits.DATA, "nothing"),
         ("{here}/*.tar", exits.DATA, "finds no files"),
         ("{here}/empty", exits.DATA, "has no .tar files"),
@@ -430,15 +365,11 @@ def test_names_that_mean_nothing_are_refused(folder: Path, tmp_path: Path, patte
     assert not (tmp_path / "index" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_workers_writes_the_same_files(tmp_path: Path, workers: int):
+def test_any_number_of_workers_writes_the_same_files(tmp_path: Path):
     folder = write(tmp_path / "set", [*styled("text in cls"), {"__key__": "x", "cls": 1}], most=1)
-    indexed(folder, output=str(tmp_path / "1"))
-    indexed(folder, output=str(tmp_path / "many"), workers=workers)
-    assert contents(tmp_path / "1") == contents(tmp_path / "many")
-
-
-# another run
+    for workers in (1, 2, 3):
+        indexed(folder, output=str(tmp_path / str(workers)), workers=workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
 
 
 def test_shards_that_came_later_are_found_by_another_run(folder: Path):
@@ -481,29 +412,23 @@ def test_files_of_others_are_not_overwritten(folder: Path):
 
 
 def test_what_cannot_be_used_is_reported_and_the_rest_is(folder: Path, capsys: Any):
-    """With everything that cannot be used; how a tar may be damaged is the matter of test_hostile_tars.py."""
-    bad: list[dict[str, str | bytes]] = [
-        {"__key__": "html", "jpg": b"<html>"},
-        {"__key__": "no-image", "cls": b"3"},
-        {"__key__": "gif", "png": encoded(picture(), "GIF")},
-        {"__key__": "json", "jpg": image(1), "json": b"{"},
-        {"__key__": "list", "jpg": image(2), "json": b'{"label": [1, 2]}'},
-        {"__key__": "two", "jpg": image(3), "png": image(4, "png")},
-        {"__key__": "pickle", "jpg": image(5), "pkl": b"\x80\x04.", "cls": b"1"},
-    ]
-    add(folder, *bad)
-    with tarfile.open(folder / "00000.tar") as archive:
-        third = [member for member in archive if member.name.endswith(".jpg")][2]
-    (folder / "00004.tar").write_bytes((folder / "00000.tar").read_bytes()[: third.offset_data + 9])
+    """Under webdataset's names; how a tar may be damaged is the matter of test_hostile_tars.py."""
+    bad: dict[str, Sample] = {"b/html": {"jpg": b"<html>"}, "no-image": {"cls": b"3"}}
+    bad |= {"gif": {"png": encoded(picture(), "GIF")}, "two": {"jpg": image(3), "png": image(4, "png")}}
+    bad |= {"json": {"jpg": image(1), "json": b"{"}, "list": {"jpg": image(2), "json": b'{"label": [1, 2]}'}}
+    good = {"__key__": "pickle", "jpg": image(5), "pkl": b"\x80\x04.", "cls": b"1"}
+    add(folder, *({"__key__": key} | sample for key, sample in bad.items()), good)
+    whole = (folder / "00000.tar").read_bytes()
+    (folder / "00004.tar").write_bytes(whole[: whole.index(image(2)) + 9])
     (folder / "00005.tar").write_bytes(b"<html>not found</html>" * 50)
     (folder / "00006.tar").write_bytes(b"")
     (folder / "00007.tar").mkdir()
     made = indexed(folder)
     assert [shard.samples for shard in made.shards] == [4, 4, 2, 1, 2]
     assert held(made)[COUNT] == (image(5), "1")
-    found = {(row["shard"], row["key"].strip("/")): row["reason"] for row in rejects(folder)}
-    assert {key for shard, key in found if shard == "00003.tar"} == {sample["__key__"] for sample in bad[:-1]}
-    assert "JPEG, PNG or WebP" in found["00003.tar", "html"]
+    found = {(row["shard"], row["key"]): row["reason"] for row in rejects(folder)}
+    assert {key for shard, key in found if shard == "00003.tar"} == bad.keys()
+    assert "JPEG, PNG or WebP" in found["00003.tar", "b/html"]
     assert found["00003.tar", "no-image"] == "has no image"
     assert {shard for shard, _ in found} == {f"0000{i}.tar" for i in range(3, 8)}
     said = capsys.readouterr().out.splitlines()
@@ -516,12 +441,6 @@ def test_what_cannot_be_used_is_reported_and_the_rest_is(folder: Path, capsys: A
     lost = made.job["rejects"]
     assert said[6:] == [f"{folder}: 13 samples, 3 classes, 5 shards, {lost} faults (see {folder}/rejects.jsonl)"]
     assert lost == len(rejects(folder))
-
-
-def test_a_reject_is_named_as_webdataset_names_it(folder: Path):
-    add(folder, {"__key__": "b/7", "jpg": b"no"}, {"__key__": "7", "jpg": b"no"})
-    indexed(folder)
-    assert [row["key"] for row in rejects(folder)] == ["b/7", "7"]
 
 
 def test_a_report_stays_short(tmp_path: Path, capsys: Any):
@@ -537,19 +456,6 @@ def test_a_report_stays_short(tmp_path: Path, capsys: Any):
     assert made.samples == len(rejects(tmp_path / "set")) == 30
 
 
-@pytest.mark.parametrize(
-    ("style", "says"),
-    [
-        ("number in cls", ["{}: 10 samples, 3 classes, 3 shards"]),
-        ("some labels", ["{}: 10 samples, 5 without a class, 2 classes, 3 shards"]),
-        ("img2dataset", ["not read: 10 .txt", "{}: 10 samples, 0 classes, 3 shards"]),
-    ],
-)
-def test_a_report_of_a_good_set_is_short(tmp_path: Path, capsys: Any, style: str, says: list[str]):
-    indexed(write(tmp_path, styled(style)))
-    assert capsys.readouterr().out.splitlines() == [line.format(tmp_path) for line in says]
-
-
 def test_full_decodes_what_a_header_hides(tmp_path: Path):
     whole = encoded(picture(1, 300, 300), "JPEG")
     samples = [{"__key__": "good", "jpg": whole}, {"__key__": "cut", "jpg": whole[: len(whole) // 2]}]
@@ -557,7 +463,7 @@ def test_full_decodes_what_a_header_hides(tmp_path: Path):
     assert indexed(folder, output=str(tmp_path / "quick")).samples == 2
     made = indexed(folder, output=str(tmp_path / "full"), full=True)
     assert (made.samples, made.job["full"]) == (1, True)
-    assert [row["key"].strip("/") for row in rejects(tmp_path / "full")] == ["cut"]
+    assert [row["key"] for row in rejects(tmp_path / "full")] == ["cut"]
 
 
 def test_nothing_usable_is_refused_with_the_first_reason(tmp_path: Path):
@@ -567,8 +473,6 @@ def test_nothing_usable_is_refused_with_the_first_reason(tmp_path: Path):
     assert len(rejects(folder)) == 1
     refused(write(tmp_path / "texts", [{"__key__": "b", "txt": "no"}]), exits.DATA, "no images")
 
-
-# trained on
 
 TINY: dict[str, Any] = {"image_size": 8, "workers": 0, "lanes": 2, "window": 2}
 
@@ -582,15 +486,11 @@ def plain(color: tuple[int, int, int]) -> bytes:
     return encoded(Image.new("RGB", (9, 8), color), "PNG")
 
 
-def colored(label: Callable[[int], Any]) -> list[Sample]:
-    return [{"__key__": f"k/{i}", "png": plain(color(i)), "cls": label(i)} for i in range(COUNT)]
-
-
-def trained(made: Manifest, epochs: int = 2) -> Counter[tuple[tuple[int, ...], str | None]]:
-    """How often each (colour, class) came in so many epochs."""
+def trained(made: Manifest) -> Counter[tuple[tuple[int, ...], str | None]]:
+    """How often each (colour, class) came in two epochs."""
     stream = TrainingStream(made, Data(**TINY), seed=3, batch=made.samples)
     found = Counter()
-    for batch in islice(stream.batches(0, Share(0, 1, made.samples), CPU), epochs):
+    for batch in islice(stream.batches(0, Share(0, 1, made.samples), CPU), 2):
         assert batch["valid"].all()
         for pixels, label in zip(batch["image"], batch["label"].tolist(), strict=True):
             assert (pixels == pixels[:, :1, :1]).all()
@@ -604,61 +504,35 @@ def found(tmp_path: Path, *paths: Path) -> Manifest:
     return sets(tuple(map(str, paths)), "train", tmp_path / "converted", Store(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_what_was_indexed_is_trained_on(tmp_path: Path, elsewhere: bool):
-    folder = write(tmp_path / "set", colored(lambda i: name(i).encode()))
+def test_sets_of_different_classes_are_joined_by_name_and_trained_on(tmp_path: Path):
+    """Of theirs, ours and one without classes: each sample once an epoch, under its own class's name."""
+    theirs, mine, bare, at = (tmp_path / name for name in ("theirs", "ours", "bare", "bare-index"))
+    write(theirs, [{"__key__": f"k/{i}", "png": plain(color(i)), "cls": name(i).encode()} for i in range(COUNT)])
     with pytest.raises(exits.Refusal, match=r"index them first: tools/index_shards\.py"):
-        found(tmp_path, folder)
-    at = tmp_path / "index" if elsewhere else folder
-    indexed(folder, output=str(at))
-    made = found(tmp_path, at)
-    assert trained(made) == {(color(i), name(i)): 2 for i in range(COUNT)}
-    batches = EvaluationStream(made, Data(**TINY), batch=4).batches(Share(), CPU)
-    assert sum(int(batch["valid"].sum()) for batch in batches) == COUNT
-
-
-def ours(tmp_path: Path, classes: list[str], first: int) -> Path:
-    """A set that make_shards made: image i of one colour, its class the i-th."""
-    for i in range(first, first + COUNT):
-        path = tmp_path / "our-images" / classes[i % len(classes)] / f"{i}.png"
+        found(tmp_path, theirs)
+    indexed(theirs)
+    indexed(write(bare, [{"__key__": str(i), "png": plain((i, i, i))} for i in range(3)]), output=str(at))
+    class_of = turns(NAMES[2], "an emu", NAMES[0])
+    for i in range(10, 20):
+        path = tmp_path / "our-images" / class_of(i) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(plain(color(i)))
-    make(tmp_path / "our-images", tmp_path / "ours", shard_samples=3)
-    return tmp_path / "ours"
-
-
-def test_sets_of_different_classes_are_joined_by_name(tmp_path: Path):
-    """Of theirs, ours and one without classes: each sample once an epoch, under its own class's name."""
-    theirs = write(tmp_path / "theirs", colored(lambda i: name(i).encode()))
-    indexed(theirs)
-    our_classes = [NAMES[2], "an emu", NAMES[0]]
-    mine = ours(tmp_path, our_classes, first=10)
-    bare = write(tmp_path / "bare", [{"__key__": str(i), "png": plain((i, i, i))} for i in range(3)])
-    indexed(bare, output=str(tmp_path / "bare-index"))
-    wanted = {(color(i), name(i)): 2 for i in range(COUNT)}
-    wanted |= {(color(i), our_classes[i % 3]): 2 for i in range(10, 10 + COUNT)}
-    wanted |= {((i, i, i), None): 2 for i in range(3)}
-    for paths in ((theirs, mine, tmp_path / "bare-index"), (tmp_path / "bare-index", mine, theirs)):
+    make(tmp_path / "our-images", mine, shard_samples=3)
+    wanted = {(color(i), name(i)): 2 for i in range(COUNT)} | {((i, i, i), None): 2 for i in range(3)}
+    wanted |= {(color(i), class_of(i)): 2 for i in range(10, 20)}
+    for paths in ((theirs, mine, at), (at, mine, theirs)):
         made = found(tmp_path, *paths)
         assert made.classes == sorted({*NAMES, "an emu"})
         assert made.samples == 23
         assert trained(made) == wanted
         made.check(full=True)
+        batches = EvaluationStream(made, Data(**TINY), batch=4).batches(Share(), CPU)
+        assert sum(int(batch["valid"].sum()) for batch in batches) == 23
     tars = [*(theirs / f"0000{i}.tar" for i in range(3)), *(mine / f"00000{i}.tar" for i in range(4))]
     assert {made.where(s) for s in range(len(made.shards))} == {str(tar) for tar in [*tars, bare / "00000.tar"]}
     (theirs / "00001.tar").unlink()
     with pytest.raises(exits.Refusal, match=r"1 of 8 shards are bad: 00001\.tar \(missing\)"):
-        found(tmp_path, theirs, mine, tmp_path / "bare-index").check()
-
-
-def test_numbers_get_the_names_of_a_set_by_its_classes(tmp_path: Path):
-    """class_map= our shards: their number 2 is our class 2, and both sets have the same classes."""
-    mine = ours(tmp_path, ["a", "b", "c"], first=10)
-    theirs = write(tmp_path / "theirs", colored(lambda i: i % 3))
-    indexed(theirs, class_map=str(mine))
-    made = found(tmp_path, mine, theirs)
-    assert made.classes == ["a", "b", "c"]
-    assert trained(made, 1) == {(color(i), "abc"[i % 3]): 1 for i in range(20)}
+        found(tmp_path, theirs, mine, at).check()
 
 
 @pytest.mark.parametrize(
@@ -666,20 +540,16 @@ def test_numbers_get_the_names_of_a_set_by_its_classes(tmp_path: Path):
     [
         (["shards=set"], 0, "set: 10 samples, 3 classes, 3 shards"),
         (["shards=set", "output=index", "workers=2", "full=true"], 0, "index: 10 samples, 3 classes, 3 shards"),
-        (["shards=set/{00000..00002}.tar"], 0, "set: 10 samples, 3 classes, 3 shards"),
         (["shards=set/{00001..00003}.tar"], 0, "00003.tar: 0 of 0 samples can be used: cannot be read"),
         ([], exits.USAGE, "shards"),
         (["shards=set", "worker=2"], exits.USAGE, "workers"),
         (["shards=nowhere"], exits.DATA, "nowhere"),
-        (["shards={0..99999999}.tar"], exits.USAGE, "more than 1,000,000"),
         (["shards=set", "output=set/00000.tar"], exits.CANNOT_CREATE, "00000.tar"),
         (["shards=set", "output=http://127.0.0.1/x"], exits.USAGE, "give output=FOLDER"),
         (["--help"], 0, "label_key"),
     ],
 )
-def test_the_command_ends_with_its_code_and_says_what_it_did(
-    folder: Path, arguments: list[str], code: int, says: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_command_ends_with_its_code(folder: Path, arguments: list[str], code: int, says: str, monkeypatch: Any):
     monkeypatch.chdir(folder.parent)
     ended = call("index_shards", [*arguments, *(["quiet=true"] if arguments else [])])
     assert ended.code == code
