@@ -82,18 +82,6 @@ def test_those_of_two_splits_are_listed_those_of_one_counted(splits: Path, tmp_p
     assert "duplicates.jsonl" in said
 
 
-def test_splits_by_a_hash_of_the_path_are_compared_too(tmp_path: Path):
-    """Here the same image under two names may fall to both sides."""
-    source = write_pictures(tmp_path / "in", [f"{i}.png" for i in range(30)])
-    copy(source, {f"again/{i}.png": f"{i}.png" for i in range(30)})
-    made = make(source, tmp_path / "out", val_fraction=0.5)
-    where = {name: split for split, m in made.items() for name in samples(m)}
-    torn = {sha256(source / f"{i}.png") for i in range(30) if where[f"{i}.png"] != where[f"again/{i}.png"]}
-    assert {row["sha256"] for row in rows(tmp_path / "out" / "duplicates.jsonl")} == torn
-    assert len(torn) > 5
-    assert sum(int(str(m.job["duplicates"])) for m in made.values()) == 30 - len(torn)
-
-
 def test_splits_that_share_nothing_have_no_list_and_a_set_without_splits_counts_too(tmp_path: Path, capsys: Any):
     source = write_pictures(tmp_path / "in", ["train/0.png", "val/0.png"])
     copy(source, {"train/1.png": "train/0.png", "train/2.png": "train/0.png"})
