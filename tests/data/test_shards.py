@@ -106,7 +106,7 @@ def test_what_is_named_like_an_image_and_is_none_is_no_obstacle(source: Path, tm
     assert made.samples == len(NAMES)
     os.rename(source / NAMES[0], os.fsencode(source / "plants") + b"/caf\xe9.jpg")  # no Unicode
     made = make(source, tmp_path / "split", val_fraction=0.5)
-    assert sum(m.samples + m.job["rejects"] for m in made.values()) == len(NAMES) + 1
+    assert sum(m.samples + m.job["rejects"] for m in made.values()) == len(NAMES) + 2  # link and pipe
 
 
 def test_a_folder_of_images_may_stand_for_its_shards(source: Path, tmp_path: Path):
