@@ -55,8 +55,7 @@ def offline() -> None:
     """Have no network, and say so where one is asked for."""
     connect = socket.socket.connect
 
-    def refuse(*asked: Any, **options: Any) -> Any:
-        del options
+    def refuse(*asked: Any, **_: Any) -> Any:
         print(f"asked for the network: {asked}", flush=True)
         raise OSError(errno.ENETUNREACH, "there is no network")
 

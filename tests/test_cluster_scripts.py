@@ -26,8 +26,7 @@ STUBS = {
         trap 'kill -USR2 $first $second' USR2
         SLURM_NODEID=0 "$@" & first=$!
         SLURM_NODEID=1 "$@" & second=$!
-        while wait $first; kill -0 $first 2>/dev/null; do :; done
-        while wait $second; status=$?; kill -0 $second 2>/dev/null; do :; done
+        for each in $first $second; do while wait $each; status=$?; kill -0 $each 2>/dev/null; do :; done; done
         exit $status""",
     "scontrol": """#!/bin/bash
         case $1.$2 in
@@ -50,17 +49,14 @@ import json, os, signal, sys, time
 from pathlib import Path
 stubs, words = Path(os.environ["STUBS"]), sys.argv[1:]
 rank = words[words.index("--machine_rank") + 1]
-ignored = [n.name for n in (signal.SIGTERM, signal.SIGUSR2) if signal.getsignal(n) is signal.SIG_IGN]
-def stop(number, frame):
-    end(75)
 def end(code):
     if code is not None and rank == "0":
         run = next(Path(word[4:]) for word in words if word.startswith("run="))
         ended = {{"code": code, "step": 3, "reason": f'it "said" {{code}}'}}
         (run / "exit.json").write_text(json.dumps(ended, indent=1))
     os._exit(code != 0)
-for number in (signal.SIGTERM, signal.SIGUSR2):
-    signal.signal(number, stop)
+before = {{number.name: signal.signal(number, lambda *_: end(75)) for number in (signal.SIGTERM, signal.SIGUSR2)}}
+ignored = [name for name, old in before.items() if old is signal.SIG_IGN]
 (stubs / f"launch-{{rank}}.tmp").write_text(json.dumps([ignored, words]))
 (stubs / f"launch-{{rank}}.tmp").rename(stubs / f"launch-{{rank}}.json")
 plan = json.loads((stubs / "plan").read_text())
@@ -76,11 +72,9 @@ def stubs(tmp_path: Path) -> Iterator[Path]:
     """A folder of stubs, beside `the place`, from where the scripts are started; afterwards no process may be left."""
     folder = tmp_path / "stubs"
     folder.mkdir()
-    for name, text in STUBS.items():
+    for name, text in (STUBS | {"state": "RUNNING", "refused": "0"}).items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    (folder / "state").write_text("RUNNING")
-    (folder / "refused").write_text("0")
     (tmp_path / "the place").mkdir()
     (tmp_path / "the place" / "tools").symlink_to(ROOT / "tools")
     yield folder
@@ -122,7 +116,8 @@ def launched(stubs: Path) -> list[list]:
 
 
 SLURM = ("tools/slurm.sbatch", "recipe=mpp", "run=my run", "data.train=it's $HOME")
-HOSTS = ("tools/hosts.sh", "a,me@b", "recipe=mpp", "run=my run", "data.train=it's $HOME")
+HOSTS = ("tools/hosts.sh", "a,me@b", *SLURM[1:])
+STOPPED = 'hosts.sh: ended with code 75: it \\"said\\" 75'
 
 
 def expected(rank: int, address: str, port: str) -> list[str]:
@@ -147,19 +142,18 @@ def test_a_warned_job_saves_and_is_requeued_unless_it_was_cancelled(stubs: Path,
     process.send_signal(signal.SIGUSR2)
     code, line = finish(process)
     assert line.startswith('slurm.sbatch: job 7: it \\"said\\" 75; ' + ("requeued" if requeued else "not requeued"))
-    assert code == (0 if requeued else 75)
-    assert (stubs / "requeued").exists() == requeued
+    assert (code, (stubs / "requeued").exists()) == ((0, True) if requeued else (75, False))
 
 
 @pytest.mark.process
 def test_a_refusal_is_not_requeued(stubs: Path):
-    text = 'ended with code 78: it \\"said\\" 78; not requeued'
-    assert finish(start(stubs, 78, *SLURM)) == (78, f"slurm.sbatch: job 7: {text}")
+    said = 'slurm.sbatch: job 7: ended with code 78: it \\"said\\" 78; not requeued'
+    assert finish(start(stubs, 78, *SLURM)) == (78, said)
     # one that came before the folder was held leaves the exit.json of an earlier start
     (stubs.parent / "the place" / "my run" / "exit.json").write_text('{\n "code": 75,\n')
     (stubs / "refused").write_text("64")
-    code, line = finish(start(stubs, None, *SLURM))
-    assert (code, line) == (64, "slurm.sbatch: job 7: refused with code 64, see above; not requeued")
+    said = "slurm.sbatch: job 7: refused with code 64, see above; not requeued"
+    assert finish(start(stubs, None, *SLURM)) == (64, said)
     assert (stubs / "dry_run").read_text() == f"8 tools/pretrain.py {' '.join(SLURM[1:])} dry_run=true\n"
     assert not (stubs / "requeued").exists()
 
@@ -178,11 +172,11 @@ def test_a_crash_is_requeued_a_few_times_without_progress(stubs: Path, crash: in
 
 @pytest.mark.process
 def test_the_run_folder_is_the_recipes_and_the_tool_is_the_first_word(stubs: Path):
-    process = start(stubs, 0, "tools/slurm.sbatch", "tools/finetune.py", "recipe=../other/mpp_v1.yaml", "steps=2")
-    _, errors = process.communicate(timeout=LIMIT)
+    words = ["tools/finetune.py", "recipe=../other/mpp_v1.yaml", "steps=2"]
+    _, errors = start(stubs, 0, "tools/slurm.sbatch", *words).communicate(timeout=LIMIT)
     assert "StopIteration" in errors  # the stub of rank 0 has no run= to write to
     assert (stubs.parent / "the place" / "runs" / "mpp_v1").is_dir()
-    assert launched(stubs)[1][1][-3:] == ["tools/finetune.py", "recipe=../other/mpp_v1.yaml", "steps=2"]
+    assert launched(stubs)[1][1][-3:] == words
 
 
 def test_hosts_that_are_done_end_with_0(stubs: Path):
@@ -204,7 +198,7 @@ def test_a_stopped_script_stops_its_hosts(stubs: Path, number: signal.Signals):
     if number == signal.SIGKILL:  # the fixture sees that the launchers end
         process.communicate(timeout=LIMIT)
     else:
-        assert finish(process) == (75, 'hosts.sh: ended with code 75: it \\"said\\" 75')
+        assert finish(process) == (75, STOPPED)
 
 
 @pytest.mark.process
@@ -212,10 +206,7 @@ def test_where_a_host_fails_the_others_are_stopped(stubs: Path):
     process = start(stubs, "wait", HOSTS[0], "a,down,b", *HOSTS[2:])
     out, errors = process.communicate(timeout=LIMIT)
     assert (process.returncode, errors) == (75, "")
-    assert out.splitlines()[1:] == [
-        "hosts.sh: down failed; stopping the others",
-        'hosts.sh: ended with code 75: it \\"said\\" 75',
-    ]
+    assert out.splitlines()[1:] == ["hosts.sh: down failed; stopping the others", STOPPED]
 
 
 @pytest.mark.process

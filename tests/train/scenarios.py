@@ -23,9 +23,7 @@ from tests.starts import Start, call
 KILLED = -9
 HOST = socket.gethostname()
 LIMIT = 120.0  # seconds after which a start hangs, on a busy machine
-DEADLY = re.compile(
-    "kill:|stop:|term:|int:|usr1:|usr2:|hang:|abort:"
-)  # a loader worker's death is answered but once, too
+DEADLY = re.compile("(kill|stop|term|int|usr1|usr2|hang|abort):")  # a loader worker's death is answered but once, too
 NOISE = ("SSL_VIT_FAULT=", "[rank", "[W", "[E", "Exception raised from", "frame #", "<omitting", "terminate called")
 """The drill's announcement, and how lines begin that torch's C++ parts write."""
 

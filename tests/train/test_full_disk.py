@@ -42,8 +42,7 @@ def with_own_mounts(work: Callable[[], object], folder: Path) -> None:
             os._exit(NOT_ALLOWED)
         work()
 
-    code = ended(fork(alone, folder / "scene"))
-    if code == NOT_ALLOWED:
+    if (code := ended(fork(alone, folder / "scene"))) == NOT_ALLOWED:
         pytest.skip("mounts of one's own are not allowed here")
     assert code == 0, (folder / "scene").read_text()
 
@@ -80,8 +79,7 @@ def test_a_disk_that_is_full(stage: Stage):
             found.append(runs.saved(stage.run)[-1])
             assert checkpoint.flaw(runs.last(stage.run)) is None
             assert runs.last(stage.run).name in said or "whole" in said
-        assert found[0] == found[1]
-        assert 4 <= found[0] < 20
+        assert 4 <= found[0] == found[1] < 20
         for folder in checkpoint.steps(stage.run / "checkpoints")[:-1]:
             shutil.rmtree(folder)
         stage.finish()
@@ -151,10 +149,9 @@ def test_a_save_that_fails_may_be_borne(stage: Stage):
             "Input/output error.*(step-00000007|whole)",
             saved=7,
             also=nothing_hidden,
-            resumed=place == "mid" and world == 2,
+            resumed=place == "mid",
         )
-        for place in ("mid", "written")
-        for world in (1, 2)
+        for place, world in (("written", 1), ("mid", 2))
     }
 )
 def test_an_error_while_saving_ends_all_ranks_alike(scenario: Scenario, stage: Stage):
@@ -165,7 +162,7 @@ def test_an_error_while_saving_ends_all_ranks_alike(scenario: Scenario, stage: S
 def test_folders_that_cannot_be_written(stage: Stage):
     """A8: 73 before the first step, whether it is the run's folder or that of its checkpoints."""
     stage.stop("loss:step=9")
-    before, rows = runs.state(stage.run), (stage.run / "metrics.jsonl").read_bytes()
+    before = runs.state(stage.run), (stage.run / "metrics.jsonl").read_bytes()
 
     def scene() -> None:
         for folder in (stage.run / "checkpoints", stage.run):
@@ -175,8 +172,7 @@ def test_folders_that_cannot_be_written(stage: Stage):
             stage.play(Scenario((CANNOT_CREATE,), "", line, says=("pretrain",), held=False))
 
     with_own_mounts(scene, stage.folder)
-    assert runs.state(stage.run) == before
-    assert (stage.run / "metrics.jsonl").read_bytes() == rows
+    assert (runs.state(stage.run), (stage.run / "metrics.jsonl").read_bytes()) == before
 
 
 def test_folders_that_are_none(shards: Path, tmp_path: Path):

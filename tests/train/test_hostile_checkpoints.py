@@ -10,7 +10,7 @@ import signal
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ OLD, NEW = "step-00000001", "step-00000002"
 FILES = ["model.safetensors", "optimizer.safetensors", "state.safetensors", "state.json", MANIFEST]
 
 
+@dataclass
 class Payload:
     """Says that it was unpickled, by a file."""
 
-    def __init__(self, canary: Path):
-        self.canary = canary
+    canary: Path
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch {self.canary}",)
@@ -70,8 +70,12 @@ def parent(origin: Path, tmp_path: Path) -> Path:
     return shutil.copytree(origin, tmp_path / "checkpoints")
 
 
+def names(parent: Path, pattern: str = "*") -> list[str]:
+    return sorted(path.name for path in parent.glob(pattern))
+
+
 def put_aside(parent: Path) -> list[str]:
-    return sorted(path.name for path in parent.glob("*.corrupt-*"))
+    return names(parent, "*.corrupt-*")
 
 
 def assert_falls_back(parent: Path) -> str:
@@ -113,11 +117,6 @@ def cut(size: int) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "gone": Path.unlink,
-    "empty": cut(0),
-    "a byte": cut(1),
-    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "the last byte": lambda path: os.truncate(path, path.stat().st_size - 1),
     "a byte more": lambda path: os.truncate(path, path.stat().st_size + 1),
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "a terabyte": cut(1 << 40),
@@ -126,8 +125,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "a link to the like": lambda path: (path.rename(path.parent.parent / "moved"), path.symlink_to("../moved")),
     "a link to itself": lambda path: (path.unlink(), path.symlink_to(path.name)),
-    "a link to a pipe": lambda path: (path.unlink(), os.mkfifo(path.parents[2] / "p"), path.symlink_to("../../p")),
-    "a link to nowhere": lambda path: (path.unlink(), path.symlink_to("/nowhere/at/all")),
     "a link to zeros": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
 }
 
@@ -144,20 +141,11 @@ def test_a_file_that_is_not_as_it_was_written(origin: Path, tmp_path: Path, dama
         assert name in why or name == MANIFEST, why
 
 
-FOLDERS: dict[str, Callable[[Path], object]] = {
-    "empty": lambda path: path.mkdir(),
-    "a file": lambda path: path.touch(),
-    "a pipe": lambda path: os.mkfifo(path),
-    "a link to another": lambda path: path.symlink_to(OLD),
-    "a link to itself": lambda path: path.symlink_to(path.name),
-    "a link to nowhere": lambda path: path.symlink_to("/nowhere"),
-}
-
-
-@pytest.mark.parametrize("kind", FOLDERS)
-def test_a_checkpoint_that_is_no_folder_of_its_own(parent: Path, kind: str):
+@pytest.mark.parametrize("link", ["", OLD, NEW])
+def test_a_checkpoint_that_is_no_folder_of_its_own(parent: Path, link: str):
+    """But a file, or a link to another one or to itself."""
     shutil.rmtree(parent / NEW)
-    FOLDERS[kind](parent / NEW)
+    (parent / NEW).symlink_to(link) if link else (parent / NEW).touch()
     assert_falls_back(parent)
     assert (parent / OLD / MANIFEST).exists()  # what a link led to has stayed
 
@@ -181,7 +169,7 @@ def test_pickles_beside_or_in_place_of_tensors_are_not_opened(origin: Path, tmp_
             checkpoint.load(parent / NEW)
         assert end.value.code == INTEGRITY
     assert not canary.exists()
-    os.system(f"touch {canary}")  # as it would have been
+    pickle.loads(pickle.dumps(Payload(canary)))  # as it would have been
     assert canary.exists()
 
 
@@ -202,13 +190,9 @@ CHANGED_FILES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "one less": lambda files: {name: files[name] for name in list(files)[1:]},
     "a path up": lambda files: files | {f"../{OLD}/state.json": files["state.json"]},
     "a path from the root": lambda files: files | {"/etc/passwd": files["state.json"]},
-    "no name": lambda files: files | {"": files["state.json"]},
-    "a point": lambda files: files | {".": files["state.json"]},
-    "a zero in a name": lambda files: files | {"state\0.json": files["state.json"]},
     "a name of a megabyte": lambda files: files | {"x" * MB: files["state.json"]},
     "itself": lambda files: files | {MANIFEST: files["state.json"]},
     "sizes below zero": lambda files: {name: entry | {"bytes": -1} for name, entry in files.items()},
-    "sizes of an exabyte": lambda files: {name: entry | {"bytes": 1 << 60} for name, entry in files.items()},
     "sizes as text": lambda files: {name: entry | {"bytes": "9"} for name, entry in files.items()},
     "no digest": lambda files: {name: {"bytes": entry["bytes"]} for name, entry in files.items()},
     "another digest": lambda files: {name: entry | {"sha256": "0" * 64} for name, entry in files.items()},
@@ -229,14 +213,11 @@ TEXTS: dict[str, bytes] = {
     "nothing": b"",
     "no JSON": b"hello",
     "null": b"null",
-    "a number": b"2",
     "a list": b"[]",
-    "an empty one": b"{}",
     "only a version": b'{"version": %d}' % VERSION,
     "a newer version, not sealed": b'{"version": 999, "files": {}, "digest": "0"}',
     "deep": b"[" * 1_000_000,
     "deep and closed": b"[" * 100_000 + b"]" * 100_000,
-    "deep in a value": b'{"version": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "a number of many digits": b'{"version": ' + b"9" * 1_000_000 + b"}",
     "not UTF-8": b'{"version": "\xff\xfe"}',
     "UTF-16": '{"version": 2}'.encode("utf-16"),
@@ -246,7 +227,7 @@ TEXTS: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("version", [0, VERSION - 1, VERSION + 1, 10**9, -1, None, "", f"{VERSION}", [], {}])
+@pytest.mark.parametrize("version", [0, VERSION - 1, VERSION + 1, -1, None, f"{VERSION}", []])
 def test_a_manifest_of_another_version_is_not_called_damaged(parent: Path, version: Any):
     """76 with the version, and everything stays as it is."""
     reseal(parent / NEW, version=version)
@@ -259,7 +240,7 @@ def test_a_manifest_of_another_version_is_not_called_damaged(parent: Path, versi
 
 
 def header(content: bytes, data: bytes = b"", size: int | None = None) -> bytes:
-    return struct.pack("<Q", len(content) if size is None else size % (1 << 64)) + content + data
+    return struct.pack("<Q", size or len(content)) + content + data
 
 
 def one(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8), name: str = "weight") -> bytes:
@@ -268,33 +249,25 @@ def one(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8), name: str 
 
 TENSORS: dict[str, bytes] = {
     "nothing": b"",
-    "half a size": b"\0\0\0",
     "a header of 2^63": header(b"{}", size=1 << 63),
-    "a header of 2^64 - 1": header(b"{}", size=-1),
     "a header of 90 MB that is not there": header(b"{}", size=90 * MB),
     "a header of 15 MB of blanks": header(b" " * (15 * MB)),
-    "an empty name": header(b""),
     "no JSON": header(b"hello, you"),
     "deep": header(b"[" * 100_000),
-    "deep in a name": header(b'{"a":' * 100_000),
     "offsets below zero": header(one(offsets=(-8, 0)), bytes(8)),
-    "offsets backwards": header(one(offsets=(8, 0)), bytes(8)),
     "offsets of an exabyte": header(one(offsets=(0, 1 << 60)), bytes(8)),
-    "a shape of an exabyte": header(one(shape=(1 << 30, 1 << 28)), bytes(8)),
     "a shape that overflows": header(one(shape=(1 << 62, 1 << 62)), bytes(8)),
-    "a shape below zero": header(one(shape=(-2,)), bytes(8)),
     "overlapping": header(one()[:-1] + b", " + one(name="bias")[1:], bytes(8)),
     "a gap": header(one(offsets=(8, 16)), bytes(16)),
     "the same name twice": header(one()[:-1] + b", " + one(offsets=(8, 16))[1:], bytes(16)),
     "a type that is none": header(one(dtype="NaN"), bytes(8)),
-    "a type NaN": header(one().replace(b'"F32"', b"NaN"), bytes(8)),
     "more than it says": header(one(), bytes(80)),
     "less than it says": header(one(), bytes(4)),
     "not UTF-8": header(b'{"\xff": 1}'),
 }
 
 
-VALUES = {"an empty one", "only a version", "a newer version, not sealed", "UTF-16"}  # are values
+VALUES = {"only a version", "a newer version, not sealed", "UTF-16"}  # are values
 HOSTILE = {f"{MANIFEST}, {name}": (MANIFEST, content) for name, content in TEXTS.items()}
 HOSTILE |= {f"tensors, {name}": ("model.safetensors", content) for name, content in TENSORS.items()}
 HOSTILE |= {f"values, {name}": ("state.json", content) for name, content in TEXTS.items() if name not in VALUES}
@@ -331,27 +304,6 @@ def test_hostile_content(parent: Path, kind: str):
     assert len(end.value.message) < 2000
 
 
-def test_where_all_are_bad_the_run_does_not_begin_anew(parent: Path):
-    """76, each with what is wrong and the way on; and so again, until one of them is brought back."""
-    os.truncate(parent / NEW / "model.safetensors", 3)
-    (parent / OLD / "state.json").unlink()
-    for start in (1, 2, 3):
-        with pytest.raises(Refusal) as end:
-            checkpoint.newest(parent)
-        assert end.value.code == INTEGRITY
-        assert "fresh=true" in end.value.message
-        for name in (OLD, NEW):
-            assert f"{name}.corrupt-" in end.value.message
-        if start == 1:
-            assert "model.safetensors differs" in end.value.message
-            assert "state.json" in end.value.message
-        assert len(put_aside(parent)) == 2
-    (aside,) = parent.glob(f"{NEW}.corrupt-*")
-    shutil.rmtree(aside)
-    save(parent, 2)
-    assert checkpoint.newest(parent) == parent / NEW
-
-
 def test_the_same_step_may_be_bad_again_and_again(parent: Path):
     """Each is put aside under a name of its own, and none is lost."""
     for count in range(1, 6):
@@ -363,11 +315,8 @@ def test_the_same_step_may_be_bad_again_and_again(parent: Path):
 
 HINTS: dict[str, Callable[[Path], object]] = {
     "gone": Path.unlink,
-    "empty": lambda path: path.write_bytes(b""),
-    "to nothing": lambda path: path.write_text("step-00000077\n"),
     "to the older": lambda path: path.write_text(OLD),
     "up and out": lambda path: path.write_text("../../x"),
-    "to the root": lambda path: path.write_text("/etc"),
     "not text": lambda path: path.write_bytes(bytes(range(256))),
     "a link out": lambda path: (path.unlink(), path.symlink_to("../victim")),
     "a link to a checkpoint": lambda path: (path.unlink(), path.symlink_to(OLD)),
@@ -388,32 +337,25 @@ def test_the_hint_is_never_believed(parent: Path, tmp_path: Path, kind: str):
     if kind != "a folder":
         assert (parent / "latest").read_text().strip() == NEW
         assert not (parent / "latest").is_symlink()
-    HINTS[kind](parent / "latest") if kind != "a folder" else None
-    (tmp_path / "p").unlink(missing_ok=True)
+        HINTS[kind](parent / "latest")
     save(parent, 3)
     assert checkpoint.newest(parent) == parent / "step-00000003"
     assert (tmp_path / "victim").read_text() == "whole"
-    assert sorted(path.name for path in (parent / OLD).parent.iterdir()) == ["latest", NEW, "step-00000003"]
+    assert names(parent) == ["latest", NEW, "step-00000003"]
 
 
-def test_the_order_is_of_steps_and_not_of_times(parent: Path):
+def test_the_order_is_of_steps(parent: Path):
+    """Not of times; and what is almost called a checkpoint is neither chosen, nor pruned, nor swept."""
+    odd = ["step-1", "step-000000003", "step-0000000x", "step-00000003 ", "step-00000009.old", "notes", "STEP-00000009"]
+    for name in odd:
+        shutil.copytree(parent / NEW, parent / name)
     for folder, when in ((parent / OLD, 2e9), (parent / NEW, 1e6)):
         for path in (*folder.iterdir(), folder):
             os.utime(path, (when, when))
     assert checkpoint.newest(parent) == parent / NEW
-    save(parent, 3)
-    assert [folder.name for folder in checkpoint.steps(parent)] == [NEW, "step-00000003"]
-
-
-def test_names_that_are_almost_a_checkpoint_are_left_alone(parent: Path):
-    """Neither chosen, nor pruned, nor swept."""
-    odd = ["step-1", "step-000000003", "step-0000000x", "step-00000003 ", "step-00000009.old", "notes", "STEP-00000009"]
-    for name in odd:
-        shutil.copytree(parent / NEW, parent / name)
-    assert checkpoint.newest(parent) == parent / NEW
     checkpoint.tidy(parent, 2)
     save(parent, 3)
-    assert {path.name for path in parent.iterdir()} == {*odd, NEW, "step-00000003", "latest"}
+    assert names(parent) == sorted([*odd, NEW, "step-00000003", "latest"])
 
 
 def test_leftovers_are_swept_and_lead_nowhere(parent: Path, tmp_path: Path):
@@ -428,12 +370,12 @@ def test_leftovers_are_swept_and_lead_nowhere(parent: Path, tmp_path: Path):
     save(parent, 3)  # with all of it there
     assert checkpoint.newest(parent) == parent / "step-00000003"
     checkpoint.tidy(parent, 2)
-    assert sorted(path.name for path in parent.iterdir()) == ["latest", NEW, "step-00000003"]
-    (parent / ".step-00000004.tmp").symlink_to(victim)
-    (parent / ".step-00000001.trash").symlink_to(victim)
+    assert names(parent) == ["latest", NEW, "step-00000003"]
+    for name in (".step-00000004.tmp", ".step-00000001.trash"):
+        (parent / name).symlink_to(victim)
     checkpoint.tidy(parent, 2)
     save(parent, 4)
-    assert sorted(path.name for path in parent.iterdir()) == ["latest", "step-00000003", "step-00000004"]
+    assert names(parent) == ["latest", "step-00000003", "step-00000004"]
     assert len(list(victim.iterdir())) == len(FILES)
 
 
@@ -456,9 +398,8 @@ def folder(stage: Stage, step: int) -> Path:
 def test_a_training_goes_on_from_the_newest_that_is_whole(stopped: Stage, tmp_path: Path):
     """With a pickle in one, a flipped bit in the next, a link in the third; the bits of its end are the same."""
     (folder(stopped, 28) / "x.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "canary")))
-    data = bytearray((folder(stopped, 21) / "optimizer.safetensors").read_bytes())
-    data[-1] ^= 1
-    (folder(stopped, 21) / "optimizer.safetensors").write_bytes(data)
+    path = folder(stopped, 21) / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
     (folder(stopped, 14) / "state.json").unlink()
     (folder(stopped, 14) / "state.json").symlink_to("../step-00000007/state.json")
     start = stopped.start()  # the default tier's real process that meets hostile checkpoints
@@ -473,19 +414,17 @@ def test_a_training_none_of_whose_checkpoints_is_whole_stops(stopped: Stage):
     for one in checkpoint.steps(stopped.run / "checkpoints"):
         os.truncate(one / "model.safetensors", 9)
     named = "".join(f"(?=.*step-{step:08d})" for step in (7, 14, 21, 28))
-    for says in (("is put aside|corrupt",), ()):  # what is wrong with each is said once
+    for says in (("model.safetensors differs",), ()):  # what is wrong with each is said once
         stopped.play(Scenario((INTEGRITY,), "", f"{named}.*fresh=true", says=says, saved=0))
+    (one,) = (stopped.run / "checkpoints").glob("step-00000007.corrupt-*")
+    save(one.parent, 7)  # one is brought back
+    assert checkpoint.newest(one.parent) == folder(stopped, 7)
+    shutil.rmtree(folder(stopped, 7))
     stopped.finish(1, "fresh=true")
     (before,) = stopped.run.glob("before-*")
     assert len(list((before / "checkpoints").glob("step-*.corrupt-*"))) == 4
     assert (before / "metrics.jsonl").exists()
     stopped.as_in_peace(stopped.tiny_run(1))
-
-
-def test_a_checkpoint_of_another_version_stops_a_training(stopped: Stage):
-    reseal(folder(stopped, 28), version=99)
-    stopped.play(Scenario((INTEGRITY,), "", "version 99"))
-    assert not list((stopped.run / "checkpoints").glob("*corrupt*"))
 
 
 def test_weights_from_outside_run_nothing(stage: Stage, tmp_path: Path):

@@ -1,9 +1,8 @@
 """A run's folder: in use by another start, begun with another or a damaged recipe, by other numbers of processes."""
 
+import itertools
 import json
-import re
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -17,27 +16,21 @@ from tests.train.scenarios import HOST, KILLED, LIMIT, Scenario, Stage, ranks
 # two at once
 
 
-@pytest.mark.parametrize(
-    ("holder", "world"),
-    [
-        (1, 1),
-        *(pytest.param(*case, marks=[pytest.mark.process, pytest.mark.ranks]) for case in ((1, 2), (2, 1), (2, 2))),
-    ],
-)
+RANKS = [pytest.param(*both, marks=[pytest.mark.process, pytest.mark.ranks]) for both in ((1, 2), (2, 1), (2, 2))]
+
+
+@pytest.mark.parametrize(("holder", "world"), [(1, 1), *RANKS])
 def test_a_folder_is_one_runs_at_a_time(stage: Stage, holder: int, world: int):
     """C14: the second is refused at once with who has it; killed with -9, the first leaves the folder free."""
     first = stage.start(holder, "hang:point=batch:step=9")
     first.until(lambda: 7 in runs.saved(stage.run))
-    before = (stage.run / "recipe.yaml").stat().st_mtime_ns, (stage.run / "metrics.jsonl").read_bytes()
+    held = [stage.run / name for name in ("recipe.yaml", "metrics.jsonl")]
+    before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in held]
     line = f"in use by pid {first.processes[0].pid} since .* on {HOST}"
     for more in ((), ("fresh=true",)):
-        second = stage.begin(Scenario((CANNOT_CREATE,) * world, words=more))
-        assert second.codes == [CANNOT_CREATE] * world, second.said
-        assert "Traceback" not in second.said
-        assert re.search(line, second.lines()[-1]), second.said
+        stage.play(Scenario((CANNOT_CREATE,) * world, "", line, says=("pretrain",), words=more, held=False))
     assert not (stage.run / "exit.json").exists()  # it is the holder's to write
-    after = (stage.run / "recipe.yaml").stat().st_mtime_ns, (stage.run / "metrics.jsonl").read_bytes()
-    assert after == before
+    assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in held] == before
     assert all(process.is_alive() for process in first.processes)
     first.kill()
     assert first.wait() == [KILLED] * holder
@@ -69,26 +62,23 @@ def test_another_recipe_is_shown_key_by_key(stage: Stage):
         assert (runs.state(stage.run), (stage.run / "recipe.yaml").read_bytes()) == before
         return played.said
 
+    lr, steps = "optim.lr: 0.001 -> 0.5", "steps: 30 -> 40"
     line = refused("encoder.width=32", "optim.lr=0.5", "optim.kind=sgd", "data.flip=false", "seed=7")
-    for part in ("encoder.width: 16 -> 32", "optim.lr: 0.001 -> 0.5", "optim.kind: adamw -> sgd", "seed: 0 -> 7"):
-        assert part in line
+    assert all(part in line for part in ("encoder.width: 16 -> 32", lr, "optim.kind: adamw -> sgd", "seed: 0 -> 7"))
     line = refused("optim.lr=0.5", "steps=40")
-    assert "optim.lr: 0.001 -> 0.5" in line
-    assert "steps: 30 -> 40" in line
+    assert all(part in line for part in (lr, steps))
     assert "allow_change=optim.lr" in line or "allow_change=steps" in line  # the way on
     line = refused("optim.lr=0.5", "steps=40", "allow_change=steps")
-    assert "optim.lr: 0.001 -> 0.5" in line
-    assert "steps: 30 -> 40" not in line
-    for name in ("encoder.width", "seed", "batch", "data.train", "optim.kind", "head.ratio", "nonsense", "optim"):
+    assert (lr in line, steps in line) == (True, False)
+    for name in ("encoder.width", "seed", "data.train", "optim.kind", "nonsense", "optim"):
         assert name in refused("encoder.width=32", f"allow_change=steps,{name}", code=USAGE)
 
     changed = ("optim.lr=0.002", "optim.betas=0.8,0.99")
     said = stage.finish(1, *changed, "allow_change=optim.lr,optim.betas")
-    for line in ("optim.lr: 0.001 -> 0.002", "optim.betas: "):
-        assert said.count(line) == 1
+    assert [said.count(line) for line in ("optim.lr: 0.001 -> 0.002", "optim.betas: ")] == [1, 1]
     rates = {row["step"]: row["lr"] for row in runs.rows(stage.run)}
-    for step, lr in ((6, 0.001), (9, 0.002), (30, 0.002)):
-        assert rates[step] == learning_rate(step - 1, lr, runs.STEPS, 2)
+    for step, rate in ((6, 0.001), (9, 0.002), (30, 0.002)):
+        assert rates[step] == learning_rate(step - 1, rate, runs.STEPS, 2)
     assert b"lr: 0.002" in (stage.run / "recipe.yaml").read_bytes()
     assert runs.differing(runs.state(stage.tiny_run(1)), runs.state(stage.run))
     stage.finish(1, *changed)  # it is the run's recipe now
@@ -103,17 +93,12 @@ def test_another_recipe_is_refused_by_all_ranks(stage: Stage, world: int):
     stage.play(Scenario((MISMATCH,) * world, "", line, words=("encoder.width=32", "optim.lr=0.5"), saved=7))
 
 
-DAMAGED = {
-    "empty": b"",
-    "binary": bytes(range(256)),
-    "cut": None,
-    "a list": b"- a\n- b\n",
-    "text": b"hello",
-    "a tag": b"!!python/object/apply:os.system ['touch canary']\n",
-    "a loop": b"encoder: &a\n  width: *a\n",
-    "aliases": b"a: &a [x,x,x,x,x,x,x,x,x]\n"
-    + b"".join(b"%c: &%c [%s]\n" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 9)) for i in range(9)),
-}
+ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n"  # a billion of them
+ALIASES += "".join(
+    f"{name}: &{name} [{','.join([f'*{last}'] * 9)}]\n" for last, name in itertools.pairwise("abcdefghij")
+)
+DAMAGED = [b"", bytes(range(256)), None, b"- a\n- b\n", b"hello", b"encoder: &a\n  width: *a\n", ALIASES.encode()]
+DAMAGED += [b"!!python/object/apply:os.system ['touch canary']\n"]  # and None is a half
 
 
 def test_a_damaged_recipe_does_not_pass_for_the_runs(stage: Stage, monkeypatch: pytest.MonkeyPatch):
@@ -122,7 +107,7 @@ def test_a_damaged_recipe_does_not_pass_for_the_runs(stage: Stage, monkeypatch: 
     stage.stop("loss:step=9")
     path = stage.run / "recipe.yaml"
     text = path.read_bytes()
-    for content in DAMAGED.values():
+    for content in DAMAGED:
         path.write_bytes(text[: len(text) // 2] if content is None else content)
         played = stage.play(Scenario((MISMATCH,), "", "recipe.yaml|->", saved=7))
         assert len(played.said) < 5000
@@ -134,22 +119,17 @@ def test_a_damaged_recipe_does_not_pass_for_the_runs(stage: Stage, monkeypatch: 
 
 def test_a_fresh_start_puts_the_old_aside(stage: Stage):
     """fresh=true: nothing is deleted, all begins anew; a launcher's restart of it goes on."""
-    fresh = "fresh=true"
-
-    def aside() -> list[Path]:
-        return sorted(stage.run.glob("before-*"))
-
-    stage.stop("loss:step=9", fresh)
+    stage.stop("loss:step=9", "fresh=true")
     old = runs.state(stage.run)
-    stage.stop("loss:step=5", fresh, "seed=3", "encoder.width=32")  # nor is the recipe bound
-    (first,) = aside()
+    stage.stop("loss:step=5", "fresh=true", "seed=3", "encoder.width=32")  # nor is the recipe bound
+    (first,) = stage.run.glob("before-*")
     assert runs.state(first) == old
     assert [row["step"] for row in runs.rows(first)] == [3, 6]
-    stage.stop("loss:step=9", fresh)
-    assert len(aside()) == 2
-    end = call("pretrain", stage.words(fresh), TORCHELASTIC_RESTART_COUNT="1")
+    stage.stop("loss:step=9", "fresh=true")
+    assert len([*stage.run.glob("before-*")]) == 2
+    end = call("pretrain", stage.words("fresh=true"), TORCHELASTIC_RESTART_COUNT="1")
     assert end.code == 0, end.said
-    assert len(aside()) == 2
+    assert len([*stage.run.glob("before-*")]) == 2
     stage.as_in_peace(stage.tiny_run(1))
 
 

@@ -20,24 +20,22 @@ from tests.train.scenarios import HOST, KILLED, LIMIT, Played, Scenario, Stage, 
 
 TIMEOUT, DATA_TIMEOUT = ("timeout=3",), ("data.timeout=3",)
 DEATHS = 30
-GONE = 15.0  # seconds until the others have ended when a rank is gone, which the soak measures
+LATE = 15.0  # seconds until the others have ended when a rank is gone, which the soak measures
 
 BOTH = (INTERNAL, INTERNAL)
 WORKER = r"worker 0 .*/train/00000.*sample"
+ANOTHER = f"rank 1 on {HOST} was given another recipe than rank 0: optim.lr: 0.001 -> 0.5"
 SHORT = "(?=.*--shm-size)(?=.*data.workers=0)"
-LITTLE = ("data.image_size=224", "encoder.patch=56", "data.timeout=5")
 BIG = ("data.image_size=128", "encoder.mlp=16384", "batch=64")  # an activation of 4 GiB
 
 
-def gone(victim: int) -> str:
-    """How the others name a rank that was killed."""
-    return f"rank {victim} on {HOST}.*is gone"
+GONE = f"rank {{}} on {HOST}.*is gone"  # how the others name a rank that was killed
 
 
 def killed(victim: int, fault: str, saved: int = 7, **more: Any) -> Scenario:
     """One of two ranks is killed, and the other one says so, whatever that one hangs in."""
     codes = (KILLED, INTERNAL) if victim == 0 else (INTERNAL, KILLED)
-    return Scenario(codes, fault, gone(victim), by=1 - victim, saved=saved, **more)
+    return Scenario(codes, fault, GONE.format(victim), by=1 - victim, saved=saved, **more)
 
 
 def raises(victim: int, place: str, saved: int = 7) -> Scenario:
@@ -63,27 +61,28 @@ def short_of(share: int, world: int = 1, fault: str = "oom:point=loss:step=9", *
 
     def smaller(played: Played) -> None:
         micro = min(int(number) for number in re.findall(r"micro_batch=(\d+)", played.screens[-1]))
-        assert micro < share
-        assert share % micro == 0
+        assert micro in [part for part in range(1, share) if share % part == 0]
 
     says = ("(?i)out of memory", "batch", "activation_checkpointing=true", "images of", "peak")
     return Scenario((INTERNAL,) * world, fault, "micro_batch", by=world - 1, says=says, also=smaller, **more)
 
 
+def little_to_share(*words: str) -> Scenario:
+    """Too little for batches in /dev/shm, and the cures are named."""
+    words = ("data.image_size=224", "encoder.patch=56", "data.timeout=5", *words)
+    return Scenario((INTERNAL,), "", SHORT, says=("worker",), words=words, prepare=small_shared_memory)
+
+
+HANGING = "kill:point=save.begin:rank=1:step=14,hang:point=save.mid:step=14"
 SICK = {
     "killed after an update": killed(1, "kill:point=update:rank=1:step=9", resumed=True, tier="default"),
     "killed as rank 0": killed(0, "kill:point=update:rank=0:step=9"),
-    "killed in an evaluation": killed(1, "kill:point=eval.batch:rank=1:step=10"),
     "killed at the start": killed(1, "kill:point=resume.chosen:rank=1", 0),
     "killed in a save": killed(0, "kill:point=save.mid:rank=0:step=14"),
-    "killed before a save": killed(1, "kill:point=save.begin:rank=1:step=14"),
-    "killed while rank 0 hangs": killed(
-        1, "kill:point=save.begin:rank=1:step=14,hang:point=save.mid:step=14", resumed=True
-    ),
+    "killed while rank 0 hangs": killed(1, HANGING, resumed=True),
     "killed in the export": killed(0, "kill:point=finish:rank=0", 30),
     "raises": raises(1, "update:step=9"),
-    "raises as rank 0": raises(0, "loss:step=9"),
-    "raises at the start": raises(1, "resume.chosen", 0),
+    "raises at the start": raises(0, "resume.chosen", 0),
     "hangs": hangs(1, "hang:point=batch:rank=1:step=9", " is still at step 8"),
     "hangs as rank 0": hangs(0, "hang:point=save.mid:rank=0:step=14", " is still at the checkpoint of step 14"),
     "stopped": hangs(1, "stop:point=update:rank=1:step=9", "", (INTERNAL, KILLED)),
@@ -91,26 +90,14 @@ SICK = {
     "out of memory": short_of(8, saved=7, resumed=True),
     "out of memory on a rank": short_of(4, 2, "oom:point=loss:rank=1:step=9", saved=7),
     "really out of memory": short_of(64, fault="", saved=0, words=BIG, prepare=short_of_memory),
-    "another recipe": Scenario(
-        (MISMATCH, MISMATCH),
-        "",
-        f"rank 1 on {HOST} was given another recipe than rank 0: optim.lr: 0.001 -> 0.5",
-        alone={1: ["optim.lr=0.5"]},
-        held=False,
-        also=lambda played: pytest.fail("begun") if (played.run / "checkpoints").exists() else None,
-    ),
+    "another recipe": Scenario((MISMATCH, MISMATCH), "", ANOTHER, alone={1: ["optim.lr=0.5"]}, held=False, saved=0),
     "worker killed": Scenario((INTERNAL,), "kill:point=sample:step=9", WORKER),
     "worker aborts": Scenario((INTERNAL,), "abort:point=sample:step=9", WORKER, resumed=True, tier="default"),
     "worker stopped": Scenario((INTERNAL,), "stop:point=sample:step=9", WORKER, words=DATA_TIMEOUT),
-    "worker hangs": Scenario((INTERNAL,), "hang:point=sample:step=9", WORKER, words=DATA_TIMEOUT),
     "worker of rank 1 killed": Scenario(BOTH, "kill:point=sample:rank=1:step=9-99", WORKER, by=1),
     # a container's /dev/shm holds 64 MB; this one 1 MB: not for one batch of 16, nor for all of 3 at once
-    "little memory to share": Scenario(
-        (INTERNAL,), "", SHORT, says=("worker",), words=(*LITTLE, "batch=16"), prepare=small_shared_memory
-    ),
-    "that fills in the end": Scenario(
-        (INTERNAL,), "", SHORT, says=("worker",), words=(*LITTLE, "batch=3"), prepare=small_shared_memory
-    ),
+    "little memory to share": little_to_share("batch=16"),
+    "that fills in the end": little_to_share("batch=3"),
 }
 
 
@@ -131,15 +118,6 @@ def test_a_worker_that_stops_after_its_work(stage: Stage):
     assert start.wait(LIMIT) == [INTERNAL], start.said()
     assert "worker 0" in start.said().splitlines()[-1]
     assert start.orphans == []
-
-
-@pytest.mark.process
-@pytest.mark.ranks
-def test_ranks_with_uneven_shards_take_equal_steps(stage: Stage):
-    """25 samples in shards of 7 on two ranks: the batches are those of one rank, and nobody waits for ever."""
-    digests = [[row["samples_digest"] for row in runs.rows(stage.tiny_run(world))] for world in (1, 2)]
-    assert digests[0] == digests[1]
-    assert [runs.lost_samples(stage.tiny_run(world), stage.shards) for world in (1, 2)] == [0, 0]
 
 
 @pytest.mark.process
@@ -179,14 +157,12 @@ def test_deaths_at_random_times(stage: Stage):
         start.signal(signal.SIGKILL, victim)
         codes = start.wait()
         said = f"death {number}, rank {victim} {wait:.3f} s after the start: {codes} {start.said()}"
-        assert codes[victim] == KILLED, said
-        assert codes[1 - victim] == INTERNAL, said
-        assert re.search(gone(victim), start.said(1 - victim)), said
+        assert (codes[victim], codes[1 - victim]) == (KILLED, INTERNAL), said
+        assert re.search(GONE.format(victim), start.said(1 - victim)), said
         assert start.orphans == [], said
         noticed.append(start.ended[1 - victim] - start.ended[victim])
-        assert noticed[-1] < GONE, said
+        assert noticed[-1] < LATE, said
     stage.finish(2, *more)
     stage.as_in_peace(runs.straight(stage.shards, 2, stage.folder / "straight", *more))
-    print(
-        f"\n{DEATHS} deaths: noticed after {statistics.median(noticed):.2f} s in the median, {max(noticed):.2f} at most"
-    )
+    middle = statistics.median(noticed)
+    print(f"\n{DEATHS} deaths: noticed after {middle:.2f} s in the median, {max(noticed):.2f} at most")

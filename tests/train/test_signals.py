@@ -12,7 +12,6 @@ from random import Random
 
 import pytest
 
-from ssl_vit.data.shards import MakeShards, convert
 from ssl_vit.exits import INTERNAL, PREEMPTED
 from ssl_vit.train import checkpoint
 from ssl_vit.train.distributed import AGAIN
@@ -43,15 +42,8 @@ LAG = {"row": 1}  # steps until it counts; flags of several ranks meet another o
 ENDS = ["term:point=save.pruned", "usr1:point=eval.batch", "usr2:point=finish"]
 
 
-def left(stage: Stage, fault: str, world: int = 1, by: int | None = 0, words: tuple[str, ...] = ()) -> int:
-    """A signal at a place: all ranks leave, having said so once, and nobody is left behind; the step they left at."""
-    line = LEFT if by is not None else ""
-    played = stage.play(Scenario((PREEMPTED,) * world, fault, line, words=words))
-    return checked(stage, played.said, (1,) if line else (1, 2))
-
-
-def checked(stage: Stage, said: str, times: tuple[int, ...] = (1,)) -> int:
-    """What is true after each signal; the step at which all left."""
+def left(stage: Stage, said: str, times: tuple[int, ...] = (1,)) -> int:
+    """What is true after each signal: all left with one word, and nothing is left behind; at which step it was."""
     end = runs.told(stage.run)
     assert end["code"] == PREEMPTED
     assert LEFT in end["reason"]
@@ -74,7 +66,7 @@ def test_a_signal_at_any_place(stage: Stage, world: int):
     for number, (name, place, step) in enumerate(WALK):
         rank = "" if number % 3 == 0 else f":rank={number % world}"
         fault = f"{name}:point={place}:step={step}{rank}"
-        stopped = left(stage, fault, world, words=keep)
+        stopped = left(stage, stage.play(Scenario((PREEMPTED,) * world, fault, LEFT, words=keep)).said)
         lag = LAG.get(place, 0) + (world > 1 and not place.startswith("save."))
         assert step <= stopped <= step + lag, fault
         new = set(runs.saved(stage.run)) - set(before)
@@ -106,7 +98,8 @@ def test_a_signal_while_a_start_is_under_way(stage: Stage):
     early = [("usr1:point=claimed:rank=0", 0), ("term:point=claimed:rank=1", 0), ("int:point=resume.chosen:rank=1", 0)]
     early += [("term:point=update:step=9", 9)]
     for fault, step in [*early, ("usr2:point=resume.loaded:step=10:rank=0", 10), ("term:point=resume.loaded", 10)]:
-        assert left(stage, fault, 2, by=None) in (step, step + 1)
+        said = stage.play(Scenario((PREEMPTED, PREEMPTED), fault)).said
+        assert left(stage, said, (1, 2)) in (step, step + 1)
         assert runs.saved(stage.run) in ([], [7, 10])
     stage.finish(2)
     stage.as_in_peace(stage.tiny_run(2))
@@ -128,7 +121,7 @@ def test_a_signal_from_outside(stage: Stage, world: int, name: str, rank: int | 
     start.signal(SIGNALS[name], rank)
     assert start.wait(LIMIT) == [PREEMPTED] * world, start.said()
     assert start.orphans == []
-    assert runs.saved(stage.run) == [checked(stage, start.said())]
+    assert runs.saved(stage.run) == [left(stage, start.said())]
     assert checkpoint.flaw(runs.last(stage.run)) is None
 
 
@@ -136,19 +129,17 @@ def test_a_signal_from_outside(stage: Stage, world: int, name: str, rank: int | 
 @pytest.mark.ranks
 def test_a_second_signal_leaves_at_once(stage: Stage):
     """Within AGAIN it is taken for the first one, which Slurm sends twice; a later one ends even a stuck save."""
-    starts = {}
+    starts = []
     for world, number in ((1, signal.SIGINT), (2, signal.SIGTERM)):
         one = stage.at(f"{world}")
         start = one.start(world, "hang:point=save.mid:rank=0:step=14")
-        draft = one.run / "checkpoints" / ".step-00000014.tmp"
-        start.until(lambda draft=draft: draft.exists())
-        starts[world] = one, start, number
-        start.signal(number)
-    time.sleep(1)
-    for _, start, number in starts.values():
-        start.signal(number)
-    time.sleep(AGAIN)
-    for world, (one, start, number) in starts.items():
+        start.until((one.run / "checkpoints" / ".step-00000014.tmp").exists)
+        starts.append((world, one, start, number))
+    for pause in (1, AGAIN):
+        for _, _, start, number in starts:
+            start.signal(number)
+        time.sleep(pause)
+    for world, one, start, number in starts:
         assert all(process.is_alive() for process in start.processes), start.said()
         end = time.monotonic() + LIMIT
         while start.processes[0].is_alive() and time.monotonic() < end:
@@ -157,8 +148,7 @@ def test_a_second_signal_leaves_at_once(stage: Stage):
         codes = start.wait(LIMIT)
         assert codes[0] == 128 + number, start.said()
         assert set(codes) <= {128 + number, INTERNAL}
-        assert start.orphans == []
-        assert runs.saved(one.run) == [7]
+        assert (start.orphans, runs.saved(one.run)) == ([], [7])
         assert checkpoint.flaw(runs.last(one.run)) is None
         one.finish(world)
         one.as_in_peace(stage.tiny_run(world))
@@ -167,20 +157,19 @@ def test_a_second_signal_leaves_at_once(stage: Stage):
 @pytest.mark.parametrize("name", ["term", pytest.param("usr2", marks=pytest.mark.process)])
 def test_a_conversion_goes_on_after_a_signal(tmp_path: Path, name: str):
     """To the bytes of one that nobody disturbed."""
-    source, whole, out = tmp_path / "in", tmp_path / "whole", tmp_path / "out"
-    draw_squares(source, count=20)
-    options = {"shard_samples": 1, "workers": 2, "quiet": True}
-    convert(MakeShards(input=str(source), output=str(whole), **options))
-    words = [f"input={source}", f"output={out}", "shard_samples=1", "workers=2", "quiet=true"]
-    start = Start(words, tmp_path / "logs", tool="make_shards")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    draw_squares(tmp_path / "in", count=20)
+    words = [f"input={tmp_path}/in", "shard_samples=1", "workers=2", "quiet=true"]
+    start = Start([*words, f"output={out}"], tmp_path / "logs", tool="make_shards")
     start.until(lambda: len(list(out.glob("*.tar"))) > 5)
     start.signal(SIGNALS[name])
     assert start.wait() == [PREEMPTED], start.said()
     assert LEFT in start.said()
     assert start.orphans == []
     assert not (out / "manifest.json").exists()
-    again = call("make_shards", words)
-    assert again.code == 0, again.said
+    for folder in (out, whole):
+        again = call("make_shards", [*words, f"output={folder}"])
+        assert again.code == 0, again.said
     for path in whole.iterdir():
         assert path.is_dir() or path.read_bytes() == (out / path.name).read_bytes()
 
@@ -193,19 +182,17 @@ def test_signals_at_random_times(stage: Stage, world: int):
     run, lasted, kept = stage.run, [], 0
     for number in range(RANDOM_SIGNALS):
         start = stage.start(world, words=more)
-        rank = random.choice([None, *range(world)])
+        rank, wait = random.choice([None, *range(world)]), random.uniform(0, SPAN)
         start.until(start.hears)
         if rank is not None:  # before they have met, a rank cannot know why the other one is not there
             start.until(lambda start=start: runs.holds(start, run))
-        wait = random.uniform(0, SPAN)
         time.sleep(wait)
         sent = time.monotonic()
         start.signal(signal.SIGTERM, rank)
         codes = start.wait()
         lasted.append(max(start.ended.values()) - sent)
         said = f"signal {number} to {rank}, {wait:.3f} s after it began: {codes} {start.said()}"
-        assert codes == [PREEMPTED] * world, said
-        assert start.orphans == [], said
+        assert (codes, start.orphans) == ([PREEMPTED] * world, []), said
         assert max(lasted) < LATE, said
         if runs.saved(run):
             assert checkpoint.flaw(runs.last(run)) is None
