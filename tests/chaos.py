@@ -7,14 +7,12 @@ does not hold is printed with the words that repeat it, and the soak ends with 1
 """
 
 import json
-import os
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -159,12 +157,6 @@ def stop(life: Life) -> None:
             life.start.signal(signal.SIGCONT, rank)
 
 
-def to_worker(life: Life, number: int) -> None:
-    if life.sleep() and (workers := life.start.workers(life.rank())):
-        with suppress(ProcessLookupError):
-            os.kill(life.random.choice(workers), number)
-
-
 def second_start(life: Life) -> None:
     if life.meet():
         other = Start(life.words, life.folder / "logs", life.world)
@@ -196,8 +188,6 @@ FAULTS = [
     Fault("signal to all", {PREEMPTED}, lambda life: signal_some(life, True)),
     Fault("second signal", {PREEMPTED, 128 + signal.SIGTERM, INTERNAL}, signal_twice, lambda life: HANGS),
     Fault("SIGSTOP of a rank", {KILLED, INTERNAL}, stop, quiet=True),
-    Fault("kill -9 of a worker", {INTERNAL}, lambda life: to_worker(life, signal.SIGKILL)),
-    Fault("SIGSTOP of a worker", {INTERNAL}, lambda life: to_worker(life, signal.SIGSTOP)),
     Fault("killed at a place", {KILLED, INTERNAL}, variable=injected("kill")),
     Fault("error at a place", {INTERNAL, DISK}, variable=injected("raise oom enospc eio")),
     Fault("slow at a place", set(), variable=injected("sleep"), quiet=True),

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,10 +68,15 @@ def each(table: Mapping[str, Scenario]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("scenario", lines)
 
 
+def case(*values: Any, default: bool = False) -> Any:
+    """The parameters of a test; with a number above 1 it starts several ranks. Of the process tier, or the default."""
+    several = any(isinstance(value, int) and value > 1 for value in values)
+    return pytest.param(*values, marks=[pytest.mark.process] * (not default) + [pytest.mark.ranks] * several)
+
+
 def ranks(*worlds: int) -> pytest.MarkDecorator:
     """Have a test run on so many ranks, as processes; it is of the process tier."""
-    of = {world: [pytest.mark.process] + [pytest.mark.ranks] * (world > 1) for world in worlds}
-    return pytest.mark.parametrize("world", [pytest.param(world, marks=marks) for world, marks in of.items()])
+    return pytest.mark.parametrize("world", [case(world) for world in worlds])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssl_vit.exits import DATA, INTEGRITY, Refusal
+from ssl_vit.exits import INTEGRITY, Refusal
 from ssl_vit.train import checkpoint
 from ssl_vit.train.checkpoint import MANIFEST, VERSION
 from tests.conftest import once
@@ -150,13 +150,10 @@ def test_a_checkpoint_that_is_no_folder_of_its_own(parent: Path, link: str):
     assert (parent / OLD / MANIFEST).exists()  # what a link led to has stayed
 
 
-EXTRAS = ["extra.pkl", "custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", ".metadata", "x.pt", "latest"]
-
-
 def test_pickles_beside_or_in_place_of_tensors_are_not_opened(origin: Path, tmp_path: Path):
     """As extra files, and under the name of a file that the manifest vouches for."""
     canary = tmp_path / "canary"
-    for name in EXTRAS:
+    for name in ("custom_checkpoint_0.pkl", "optimizer.bin", ".metadata", "x.pt", "latest"):
         parent = shutil.copytree(origin, tmp_path / name)
         (parent / NEW / name).write_bytes(pickle.dumps(Payload(canary)))
         assert name in assert_falls_back(parent)
@@ -184,19 +181,13 @@ def reseal(folder: Path, **changes: Any) -> None:
 
 
 CHANGED_FILES: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "none": lambda files: {},
     "null": lambda files: None,
-    "a list": lambda files: list(files),
     "one less": lambda files: {name: files[name] for name in list(files)[1:]},
     "a path up": lambda files: files | {f"../{OLD}/state.json": files["state.json"]},
-    "a path from the root": lambda files: files | {"/etc/passwd": files["state.json"]},
-    "a name of a megabyte": lambda files: files | {"x" * MB: files["state.json"]},
     "itself": lambda files: files | {MANIFEST: files["state.json"]},
     "sizes below zero": lambda files: {name: entry | {"bytes": -1} for name, entry in files.items()},
-    "sizes as text": lambda files: {name: entry | {"bytes": "9"} for name, entry in files.items()},
     "no digest": lambda files: {name: {"bytes": entry["bytes"]} for name, entry in files.items()},
     "another digest": lambda files: {name: entry | {"sha256": "0" * 64} for name, entry in files.items()},
-    "digests that are lists": lambda files: {name: entry | {"sha256": [[]]} for name, entry in files.items()},
     "entries that are text": lambda files: dict.fromkeys(files, "x"),
 }
 
@@ -211,17 +202,13 @@ def test_a_manifest_that_lies_about_its_files(parent: Path, change: str):
 
 TEXTS: dict[str, bytes] = {
     "nothing": b"",
-    "no JSON": b"hello",
     "null": b"null",
-    "a list": b"[]",
     "only a version": b'{"version": %d}' % VERSION,
     "a newer version, not sealed": b'{"version": 999, "files": {}, "digest": "0"}',
-    "deep": b"[" * 1_000_000,
     "deep and closed": b"[" * 100_000 + b"]" * 100_000,
     "a number of many digits": b'{"version": ' + b"9" * 1_000_000 + b"}",
     "not UTF-8": b'{"version": "\xff\xfe"}',
     "UTF-16": '{"version": 2}'.encode("utf-16"),
-    "zeros": bytes(700),
     "a million objects": b"[" + b"{}," * (5 * MB) + b"{}]",
     "a key of 15 MB": b'{"' + b"x" * (15 * MB) + b'": 1}',
 }
@@ -252,17 +239,13 @@ TENSORS: dict[str, bytes] = {
     "a header of 2^63": header(b"{}", size=1 << 63),
     "a header of 90 MB that is not there": header(b"{}", size=90 * MB),
     "a header of 15 MB of blanks": header(b" " * (15 * MB)),
-    "no JSON": header(b"hello, you"),
     "deep": header(b"[" * 100_000),
-    "offsets below zero": header(one(offsets=(-8, 0)), bytes(8)),
     "offsets of an exabyte": header(one(offsets=(0, 1 << 60)), bytes(8)),
     "a shape that overflows": header(one(shape=(1 << 62, 1 << 62)), bytes(8)),
     "overlapping": header(one()[:-1] + b", " + one(name="bias")[1:], bytes(8)),
-    "a gap": header(one(offsets=(8, 16)), bytes(16)),
     "the same name twice": header(one()[:-1] + b", " + one(offsets=(8, 16))[1:], bytes(16)),
     "a type that is none": header(one(dtype="NaN"), bytes(8)),
     "more than it says": header(one(), bytes(80)),
-    "less than it says": header(one(), bytes(4)),
     "not UTF-8": header(b'{"\xff": 1}'),
 }
 
@@ -306,7 +289,7 @@ def test_hostile_content(parent: Path, kind: str):
 
 def test_the_same_step_may_be_bad_again_and_again(parent: Path):
     """Each is put aside under a name of its own, and none is lost."""
-    for count in range(1, 6):
+    for count in (1, 2, 3):
         os.truncate(parent / NEW / "state.json", 1)
         assert checkpoint.newest(parent) == parent / OLD
         assert len(put_aside(parent)) == count
@@ -315,12 +298,10 @@ def test_the_same_step_may_be_bad_again_and_again(parent: Path):
 
 HINTS: dict[str, Callable[[Path], object]] = {
     "gone": Path.unlink,
-    "to the older": lambda path: path.write_text(OLD),
     "up and out": lambda path: path.write_text("../../x"),
     "not text": lambda path: path.write_bytes(bytes(range(256))),
     "a link out": lambda path: (path.unlink(), path.symlink_to("../victim")),
     "a link to a checkpoint": lambda path: (path.unlink(), path.symlink_to(OLD)),
-    "a link to itself": lambda path: (path.unlink(), path.symlink_to("latest")),
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "a terabyte": cut(1 << 40),
@@ -391,17 +372,14 @@ def stopped(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     return stage
 
 
-def folder(stage: Stage, step: int) -> Path:
-    return stage.run / "checkpoints" / f"step-{step:08d}"
-
-
 def test_a_training_goes_on_from_the_newest_that_is_whole(stopped: Stage, tmp_path: Path):
     """With a pickle in one, a flipped bit in the next, a link in the third; the bits of its end are the same."""
-    (folder(stopped, 28) / "x.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "canary")))
-    path = folder(stopped, 21) / "optimizer.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
-    (folder(stopped, 14) / "state.json").unlink()
-    (folder(stopped, 14) / "state.json").symlink_to("../step-00000007/state.json")
+    _, linked, flipped, extra = checkpoint.steps(stopped.run / "checkpoints")
+    (extra / "x.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "canary")))
+    data = (flipped / "optimizer.safetensors").read_bytes()
+    (flipped / "optimizer.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    (linked / "state.json").unlink()
+    (linked / "state.json").symlink_to("../step-00000007/state.json")
     start = stopped.start()  # the default tier's real process that meets hostile checkpoints
     assert start.wait() == [0], start.said()
     assert all(f"step-{step:08d}" in start.said() for step in (28, 21, 14))
@@ -418,18 +396,10 @@ def test_a_training_none_of_whose_checkpoints_is_whole_stops(stopped: Stage):
         stopped.play(Scenario((INTEGRITY,), "", f"{named}.*fresh=true", says=says, saved=0))
     (one,) = (stopped.run / "checkpoints").glob("step-00000007.corrupt-*")
     save(one.parent, 7)  # one is brought back
-    assert checkpoint.newest(one.parent) == folder(stopped, 7)
-    shutil.rmtree(folder(stopped, 7))
+    assert checkpoint.newest(one.parent) == one.with_name("step-00000007")
+    shutil.rmtree(one.with_name("step-00000007"))
     stopped.finish(1, "fresh=true")
     (before,) = stopped.run.glob("before-*")
     assert len(list((before / "checkpoints").glob("step-*.corrupt-*"))) == 4
     assert (before / "metrics.jsonl").exists()
     stopped.as_in_peace(stopped.tiny_run(1))
-
-
-def test_weights_from_outside_run_nothing(stage: Stage, tmp_path: Path):
-    """B10: refused by weights_only with 65, and not opened in another way then; a run folder's weights are read."""
-    torch.save({"state_dict": Payload(tmp_path / "canary")}, tmp_path / "evil.pth")
-    stage.play(Scenario((DATA,), "", "evil.pth", words=(f"init={tmp_path}/evil.pth",), held=False))
-    assert not (tmp_path / "canary").exists()
-    stage.at("next").finish(1, f"init={stage.tiny_run(1)}", "steps=3")

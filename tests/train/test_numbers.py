@@ -19,7 +19,7 @@ from ssl_vit.train import checkpoint
 from ssl_vit.train.environment import choose
 from tests import runs
 from tests.odd import unsteady
-from tests.train.scenarios import KILLED, Scenario, Stage, each
+from tests.train.scenarios import KILLED, Scenario, Stage, case, each
 
 BAD = range(15, 18)  # three steps in a row; the newest checkpoint before them is that of step 14
 LEFT_OUT = [14, 15, 16]  # their batches, counted from 0
@@ -45,15 +45,10 @@ def noted(stage: Stage) -> list[tuple[int, int]]:
     return [(line["step"], line["batch"]) for line in lines]
 
 
-def one_or(*variants: tuple) -> list:
-    """The first case in this process, and others on several ranks."""
-    return [pytest.param(*case, marks=[pytest.mark.process, pytest.mark.ranks] * (case[0] > 1)) for case in variants]
+SKIPS = [case(1, 0, "nan", default=True), case(2, 1, "nan", default=True), case(2, 0, "inf")]
 
 
-TWO = pytest.param(2, 1, "nan", marks=pytest.mark.ranks)  # of the default tier
-
-
-@pytest.mark.parametrize(("world", "rank", "action"), [*one_or((1, 0, "nan"), (2, 0, "inf")), TWO])
+@pytest.mark.parametrize(("world", "rank", "action"), SKIPS)
 def test_a_bad_step_is_skipped_by_all_ranks(stage: Stage, world: int, rank: int, action: str):
     """Once, and twice in a row: weights and moments keep every bit, the steps are counted, their samples noted."""
     run, fault = stage.run, f"{action}:point=loss:rank={rank}:step=5,{action}:point=loss:rank={rank}:step=8-9"
@@ -104,7 +99,7 @@ def test_three_bad_steps_go_back(stage: Stage):
     assert rows[18]["samples_digest"] == digest(stage.shards, [18, 19, 20])
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.process), pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("world", [case(1), pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_that_went_back_and_is_killed_goes_on(stage: Stage, world: int):
     """Soon after it, and later; bad data are bad again, as long as they are there."""
     begun = {"killed soon": (19, bad_steps(world)), "killed": (25, ""), "back": (99, "")}
@@ -136,7 +131,7 @@ def test_every_engine_goes_back(stage: Stage, engine: Engine, monkeypatch: pytes
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("world", one_or((1,), (2,)))
+@pytest.mark.parametrize("world", [1, case(2)])
 def test_a_third_rollback_is_refused(stage: Stage, world: int):
     """With 65 and all samples of the bad steps on disk; the last good checkpoint stays."""
     fault = f"nan:point=loss:rank={world - 1}:step={BAD[0]}-99"
@@ -148,7 +143,7 @@ def test_a_third_rollback_is_refused(stage: Stage, world: int):
     assert all(value.isfinite().all() for value in checkpoint.weights(runs.last(stage.run)).values())
 
 
-@pytest.mark.parametrize(("world", "policy"), one_or((1, "warn"), (2, "rollback")))
+@pytest.mark.parametrize(("world", "policy"), [(1, "warn"), case(2, "rollback")])
 def test_a_loss_that_jumps(stage: Stage, world: int, policy: str):
     """Is said and noted, and under spike=rollback undone and left out; no other step is."""
     skipped = int(policy == "rollback")
@@ -190,7 +185,7 @@ def test_a_flipped_weight_is_found(scenario: Scenario, stage: Stage):
 UNSTEADY = "verify_step: the loss differs between two passes over one batch"
 
 
-@pytest.mark.parametrize("world", one_or((1,), (2,)))
+@pytest.mark.parametrize("world", [1, case(2)])
 def test_a_step_that_cannot_be_repeated_is_refused(stage: Stage, world: int, monkeypatch: pytest.MonkeyPatch):
     """Before anything is trained; where it can, looking leaves no trace."""
     more = ("verify_step=true",)
