@@ -366,9 +366,9 @@ def test_leftovers_are_swept_and_lead_nowhere(parent: Path, tmp_path: Path):
 @pytest.fixture
 def stopped(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """A run that was stopped after its fourth checkpoint, all of which were kept."""
+    signal.alarm(10 * SECONDS)
     make = lambda folder: replace(stage, folder=folder).stop("loss:step=29", "keep=9")  # noqa: E731
     shutil.copytree(once(tmp_path_factory, "stopped-after-28", make) / "run", stage.run)
-    signal.alarm(10 * SECONDS)
     return stage
 
 

@@ -274,16 +274,17 @@ def test_a_clock_that_jumps_has_no_effect(stage: Stage, world: int):
 
 SPAN, COUNT = 1.2, {signal.SIGTERM: 25, signal.SIGKILL: 30}  # seconds in which a signal comes; how many
 LATE = {signal.SIGTERM: 25.0, signal.SIGKILL: 15.0}  # seconds from there to the end of the other ranks
-MORE = ("steps=2500", "save_every=500", "log_every=50", "eval_every=100")
+SAVES = {signal.SIGTERM: 1000, signal.SIGKILL: 50}  # steps between checkpoints: a kill leaves none of its own
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("world", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGKILL)])
 def test_signals_at_random_times(stage: Stage, world: int, number: signal.Signals):
     """SIGTERM to one rank or all, from the first moment of a start on, is durable in time; who is killed is named."""
+    more = ("steps=3000", f"save_every={SAVES[number]}", "log_every=50", "eval_every=100")
     random, run, lasted, kept = Random(world), stage.run, [], 0
     for place in range(COUNT[number]):
-        start = stage.start(world, words=MORE)
+        start = stage.start(world, words=more)
         kill = number == signal.SIGKILL
         rank, wait = random.choice([None, *range(world)][kill:]), random.uniform(0, SPAN)
         start.until(start.hears)
@@ -301,7 +302,7 @@ def test_signals_at_random_times(stage: Stage, world: int, number: signal.Signal
         if runs.saved(run):
             assert checkpoint.flaw(runs.last(run)) is None
             kept = max(kept, json.loads((runs.last(run) / "state.json").read_text())["step"])
-    stage.finish(world, *MORE)
-    stage.as_in_peace(runs.straight(stage.shards, world, stage.folder / "straight", *MORE))
+    stage.finish(world, *more)
+    stage.as_in_peace(runs.straight(stage.shards, world, stage.folder / "straight", *more))
     figures = f"median {statistics.median(lasted):.2f} s, longest {max(lasted):.2f} s, at step {kept} after the last"
     print(f"\n{COUNT[number]} {number.name} on {world} ranks: signal to end: {figures}")
