@@ -17,6 +17,7 @@ from tests.conftest import TINY, once
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 ENGINES = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+TOGETHER = ["zero2", "fsdp2"]  # what the default tier launches
 CUT = {"zero3": {"stage3_param_persistence_threshold": 0}}  # else ZeRO-3 keeps a model this small whole
 STEPS = 10
 HALF, WHOLE = (f"checkpoints/step-{step:08d}" for step in (STEPS // 2, STEPS))
@@ -37,9 +38,13 @@ def environment(**more: str) -> dict[str, str]:
     return {**mine, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", **more}
 
 
-def launched(*command: Any, **more: str) -> None:
+def process(*command: Any, **more: str) -> subprocess.CompletedProcess[str]:
     given = [str(word) for word in command]
-    done = subprocess.run(given, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=400)
+    return subprocess.run(given, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=400)
+
+
+def launched(*command: Any, **more: str) -> None:
+    done = process(*command, **more)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
@@ -70,6 +75,9 @@ def work(folder: Path, jobs: list[dict[str, Any]]) -> None:
 
 
 Z = {"zero_optimization": {"stage": 2}}
+PRECISIONS = ("fp16", "bf16", "torch_autocast")
+OTHERS = {"train_micro_batch_size_per_gpu": 8, "train_batch_size": 32}  # than the recipe's
+OTHERS |= {"gradient_accumulation_steps": 7, "gradient_clipping": 2.5}
 CONFIGS: dict[str, dict[str, Any]] = {  # of DeepSpeed, which test_launch.py says the answers to
     "plain": Z,
     "file and section": Z,  # while what a launch file's own section says is there as well
@@ -79,25 +87,20 @@ CONFIGS: dict[str, dict[str, Any]] = {  # of DeepSpeed, which test_launch.py say
     "misspelt": {**Z, "gradient_cliping": 1.0},
     "misspelt in zero": {"zero_optimization": {"stage": 2, "overlap_com": True}},
     "optimizer": {**Z, "optimizer": {"type": "Adam"}},
-    "fp16": {**Z, "fp16": {"enabled": True}},
-    "bf16": {**Z, "bf16": {"enabled": True}},
-    "torch_autocast": {**Z, "torch_autocast": {"enabled": True}},
-    "train_micro_batch_size_per_gpu": {**Z, "train_micro_batch_size_per_gpu": 8},
-    "train_batch_size": {**Z, "train_batch_size": 32},
-    "gradient_accumulation_steps": {**Z, "gradient_accumulation_steps": 7},
-    "gradient_clipping": {**Z, "gradient_clipping": 2.5},
     "batch of 1": {**Z, "train_batch_size": 1},
     "nvme": {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}},
     "no zero": {"gradient_clipping": 0.5},
     "not a section": {**Z, "bf16": True},
 }
+CONFIGS |= {name: {**Z, name: {"enabled": True}} for name in PRECISIONS}
+CONFIGS |= {name: {**Z, name: value} for name, value in OTHERS.items()}
 
 
 def together(shards: Path, factory: pytest.TempPathFactory) -> Path:
     """The one launch of the default tier: runs zero2/ and fsdp2/, and configs.json, what became of each of CONFIGS."""
 
     def make(folder: Path) -> None:
-        jobs = [job(engine, words(shards, folder / engine, *ACCUMULATED)) for engine in ("zero2", "fsdp2")]
+        jobs = [job(engine, words(shards, folder / engine, *ACCUMULATED)) for engine in TOGETHER]
         work(folder, [{"configs": CONFIGS, "to": str(folder / "configs.json")}, *jobs])
 
     return once(factory, "engines", make)
@@ -131,8 +134,4 @@ def assert_same_training(one: Path, other: Path, first: int = 1) -> None:
 
 
 def assert_near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], atol: float) -> None:
-    assert found.keys() == wanted.keys()
-    for key in wanted:
-        torch.testing.assert_close(
-            found[key], wanted[key], rtol=1e-3, atol=atol, msg=lambda text, key=key: f"{key}: {text}"
-        )
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=atol)  # which names the keys

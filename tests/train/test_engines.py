@@ -6,6 +6,7 @@ Each launch file is launched for real, on two processes of this machine; all els
 
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,32 @@ from safetensors.torch import load_file
 
 from tests.starts import free_port
 from tests.train import engines
-from tests.train.engines import ACCUMULATED, BIN, ENGINES, STEPS, WHOLE, assert_same_training, launched, rows, words
+from tests.train.engines import (
+    ACCUMULATED,
+    BIN,
+    ENGINES,
+    STEPS,
+    TOGETHER,
+    WHOLE,
+    assert_same_training,
+    launched,
+    rows,
+    words,
+)
 
 pytestmark = pytest.mark.ranks
-TOGETHER = ["zero2", "fsdp2"]  # what the default tier launches
 SOME = [engine if engine in TOGETHER else pytest.param(engine, marks=pytest.mark.process) for engine in ENGINES]
 
 
 @pytest.fixture(scope="module")
 def alone(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A run by one process in this one, made when it is first asked for."""
-    made: dict[tuple[str, ...], Path] = {}
 
+    @cache
     def get(*more: str) -> Path:
-        if more not in made:
-            made[more] = tmp_path_factory.mktemp("alone")
-            engines.train(words(shards, made[more], *more))
-        return made[more]
+        run = tmp_path_factory.mktemp("alone")
+        engines.train(words(shards, run, *more))
+        return run
 
     return get
 
@@ -61,6 +71,9 @@ def test_two_processes_train_as_one_does(alone, together: Path, engine: str):
     assert_same_training(alone(), together / engine)
 
 
+SOME = [engine if engine in TOGETHER else pytest.param(engine, marks=pytest.mark.process) for engine in ENGINES]
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_launch_file_trains_as_one_process_does(alone, launches: Path, engine: str):
@@ -70,17 +83,25 @@ def test_a_launch_file_trains_as_one_process_does(alone, launches: Path, engine:
 NEXT = dict(zip(ENGINES, [*ENGINES[1:], ENGINES[0]], strict=True))
 DROPOUT = ["encoder.dropout=0.2"]
 SGD = ["optim.kind=sgd", "optim.lr=0.01", "optim.clip=none"]
-TIMM = ["encoder.kind=timm", "encoder.name=test_vit3", "data.image_size=32"]
 ENCODERS = {  # what each asks of an engine: a root's parameter inside of blocks, other blocks, blocks in another module
     "relative": ["encoder.positions=relative", "encoder.positions_at=shared"],
     "axial": ["encoder.kind=axial", "encoder.positions=2d", "encoder.positions_at=every", *ACCUMULATED],
-    "timm": TIMM,  # some of whose parameters learn nothing
+    "timm": ["encoder.kind=timm", "encoder.name=test_vit3", "data.image_size=32"],  # some of it learns nothing
 }
-AVERAGED = ["average=0.9", "optim.layer_decay=0.7", "encoder.pool=mean"]
+CUTTING = ("zero2", "zero3", "fsdp2")  # parameters or gradients; DDP knows no modules
+SAME: dict[str, tuple[list[str], list[str]]] = {  # of the runs below: their engines, and the words of one process's run
+    "accumulated": ([engine for engine in ENGINES if engine not in TOGETHER], []),  # of two the default tier has it
+    "halves": (ENGINES, []),  # two micro batches
+    "sgd": (ENGINES, SGD),  # without clipping
+    "from": (ENGINES, []),  # on from a checkpoint of the engine before
+    "offload": (["zero2", "zero3"], []),  # an optimizer on the CPU
+    **{name: (list(CUTTING), keys) for name, keys in ENCODERS.items()},
+}
 
 
 def averaged(shards: Path) -> list[str]:
-    return [*AVERAGED, *(f"online.{split}={shards}/{split}" for split in ("train", "val")), "online.shots=1,2"]
+    words = ["average=0.9", "optim.layer_decay=0.7", "encoder.pool=mean", "online.shots=1,2"]
+    return [*words, *(f"online.{split}={shards}/{split}" for split in ("train", "val"))]
 
 
 @pytest.fixture(scope="module")
@@ -106,36 +127,19 @@ def worked(shards: Path, launches: Path, tmp_path_factory: pytest.TempPathFactor
         add(f"dropout-again-{engine}", engine, *DROPOUT)
         add(f"poisoned-{engine}", engine, "log_every=4", poisoned=True)
         add(f"bf16-{engine}", engine, "precision=bf16", "micro_batch=2")
-    for engine in ("zero2", "zero3", "fsdp2"):
-        for name, keys in ENCODERS.items():
+        for name, keys in ENCODERS.items() if engine in CUTTING else ():
             add(f"{name}-{engine}", engine, *keys)
-    for engine in ("zero2", "zero3"):
-        add(f"offload-{engine}", engine, offload_optimizer={"device": "cpu"})
+        if engine in SAME["offload"][0]:
+            add(f"offload-{engine}", engine, offload_optimizer={"device": "cpu"})
     engines.work(folder, jobs)
     return folder
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine not in TOGETHER])
-def test_accumulation_and_recomputation(alone, worked: Path, engine: str):
-    """Micro batches of 1 with activation checkpointing; of two engines the default tier has it."""
-    assert_same_training(alone(), worked / f"accumulated-{engine}")
-
-
-@pytest.mark.process
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("name", "more"), [("halves", []), ("sgd", SGD)])
-def test_two_micro_batches_and_sgd(alone, worked: Path, engine: str, name: str, more: list[str]):
-    """2 a step, and SGD without clipping."""
-    assert_same_training(alone(*more), worked / f"{name}-{engine}")
-
-
-@pytest.mark.process
-@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
-@pytest.mark.parametrize("name", ENCODERS)
-def test_other_encoders(alone, worked: Path, engine: str, name: str):
-    """Under the engines that cut parameters or gradients; DDP knows no modules."""
-    assert_same_training(alone(*ENCODERS[name]), worked / f"{name}-{engine}")
+@pytest.mark.parametrize(("name", "engine"), [(name, engine) for name, (some, _) in SAME.items() for engine in some])
+def test_every_engine_trains_the_same(alone, worked: Path, name: str, engine: str):
+    first = STEPS // 2 + 1 if name == "from" else 1
+    assert_same_training(alone(*SAME[name][1]), worked / f"{name}-{engine}", first)
 
 
 @pytest.mark.process
@@ -152,12 +156,6 @@ def test_averages_layer_decay_and_online_probes(alone, shards: Path, worked: Pat
     left, right = ({k: v for k, v in state.items() if k.startswith("average.")} for state in (left, right))
     assert len(left) == len(load_file(one / WHOLE / "model.safetensors"))
     engines.assert_near(right, left, 2e-4)
-
-
-@pytest.mark.process
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_an_offloaded_optimizer(alone, worked: Path, engine: str):
-    assert_same_training(alone(), worked / f"offload-{engine}")
 
 
 @pytest.mark.process
@@ -178,12 +176,6 @@ def test_a_bad_loss_of_one_rank_is_skipped_by_all(alone, worked: Path, engine: s
     assert [row["grad_norm"] for row in mine] == pytest.approx([row["grad_norm"] for row in ddp], rel=2e-5)
     assert [row["loss"] for row in mine[1:]] == pytest.approx([row["loss"] for row in ddp[1:]], rel=2e-6)
     assert mine[-1]["val_loss"] != pytest.approx(rows(alone())[-1]["val_loss"], rel=1e-5)
-
-
-@pytest.mark.process
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_checkpoint_of_one_engine_goes_on_under_another(alone, worked: Path, engine: str):
-    assert_same_training(alone(), worked / f"from-{engine}", first=STEPS // 2 + 1)
 
 
 def half(run: Path, copy: Path) -> None:

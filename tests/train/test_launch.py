@@ -3,11 +3,11 @@
 import json
 import os
 import stat
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -30,13 +30,13 @@ ASKED = Asked(24, 4, 3, 0.5, precision="auto", activation_checkpointing=False, t
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nobody launched these tests, and what a start changes in the environment is changed back."""
     monkeypatch.setattr(launch, "launcher_words", list)
-    before = dict(os.environ)
-    for name in before:
-        if name.startswith(("ACCELERATE_", "FSDP_")) and name != "ACCELERATE_USE_CPU":
-            del os.environ[name]
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "ACCELERATE_USE_CPU" or not name.startswith(("ACCELERATE_", "FSDP_"))
+    }
+    with patch.dict(os.environ, own, clear=True):
+        yield
 
 
 def refused(**environment: str) -> str:
@@ -69,16 +69,12 @@ def contradiction(name: str) -> str:
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_a_contradiction_is_refused_with_both_values(name: str):
+    """And what agrees is not, nor what launchers always export, which counts as not given."""
     claim, _, agrees = CLAIMS[name]
-    agree(ASKED, {name: agrees})
+    for fine in (agrees, None, "", "no", "NO", "none", "auto", "1", 1, "1.0", 1.0):
+        agree(ASKED, {name: fine})
     with pytest.raises(Refusal, match=contradiction(name)):
         agree(ASKED, {name: claim})
-
-
-@pytest.mark.parametrize("name", CLAIMS)
-@pytest.mark.parametrize("claim", [None, "", "no", "NO", "none", "auto", "1", 1, "1.0", 1.0])
-def test_what_launchers_always_export_counts_as_not_given(name: str, claim: Any):
-    agree(ASKED, {name: claim})
 
 
 def test_none_is_said_where_the_recipe_clips_nothing():
@@ -86,41 +82,30 @@ def test_none_is_said_where_the_recipe_clips_nothing():
         agree(Asked(24, 4, 3, None, "auto", False, 60), {"gradient_clipping": 2})
 
 
-def asked(world: int, *words: str) -> Asked:
-    return config.parse(Pretrain, ["batch=24", *words], FOLDER).asked(0.5, world)
-
-
 def test_accumulation_follows_from_batch_micro_batch_and_processes():
-    assert (asked(2).micro_batch, asked(2).accumulate) == (12, 1)
-    assert (asked(2, "micro_batch=4").micro_batch, asked(2, "micro_batch=4").accumulate) == (4, 3)
+    """Which divide one another, or are refused."""
 
+    def asked(world: int, micro: str) -> Asked:
+        return config.parse(Pretrain, ["batch=24", f"micro_batch={micro}"], FOLDER).asked(0.5, world)
 
-@pytest.mark.parametrize(
-    ("world", "micro", "line"),
-    [
-        (5, "none", "batch=24 cannot be shared by 5 processes; these can: 1, 2, 3, 4, 6, 8, 12"),
+    for micro, wanted in {"none": (12, 1), "4": (4, 3)}.items():
+        assert (asked(2, micro).micro_batch, asked(2, micro).accumulate) == wanted
+    for world, micro, line in (
         (48, "none", "batch=24 cannot be shared by 48 processes; these can: 1, 2, 3, 4, 6, 8, 12, 24"),
         (2, "5", "micro_batch=5 does not divide the 12 images that each of 2 processes takes"),
-    ],
-)
-def test_processes_and_micro_batches_divide_the_batch(world: int, micro: str, line: str):
-    with pytest.raises(Refusal) as caught:
-        asked(world, f"micro_batch={micro}")
-    assert caught.value.message.startswith(line)
+    ):
+        with pytest.raises(Refusal, match=line):
+            asked(world, micro)
 
 
 GPU = "ACCELERATE_USE_CPU=false"
-TWO = "2 processes were started"
-TAKES = "DeepSpeed takes the GPUs where there are some"
+ONE = "2 processes were started on this machine, which has 1 GPUs: give --num_processes"
+HIDES = "DeepSpeed takes the GPUs where there are some: CUDA_VISIBLE_DEVICES= hides them"
 FSDP_1 = "the launch file asks for FSDP 1: set fsdp_config.fsdp_version: 2"
 STARTS = [  # on so many GPUs, with this environment
     (0, f"{GPU} WORLD_SIZE=2", "2 processes were started but accelerate sees 1: set ACCELERATE_USE_"),  # side by side
-    (
-        1,
-        f"{GPU} LOCAL_WORLD_SIZE=2",
-        "2 processes were started on this machine, which has 1 GPUs: give --num_processes",
-    ),
-    (1, "ACCELERATE_USE_CPU=true ACCELERATE_USE_DEEPSPEED=true", f"{TAKES}: CUDA_VISIBLE_DEVICES= hides them"),
+    (1, f"{GPU} LOCAL_WORLD_SIZE=2", ONE),
+    (1, "ACCELERATE_USE_CPU=true ACCELERATE_USE_DEEPSPEED=true", HIDES),
     (0, "ACCELERATE_USE_FSDP=true FSDP_VERSION=1", FSDP_1),
     (0, "ACCELERATE_USE_FSDP=true", FSDP_1),
     *((0, f"{variable}={CLAIMS[name][0]}", contradiction(name)) for name, variable in EXPORTED.items()),
@@ -136,20 +121,21 @@ def test_a_launch_that_would_train_something_else_is_refused(
     assert refused(**dict(word.split("=") for word in given.split())).startswith(line)
 
 
-@pytest.mark.parametrize("package", ["deepspeed", "transformers"])
-def test_deepspeed_names_a_package_that_is_missing(package: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("missing", ["deepspeed", "transformers", "g++", "ninja"])
+def test_deepspeed_names_a_package_or_a_compiler_that_is_missing(
+    missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     found = launch.importlib.util.find_spec
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None if name == package else found(name))
-    line = refused(ACCELERATE_USE_DEEPSPEED="true")
-    assert line == f"DeepSpeed needs the package {package}: pip install 'ssl_vit[deepspeed]'"
-
-
-@pytest.mark.parametrize("tool", ["g++", "ninja"])
-def test_deepspeed_names_a_compiler_that_is_missing(tool: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    (tmp_path / ({"g++", "ninja"} - {tool}).pop()).touch(stat.S_IRWXU)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    for tool in {"g++", "ninja"} - {missing}:
+        (tmp_path / tool).touch(stat.S_IRWXU)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    lines = (
+        f"DeepSpeed needs the package {missing}: pip install 'ssl_vit[deepspeed]'",
+        f"DeepSpeed on the CPU builds an extension: {missing} is missing, install it",
+    )
     line = refused(ACCELERATE_USE_DEEPSPEED="true", PATH=str(tmp_path))
-    assert line == f"DeepSpeed on the CPU builds an extension: {tool} is missing, install it"
+    assert line == lines[missing in ("g++", "ninja")]
 
 
 def launched_with(content: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, joint: str = " ") -> Path:
@@ -165,9 +151,7 @@ def launched_with(content: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, j
     ("joint", "section", "key", "cure"),
     [
         (" ", "deepspeed_config", "zero_stag", "; did you mean zero_stage?"),
-        ("=", "deepspeed_config", "zero_stag", "; did you mean zero_stage?"),
-        (" ", "deepspeed_config", "ofload_optimizer_device", "; did you mean offload_optimizer_device?"),
-        (" ", "fsdp_config", "fsdp_versio", "; did you mean fsdp_version?"),
+        ("=", "fsdp_config", "fsdp_versio", "; did you mean fsdp_version?"),
         (" ", "fsdp_config", "cpu_offlod", ""),
     ],
 )
@@ -181,23 +165,16 @@ def test_a_misspelt_key_of_a_section_is_refused(
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_our_launch_files_hold_known_keys(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """None is refused; and accelerate reads them, top-level keys too."""
+    """None is refused. A top-level key that is unknown accelerate refuses by name; ours would not see it."""
     from accelerate.commands.config.config_args import load_config_from_file
 
-    launched_with(yaml.safe_load(file.read_text()), tmp_path, monkeypatch)
+    content = yaml.safe_load(file.read_text())
+    launched_with(content, tmp_path, monkeypatch)
     assert "dynamo_backend" in refused(ACCELERATE_DYNAMO_BACKEND="inductor")  # that is what is looked at next
     load_config_from_file(str(file))
-
-
-def test_a_top_level_key_is_refused_by_accelerate(tmp_path: Path):
-    """By name, before any process is started; ours would not see it."""
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
-    content = yaml.safe_load((FOLDER / "launch" / "ddp.yaml").read_text())
-    path = tmp_path / "launch.yaml"
-    path.write_text(yaml.safe_dump({**content, "num_procs": 2}))
+    path = launched_with({**content, "num_procs": 2}, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=r"unknown keys \(\['num_procs'\]\)"):
-        launch_command(launch_command_parser().parse_args(["--config_file", str(path), "tools/pretrain.py"]))
+        load_config_from_file(str(path))
 
 
 @pytest.mark.process
@@ -208,8 +185,7 @@ def test_a_misspelt_key_is_refused_in_a_real_launch(shards: Path, tmp_path: Path
     (tmp_path / "launch.yaml").write_text(yaml.safe_dump(content))
     options = ["--config_file", tmp_path / "launch.yaml", "--num_processes", "1", "--main_process_port", free_port()]
     words = ["tools/pretrain.py", *engines.words(shards, tmp_path / "run")]
-    command = [str(word) for word in (engines.BIN / "accelerate", "launch", *options, *words)]
-    done = subprocess.run(command, cwd=engines.ROOT, env=engines.environment(), capture_output=True, text=True)
+    done = engines.process(engines.BIN / "accelerate", "launch", *options, *words)
     assert done.returncode != 0
     line = "deepspeed_config has a key that accelerate does not know: zero_stag; did you mean zero_stage?"
     assert f"{tmp_path}/launch.yaml: {line}\n" in done.stderr
@@ -224,17 +200,13 @@ def started(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", ["plain", "no clip", "auto", "same", "batch of 1"])
 def test_the_recipes_values_get_into_deepspeeds_config(started, name: str):
+    """And no other batch is left: DeepSpeed itself stops where it is not micro batch x accumulation x processes."""
     values = started[name]
     assert values["train_micro_batch_size_per_gpu"] == 4
     assert values["gradient_accumulation_steps"] == 3
     assert values["gradient_clipping"] == (0.0 if name == "no clip" else 0.5)
+    assert values.get("train_batch_size", 24) in (24, "auto")
     assert not {"fp16", "bf16", "torch_autocast"} & set(values)
-
-
-@pytest.mark.ranks
-def test_no_other_batch_is_left_in_deepspeeds_config(started):
-    """DeepSpeed itself stops where it is not micro batch x accumulation x processes."""
-    assert started["batch of 1"].get("train_batch_size", 24) in (24, "auto")
 
 
 REFUSALS = {
@@ -243,12 +215,11 @@ REFUSALS = {
     "file and section": "When using `deepspeed_config_file`, the following accelerate config variables will be ignored",
     "not a section": "bf16",
     "optimizer": "key that is not known here: optimizer; the optimizer and its schedule are the recipe's",
-    "fp16": "the DeepSpeed config enables fp16: precision= decides",
-    "bf16": "the DeepSpeed config enables bf16: precision= decides",
-    "torch_autocast": "the DeepSpeed config enables torch_autocast: precision= decides",
     "nvme": "offload to nvme is not supported: take device cpu",
     "no zero": "Please specify the ZeRO optimization config",
-} | {name: contradiction(name) for name in CLAIMS if name in engines.CONFIGS}
+}
+REFUSALS |= {name: f"the DeepSpeed config enables {name}: precision= decides" for name in engines.PRECISIONS}
+REFUSALS |= {name: contradiction(name) for name in CLAIMS if name in engines.CONFIGS}
 
 
 @pytest.mark.ranks

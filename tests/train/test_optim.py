@@ -11,25 +11,21 @@ from ssl_vit.train.engine import prepare, zeros
 from ssl_vit.train.optim import AdamW, Sgd, groups, learning_rate, set_rate
 
 
-@pytest.mark.parametrize(("step", "want"), [(0, 0), (5_000, 1e-4), (10_000, 2e-4), (505_000, 1e-4), (1_000_000, 0)])
-def test_cosine_of_masked_patch_prediction(step, want):
-    """C4.1"""
-    rate = learning_rate(step, lr=2e-4, steps=1_000_000, warmup_steps=10_000, schedule="cosine")
-    assert rate == pytest.approx(want, abs=1e-12)
+def test_rates_of_the_papers_schedules():
+    """C4.1: the cosine of masked patch prediction; C4.2: the linear decay ends where the authors end it.
 
-
-def test_linear_decay_ends_where_the_authors_end_it():
-    """C4.2"""
-    rate = {step: learning_rate(step, 8e-4, 110, 10, "linear") for step in (5, 10, 60, 110)}
-    assert rate == pytest.approx({5: 4e-4, 10: 8e-4, 60: 4.05e-4, 110: 1e-5})
-
-
-def test_constant_stays_after_the_warm_up():
+    A constant rate stays after the warm-up.
+    """
+    for step, want in {0: 0, 5_000: 1e-4, 10_000: 2e-4, 505_000: 1e-4, 1_000_000: 0}.items():
+        rate = learning_rate(step, lr=2e-4, steps=1_000_000, warmup_steps=10_000, schedule="cosine")
+        assert rate == pytest.approx(want, abs=1e-12)
+    rates = {step: learning_rate(step, 8e-4, 110, 10, "linear") for step in (5, 10, 60, 110)}
+    assert rates == pytest.approx({5: 4e-4, 10: 8e-4, 60: 4.05e-4, 110: 1e-5})
     assert [learning_rate(step, 1.0, 8, 2, "constant") for step in range(5)] == [0, 0.5, 1, 1, 1]
 
 
 def test_steps_divide_the_rate_by_ten_at_each_drop():
-    """As torch's own schedule of that kind; a step is of the config, warm-up included."""
+    """As torch's own schedule of that kind; a step is of the config, warm-up included. Only this schedule has drops."""
     config = Sgd(lr=0.3, schedule="step", drops=(4, 6), warmup_steps=2)
     twin = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
     decay = torch.optim.lr_scheduler.MultiStepLR(twin, milestones=[4, 6], gamma=0.1)
@@ -38,12 +34,10 @@ def test_steps_divide_the_rate_by_ten_at_each_drop():
         assert config.rate(step, steps=9) == pytest.approx(want, rel=1e-9)
         twin.step()
         decay.step()
-
-
-@pytest.mark.parametrize("given", [{"schedule": "step"}, {"drops": (3,)}, {"schedule": "linear", "drops": (3,)}])
-def test_drops_and_their_schedule_belong_together(given):
-    with pytest.raises(ValueError, match="belong together"):
-        AdamW(**given)
+    wrong: list[dict[str, Any]] = [{"schedule": "step"}, {"drops": (3,)}, {"schedule": "linear", "drops": (3,)}]
+    for given in wrong:
+        with pytest.raises(ValueError, match="belong together"):
+            AdamW(**given)
 
 
 def small() -> nn.Module:
@@ -91,10 +85,13 @@ def test_gradients_are_clipped_jointly(norm, clip, scale):
         torch.testing.assert_close(old - parameter, scale * gradient * norm / whole, rtol=1e-4, atol=1e-6)
 
 
-def test_every_parameter_is_in_one_group():
+def test_every_parameter_is_in_one_group_and_the_rate_is_written_into_each():
     model = small()
-    members = [p for group in groups(model, 0.1) for p in group["params"]]
+    made = groups(model, 0.1)
+    members = [p for group in made for p in group["params"]]
     assert len(members) == len({id(p) for p in members}) == len(list(model.parameters()))
+    set_rate(made, 0.25)
+    assert [group["lr"] for group in made] == [0.25, 0.25]
 
 
 @pytest.mark.parametrize("config", [AdamW(lr=0.1, weight_decay=0.1), Sgd(lr=0.1), Sgd(lr=0.1, weight_decay=0.1)])
@@ -110,27 +107,20 @@ def test_steps_equal_torchs_own_and_a_flagged_one_changes_nothing(config):
         ours.state[parameter] = zeros(parameter, config.state)
     parts = [{"params": [twin.weight], "weight_decay": config.weight_decay}]
     parts += [{"params": [twin.bias], "weight_decay": 0.0}]
-    if config.kind == "sgd":
-        theirs: Any = torch.optim.SGD(parts, lr=0.1, momentum=0.9, fused=False, foreach=False)
-    else:
-        theirs = torch.optim.AdamW(parts, lr=0.1, fused=False, foreach=False)
+    kind, own = (torch.optim.SGD, {"momentum": 0.9}) if config.kind == "sgd" else (torch.optim.AdamW, {})
+    theirs: Any = kind(parts, lr=0.1, fused=False, foreach=False, **own)
+    both = list(zip(model.parameters(), twin.parameters(), strict=True))
     for step in range(5):
         bad = step in (0, 2)  # the very first one too: SGD's buffers are not there yet in torch
-        for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
-            gradient = torch.full_like(mine, float("nan") if bad else 0.1 * (step + 1))
-            mine.grad, other.grad = gradient, gradient.clone()
+        for mine, other in both:
+            mine.grad = torch.full_like(mine, float("nan") if bad else 0.1 * (step + 1))
+            other.grad = mine.grad.clone()
         ours.found_inf = torch.tensor(float(bad))  # type: ignore[attr-defined]
         ours.step()
         if not bad:
             theirs.step()
-        for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+        for mine, other in both:
             torch.testing.assert_close(mine, other)
-
-
-def test_the_rate_is_written_into_every_group():
-    optimizer = AdamW().build(small())
-    set_rate(optimizer.param_groups, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
 def test_layer_decay_is_that_of_timm():
@@ -140,21 +130,21 @@ def test_layer_decay_is_that_of_timm():
 
     options: Any = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
     theirs: Any = timm.create_model("vit_tiny_patch16_224", **options)
-    names = {id(p): name for name, p in theirs.named_parameters()}
-    want = {}
-    for group in param_groups_layer_decay(
-        theirs, weight_decay=0.05, layer_decay=0.7, no_weight_decay_list=theirs.no_weight_decay()
-    ):
-        for parameter in group["params"]:
-            want[names[id(parameter)]] = group["lr_scale"], group["weight_decay"]
     model: Any = nn.Module()
     model.encoder = Vit(size="Ti", width=32, depth=3, heads=2, mlp=128, patch=4, image=8).build()
-    names = {id(p): name.removeprefix("encoder.") for name, p in model.named_parameters()}
     made = groups(model, 0.05, 0.7)
-    got = {names[id(p)]: (group["scale"], group["weight_decay"]) for group in made for p in group["params"]}
+
+    def by_name(module: nn.Module, found: Any, scale: str) -> dict[str, tuple[float, float]]:
+        names = {id(p): name.removeprefix("encoder.") for name, p in module.named_parameters()}
+        return {names[id(p)]: (group[scale], group["weight_decay"]) for group in found for p in group["params"]}
+
+    options = {"layer_decay": 0.7, "no_weight_decay_list": theirs.no_weight_decay()}
+    want = by_name(theirs, param_groups_layer_decay(theirs, weight_decay=0.05, **options), "lr_scale")
+    got = by_name(model, made, "scale")
     assert got.keys() == {name for name in want if not name.startswith("head.")}
-    assert got["norm.weight"] == (1.0, 0.0)  # with the head, as in BEiT and MAE; timm has it with the last block
-    for name, (scale, decay) in ((n, want[n]) for n in got if not n.startswith("norm.")):
-        assert got[name] == (pytest.approx(scale), decay), name
+    assert got.pop("norm.weight") == (1.0, 0.0)  # with the head, as in BEiT and MAE; timm has it with the last block
+    assert got.pop("norm.bias") == (1.0, 0.0)
+    for name, (scale, decay) in got.items():
+        assert (pytest.approx(scale), decay) == want[name], name
     set_rate(made, 0.5)
     assert {round(group["lr"], 9) for group in made} == {round(0.5 * 0.7**i, 9) for i in range(5)}

@@ -18,34 +18,34 @@ from ssl_vit.train.clock import PHASES
 from ssl_vit.train.numbers import LeftOut, RollBack
 from tests.conftest import TINY
 from tests.starts import Start
+from tests.train import engines
 from tests.train.engines import rows
-from tests.train.test_loop import stopped
+from tests.train.test_loop import start, stopped
 
 LINE = re.compile(r"^first step \d+\.\d s after the start; fp32 on 1 threads, torch \S+; .* reaches \d+\.\d\d TFLOP/s$")
-OTHERS = ("math", "efficient", "cudnn")
 SPLIT = {f"time_{name}" for name in PHASES}
+WORDS = ["log_every=3", "save_every=4", "optim.warmup_steps=1"]
+process = pytest.mark.process
 pytestmark = pytest.mark.filterwarnings("ignore:Profiler clears events:UserWarning")
-
-
-def words(shards: Path, run: Path, *more: str) -> list[str]:
-    data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", "tracker=none"]
-    return [*TINY, *data, "log_every=3", "save_every=4", "optim.warmup_steps=1", *more]
+Capture = pytest.CaptureFixture[str]
 
 
 def pretrain(shards: Path, run: Path, *more: str) -> int:
-    return session.run(config.parse(Pretrain, words(shards, run, *more), recipe.FOLDER))
+    return start(Pretrain, shards, run, [*WORDS, *more])
 
 
-def trace(run: Path) -> list[dict[str, Any]]:
+def count(run: Path, name: str) -> int:
+    """How many times the trace has something of this name."""
     with gzip.open(run / "profile" / "trace.json.gz", "rt") as file:
-        return json.load(file)["traceEvents"]
-
-
-def count(events: list[dict[str, Any]], name: str) -> int:
+        events = json.load(file)["traceEvents"]
     return sum(event.get("name") == name and event.get("ph") == "X" for event in events)
 
 
-def test_a_profile_of_five_steps_changes_no_number(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def starts(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "first step" in line]
+
+
+def test_a_profile_of_five_steps_changes_no_number(shards: Path, tmp_path: Path, capsys: Capture):
     """The loss and the weights are the same bits as those of a run without, which says nothing of one."""
     more = ["steps=10", "save_every=6", "log_every=5", "encoder.dropout=0.1"]
     plain, run = tmp_path / "plain", tmp_path / "profiled"
@@ -61,53 +61,43 @@ def test_a_profile_of_five_steps_changes_no_number(shards: Path, tmp_path: Path,
     assert rows(plain)[1]["time_checkpoint"] > 0  # of step 6
 
     assert pretrain(shards, run, *more, "profile=true") == 0
-    events = trace(run)
-    for name in ("data", "forward", "backward", "update"):
-        assert count(events, name) == profile.STEPS, name
-    assert count(events, "checkpoint") == 1
     table = (run / "profile" / "table.txt").read_text()
     assert table.startswith("5 steps\n")
-    assert all(f" {name} " in table for name in ("data", "forward", "backward", "update"))
+    for name in ("data", "forward", "backward", "update"):
+        assert count(run, name) == profile.STEPS, name
+        assert f" {name} " in table
+    assert count(run, "checkpoint") == 1
     assert f"profile: 5 steps in {run}/profile" in capsys.readouterr().out
     assert {path.name for path in (run / "profile").iterdir()} == {"table.txt", "trace.json.gz"}
     assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(plain)]
     assert len({(one / "encoder" / "model.safetensors").read_bytes() for one in (plain, run)}) == 1
 
 
-@pytest.mark.parametrize("steps", [4, pytest.param(7, marks=pytest.mark.process)])
-def test_a_run_shorter_than_the_window_is_traced_to_its_end(shards: Path, tmp_path: Path, steps: int):
+@pytest.mark.parametrize(
+    "steps", [pytest.param(1, marks=process), pytest.param(2, marks=process), 3, 4, pytest.param(7, marks=process)]
+)
+def test_a_run_shorter_than_the_window_is_traced_to_its_end(shards: Path, tmp_path: Path, steps: int, capsys: Capture):
+    """And where there are too few steps for that, it says so."""
     assert pretrain(shards, tmp_path, f"steps={steps}", "profile=true") == 0
-    assert count(trace(tmp_path), "forward") == steps - profile.FIRST
-    assert (tmp_path / "profile" / "table.txt").read_text().startswith(f"{steps - profile.FIRST} steps\n")
+    if steps > profile.FIRST:
+        assert count(tmp_path, "forward") == steps - profile.FIRST
+        assert (tmp_path / "profile" / "table.txt").read_text().startswith(f"{steps - profile.FIRST} steps\n")
+    else:
+        [said] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("profile:")]
+        assert not said.startswith("profile: 0 steps")
 
 
-@pytest.mark.parametrize("steps", [*(pytest.param(steps, marks=pytest.mark.process) for steps in (1, 2)), 3])
-def test_too_few_steps_to_trace_are_said(shards: Path, tmp_path: Path, steps: int, capsys: pytest.CaptureFixture[str]):
-    assert pretrain(shards, tmp_path, f"steps={steps}", "profile=true") == 0
-    [said] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("profile:")]
-    assert not said.startswith("profile: 0 steps")
-
-
-def test_a_stopped_run_leaves_what_was_traced_and_its_resume_its_own(shards: Path, tmp_path: Path):
-    stopped(5, pretrain, shards, tmp_path, "steps=12", "profile=true")
-    assert count(trace(tmp_path), "forward") == 2
-    assert pretrain(shards, tmp_path, "steps=12", "profile=true") == 0
-    assert count(trace(tmp_path), "forward") == 4  # of steps 6 to 12 all but the first three
-
-
-def starts(text: str) -> list[str]:
-    return [line for line in text.splitlines() if "first step" in line]
-
-
-def test_the_line_of_a_start(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """One a start that trains, a resumed one too."""
-    given = (shards, tmp_path, "steps=5", "quiet=false")
-    stopped(2, pretrain, *given)
+def test_a_start_traces_its_own_steps_and_says_when_the_first_came(shards: Path, tmp_path: Path, capsys: Capture):
+    """A resumed one too; one that is done takes no step and has no line."""
+    given = (shards, tmp_path, "steps=12", "profile=true", "quiet=false")
+    stopped(5, pretrain, *given)
+    assert count(tmp_path, "forward") == 2
     (line,) = starts(capsys.readouterr().err)
     assert LINE.match(line), line
-    for lines in (1, 0):  # done: no step, no line
+    for lines in (1, 0):
         assert pretrain(*given) == 0
         assert len(starts(capsys.readouterr().err)) == lines
+    assert count(tmp_path, "forward") == 4  # of steps 6 to 12 all but the first three
 
 
 def test_precision_bf16_residual_trains_and_goes_on(shards: Path, tmp_path: Path):
@@ -126,28 +116,25 @@ def test_precision_bf16_residual_trains_and_goes_on(shards: Path, tmp_path: Path
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_bf16_residual_where_there_is_none_is_refused(shards: Path, tmp_path: Path):
     pytest.importorskip("timm")
-    timm = ["encoder.kind=timm", "encoder.name=vit_tiny_patch16_224", "data.image_size=32"]
-    given = [word for word in words(shards, tmp_path, "steps=1", "precision=bf16_residual") if "encoder." not in word]
-    made = [word for word in given if "image_size" not in word] + timm
-    with pytest.raises(Refusal):
-        session.run(config.parse(Pretrain, made, recipe.FOLDER))
+    given = engines.words(shards, tmp_path, "encoder.kind=timm", "encoder.name=vit_tiny_patch16_224")
+    with pytest.raises(Refusal, match="bf16_residual"):
+        session.run(config.parse(Pretrain, [*given, "data.image_size=32", "precision=bf16_residual"], recipe.FOLDER))
 
 
 @pytest.mark.ranks
-@pytest.mark.process
+@process
 def test_two_processes_write_one_profile_and_one_line(shards: Path, tmp_path: Path):
-    start = Start(words(shards, tmp_path / "run", "steps=6", "quiet=false", "profile=true"), tmp_path / "logs", 2)
+    words = [*TINY, *WORDS, f"data.train={shards}/train", "data.val=none", f"run={tmp_path}/run", "tracker=none"]
+    start = Start([*words, "steps=6", "quiet=false", "profile=true"], tmp_path / "logs", 2)
     assert start.wait(300) == [0, 0], start.said()
     assert len(starts(start.said())) == 1
     assert start.said().count("profile: 3 steps") == 1
-    assert count(trace(tmp_path / "run"), "forward") == 3
+    assert count(tmp_path / "run", "forward") == 3
     for row in rows(tmp_path / "run"):
         assert sum(row[name] for name in SPLIT) == pytest.approx(1, abs=5e-4)
 
 
-def test_going_back_is_no_new_start(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_going_back_is_no_new_start(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
     advance = loop.advance
 
     def once(live: Any, batches: Any) -> None:
@@ -160,7 +147,7 @@ def test_going_back_is_no_new_start(
     assert len(starts(capsys.readouterr().err)) == 1
 
 
-@pytest.mark.parametrize("kernel", ["flash", *(pytest.param(name, marks=pytest.mark.process) for name in OTHERS)])
+@pytest.mark.parametrize("kernel", ["flash", *(pytest.param(k, marks=process) for k in ("math", "efficient", "cudnn"))])
 def test_a_kernel_of_a_gpu_does_not_stop_a_run_on_a_cpu(
     shards: Path, tmp_path: Path, kernel: str, request: pytest.FixtureRequest
 ):

@@ -1,10 +1,13 @@
 """Checks before the first step: what differs or is not there is named, with its rank, in one line on all processes."""
 
 import json
+import os
 import shutil
 import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -44,6 +47,7 @@ CODE, SHARE = "ssl_vit/counter.py differs (1 in all)", "name one on a file syste
 RECIPE = "seed: 0 -> 7; optim.lr: 0.001 -> 1.0: give all the same command"
 TORCH = f"has torch 2.0.0, {FIRST} has {startup.version('torch')}"
 ENDS = {
+    "batch": (USAGE, "batch=8 cannot be shared by 3 processes; these can: 1, 2, 4, 8"),
     "code": (MISMATCH, f"{ONE} runs other code than {FIRST}: {CODE}: {SAME} version on all machines{OTHERS}"),
     "library": (MISMATCH, f"{ONE} {TORCH}: {SAME} on all machines{OTHERS}"),
     "gpu": (USAGE, f"{ONE} has NVIDIA L4 of 22 GiB, {FIRST} has no GPU: {SLOW}{OTHERS}"),
@@ -61,17 +65,11 @@ ENDS = {
 def test_all_processes_end_alike(found, scenario: str):
     """With one code and line, which is marked as shared, so that only rank 0 prints it."""
     code, message = ENDS[scenario]
-    for rank in found:
-        assert rank[scenario]["code"] == code, rank[scenario]
-        assert message in rank[scenario]["message"]
-        assert rank[scenario]["shared"]
-
-
-@pytest.mark.ranks
-def test_a_number_of_processes_that_does_not_divide_the_batch(found):
-    for rank in found:
-        assert rank["batch"]["code"] == USAGE
-        assert rank["batch"]["message"] == "batch=8 cannot be shared by 3 processes; these can: 1, 2, 4, 8"
+    for rank in (rank[scenario] for rank in found):
+        assert rank["code"] == code, rank
+        assert message in rank["message"]
+        assert rank["message"] == message or scenario != "batch"
+        assert rank["shared"]
 
 
 @pytest.mark.parametrize(("rank", "lines"), [(0, 1), (1, 0)])
@@ -103,33 +101,23 @@ def test_this_process_has_facts_that_travel():
     assert here["libraries"].keys() == set(startup.LIBRARIES)
 
 
-def test_processes_that_are_alike_have_no_difference():
-    assert compare([facts(), facts(host="b"), facts(host="c")]) == [None, None, None]
-
-
 @pytest.mark.parametrize(
-    ("other", "code", "line"),
+    ("other", "line"),
     [
-        (facts(code={"model.py": "9", "config.py": "2"}), MISMATCH, "ssl_vit/model.py differs (1 in all)"),
-        (facts(code={"model.py": "1", "config.py": "2", "b.py": "3"}), MISMATCH, "ssl_vit/b.py differs (1 in all)"),
-        (facts(code={"model.py": "9"}), MISMATCH, "ssl_vit/config.py differs (2 in all)"),
+        (facts(code={"model.py": "1", "config.py": "2", "b.py": "3"}), "ssl_vit/b.py differs (1 in all)"),
+        (facts(code={"model.py": "9"}), "ssl_vit/config.py differs (2 in all)"),
         # another version, which may not have told what is compared next
-        ({"code": {}, "since": 3}, MISMATCH, "runs other code than rank 0 on a: ssl_vit/config.py differs (2 in all)"),
-        (
-            facts(libraries={"torch": "2.14.1", "deepspeed": "0.19.8"}),
-            MISMATCH,
-            "has deepspeed 0.19.8, rank 0 on a has",
-        ),
-        (facts(recipe="seed: 1\n"), MISMATCH, "seed: 0 -> 1: give all the same command"),
-        (facts(recipe="seed: 0\nworld: 3\n"), MISMATCH, "world"),
-        (facts(gpu="A100 of 40 GiB"), USAGE, "has A100 of 40 GiB, rank 0 on a has H100 of 79 GiB: the slowest"),
+        ({"code": {}, "since": 3}, "runs other code than rank 0 on a: ssl_vit/config.py differs (2 in all)"),
+        (facts(libraries={"torch": "2.14.1", "deepspeed": "0.19.8"}), "has deepspeed 0.19.8, rank 0 on a has"),
+        (facts(recipe="seed: 0\nworld: 3\n"), "world"),
     ],
 )
-def test_a_difference_is_named_with_its_rank(other: dict[str, Any], code: int, line: str):
+def test_a_difference_is_named_with_its_rank(other: dict[str, Any], line: str):
+    assert compare([facts(), facts(host="b"), facts(host="c")]) == [None, None, None]
     fine, wrong = compare([facts(), other | {"host": "b"}])
     assert fine is None
     assert wrong is not None
-    assert (wrong.code, wrong.message.split(" on b ")[0]) == (code, "rank 1")
+    assert (wrong.code, wrong.message.split(" on b ")[0]) == (MISMATCH, "rank 1")
     assert line in wrong.message
 
 
@@ -143,88 +131,57 @@ def test_the_first_of_many_findings_stands_for_all():
 
 
 @pytest.fixture
-def silent():
+def server() -> Iterator[socket.socket]:
     """A port of this machine that nobody else gets, where nobody listens until `listen` is called."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        yield server
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        yield made
 
 
-@pytest.fixture
-def taken(silent: socket.socket):
-    """A port of this machine that is listened on."""
-    silent.listen()
-    return silent.getsockname()[1]
+def met(rank: int, port: object, start: Callable[[], object] = lambda: meet(0), **more: str) -> str:
+    """What a process of two, started without a launcher of torch's, is refused with, or nothing."""
+    given = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more}
+    with patch.dict(os.environ, given):
+        for name in {"TORCHELASTIC_USE_AGENT_STORE"} - set(more) | {name for name in given if not given[name]}:
+            os.environ.pop(name, None)
+        try:
+            start()
+        except Refusal as refusal:
+            return refusal.message if refusal.code == USAGE else repr(refusal)
+    return ""
 
 
-@pytest.fixture
-def started_as(monkeypatch: pytest.MonkeyPatch):
-    """Sets the environment of a process of two, started without a launcher of torch's."""
-
-    def start(rank: int, port: int | str, **more: str) -> None:
-        given = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more}
-        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-        for name, value in given.items():
-            monkeypatch.setenv(name, value)
-
-    return start
-
-
-def refused(patience: float = 0) -> str:
-    with pytest.raises(Refusal) as caught:
-        meet(patience)
-    assert caught.value.code == USAGE
-    return caught.value.message
-
-
-def test_a_busy_port_ends_a_start_before_anything_is_made(started_as, taken: int, shards: Path, tmp_path: Path):
-    started_as(0, taken)
-    line = refused()
+def test_a_busy_port_ends_a_start_before_anything_is_made(server: socket.socket, shards: Path, tmp_path: Path):
+    """Unless a launcher has it, where both ranks find it; a free one is left free."""
+    server.listen()
+    taken = server.getsockname()[1]
+    line = met(0, taken)
     assert line.startswith(f"rank 0: port {taken} of this machine cannot be had (Address already in use")
     assert line.endswith("): set another MASTER_PORT on all machines")
     words = [*TINY, f"data.train={shards}/train", f"run={tmp_path}/run"]
-    with pytest.raises(Refusal, match=f"port {taken}"):
-        session.run(config.parse(recipe.Pretrain, words, recipe.FOLDER))
+    assert f"port {taken}" in met(0, taken, lambda: session.run(config.parse(recipe.Pretrain, words, recipe.FOLDER)))
     assert not (tmp_path / "run").exists()
-
-
-def test_the_port_of_a_launcher_is_its_own(started_as, taken: int):
-    """Both ranks find it there."""
     for rank in (0, 1):
-        started_as(rank, taken, TORCHELASTIC_USE_AGENT_STORE="True")
-        meet(0)
-
-
-def test_a_free_port_is_left_free(started_as):
+        assert met(rank, taken, TORCHELASTIC_USE_AGENT_STORE="True") == ""
     port = free_port()
-    started_as(0, port)
-    meet(0)
+    assert met(0, port) == ""
     socket.create_server(("", port)).close()
 
 
-def test_a_master_that_is_not_there_is_named(started_as, silent: socket.socket):
-    port = silent.getsockname()[1]
-    started_as(1, port)
-    line = refused()
+def test_a_master_that_is_not_there_is_named_and_one_that_comes_later_is_waited_for(
+    server: socket.socket, monkeypatch: pytest.MonkeyPatch
+):
+    port = server.getsockname()[1]
+    line = met(1, port)
     assert line.startswith(f"rank 1 on {HOST}: no answer from the master at 127.0.0.1:{port} (")
     assert line.endswith("in 0 s: is rank 0 running there, the address right, the port open?")
+    monkeypatch.setattr(startup.time, "sleep", lambda seconds: server.listen())
+    assert met(1, port, lambda: meet(60)) == ""
 
 
-def test_a_master_that_comes_later_is_waited_for(started_as, silent: socket.socket, monkeypatch: pytest.MonkeyPatch):
-    started_as(1, silent.getsockname()[1])
-    monkeypatch.setattr(startup.time, "sleep", lambda seconds: silent.listen())
-    meet(60)
-
-
-@pytest.mark.parametrize("name", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
-def test_half_an_environment_is_named(started_as, name: str, monkeypatch: pytest.MonkeyPatch):
-    started_as(1, "auto")
-    assert "MASTER_PORT=auto" in refused()  # which is no number
-    monkeypatch.delenv(name)
-    assert refused() == f"WORLD_SIZE=2 but {name} not set: use accelerate launch, or set them"
-
-
-def test_one_process_meets_nobody(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.delenv("MASTER_PORT", raising=False)
-    meet(0)
+def test_half_an_environment_is_named_and_one_process_meets_nobody():
+    assert "MASTER_PORT=auto" in met(1, "auto")  # which is no number
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        line = f"WORLD_SIZE=2 but {name} not set: use accelerate launch, or set them"
+        assert met(1, "auto", **{name: ""}) == line
+    assert met(0, "", WORLD_SIZE="1") == ""

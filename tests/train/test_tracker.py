@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssl_vit import config, recipe, session
 from ssl_vit.exits import USAGE
 from ssl_vit.heads.masked import MaskedHead
 from ssl_vit.recipe import Finetune, Pretrain
@@ -27,17 +26,15 @@ from ssl_vit.train.pace import Loop
 from ssl_vit.train.pace import drawn as is_drawn
 from ssl_vit.train.tracker import _duration, _numbers
 from ssl_vit.train.window import Window
-from tests.conftest import TINY
 from tests.runs import state, told
 from tests.train.engines import fresh, rows
-from tests.train.test_loop import refused, stopped
+from tests.train.test_loop import refused, start, stopped
 
 OF_ITS_STEP = ("gradient_norm_by_layer", "weight_norm_by_layer", "neighbour_loss", "neighbour_accuracy")
 
 
 def pretrain(shards: Path, run: Path, *more: str) -> int:
-    data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}"]
-    return session.run(config.parse(Pretrain, [*TINY, *data, "optim.warmup_steps=1", *more], recipe.FOLDER))
+    return start(Pretrain, shards, run, ["optim.warmup_steps=1", "tracker=tensorboard", *more])
 
 
 def read(run: Path) -> Any:
@@ -123,22 +120,15 @@ def test_squares_of_layers_add_up_to_the_norm_of_all():
     assert len(found) == 14
 
 
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("encoder.blocks.3.attn.qkv.weight", "encoder.blocks.03"),
-        ("encoder.patch_embed.proj.weight", "encoder.patch_embed"),
-        ("encoder.model.patch_embed.proj.weight", "encoder.model.patch_embed"),
-        ("encoder.model.blocks.11.mlp.fc1.weight", "encoder.model.blocks.11"),
-        ("encoder.model.stages.2.blocks.1.downsample.0.weight", "encoder.model.stages.02.blocks.01"),
-        ("encoder.model.layer1.0.conv1.weight", "encoder.model.layer1.00"),
-        ("encoder.cls_token", "encoder.cls_token"),
-        ("head.layers.0.weight", "head.layers.00"),
-        ("head.linear.bias", "head.linear"),
-    ],
-)
-def test_layers_by_name(name: str, layer: str):
-    assert layer_of(name) == layer
+def test_layers_of_other_encoders_by_name():
+    layers = {
+        "encoder.model.patch_embed.proj.weight": "encoder.model.patch_embed",
+        "encoder.model.blocks.11.mlp.fc1.weight": "encoder.model.blocks.11",
+        "encoder.model.stages.2.blocks.1.downsample.0.weight": "encoder.model.stages.02.blocks.01",
+        "encoder.model.layer1.0.conv1.weight": "encoder.model.layer1.00",
+        "head.layers.0.weight": "head.layers.00",
+    }
+    assert {name: layer_of(name) for name in layers} == layers
 
 
 @pytest.mark.parametrize(
@@ -181,35 +171,22 @@ def test_mlflow_writes_into_the_run_and_goes_on_in_the_same_run(shards: Path, tm
     assert sorted(wanted) == [2, 4, 6] == [int(line[2]) for line in lines]  # of the one that never stopped
 
 
-class Terminal(io.StringIO):
-    """At which nobody answers."""
-
-    asked = False
-
-    def isatty(self) -> bool:
-        return True
-
-    def readline(self, size: int | None = -1, /) -> str:
-        self.asked = True
-        raise EOFError
-
-
 def test_weights_and_biases_without_a_key_is_refused_and_asks_nobody(shards: Path, tmp_path: Path, monkeypatch: Any):
     wandb = pytest.importorskip("wandb")
     wandb.teardown()  # it keeps the environment of an earlier test
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    terminal = Terminal()
-    monkeypatch.setenv("TERM", "xterm")
+    for name, value in {"HOME": tmp_path / "home", "NETRC": tmp_path / "none", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, str(value))
+    terminal: Any = io.StringIO()  # at which nobody answers
+    terminal.isatty, terminal.readline = lambda: True, Mock(side_effect=EOFError)
     for name in ("stdin", "stderr"):
         monkeypatch.setattr(f"sys.{name}", terminal)
     line = r"tracker=wandb cannot begin .*WANDB_MODE=offline"
     try:
         refused(USAGE, line, pretrain, shards, tmp_path / "run", "steps=2", "tracker=wandb")
         assert sys.stdin is terminal
-        assert not terminal.asked
+        terminal.readline.assert_not_called()
     finally:
         wandb.teardown()
     assert told(tmp_path / "run")["code"] == USAGE
@@ -260,28 +237,26 @@ def test_tensorboard_of_a_run_that_was_killed_has_each_step_once(
         pretrain(shards, tmp_path, *words)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
     pretrain(shards, tmp_path, *words)
-    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 9))
+    every = list(range(1, 9))
+    assert [row["step"] for row in rows(tmp_path)] == every
     for row in rows(tmp_path):  # and norms by layer make up the norm of all gradients
         assert math.hypot(*row["gradient_norm_by_layer"].values()) == pytest.approx(row["grad_norm"], rel=1e-3)
     reader = read(tmp_path)
-    for name in ("train/loss", "gradient_norm/head.linear"):
-        assert [event.step for event in reader.Scalars(name)] == list(range(1, 9))
-    assert [event.step for event in reader.Histograms("labels")] == list(range(1, 9))
+    for held in (*map(reader.Scalars, ("train/loss", "gradient_norm/head.linear")), reader.Histograms("labels")):
+        assert [event.step for event in held] == every
     assert [event.step for event in reader.Images("reconstruction")] == [2, 4, 6, 8]
     assert {event.step for event in reader.Tensors("warnings/text_summary")} == {2, 5}  # TensorBoard keeps text twice
     assert capsys.readouterr().out.splitlines().count("warning: alas") == 3
 
 
-def test_a_picture_that_is_due_where_a_run_stops_is_drawn_after_it_saved(
-    shards: Path, tmp_path: Path, monkeypatch: Any
-):
-    did: list[str] = []
-    for name in ("save", "draw"):
-        plain = getattr(loop, name)
-        monkeypatch.setattr(loop, name, lambda *a, n=name, f=plain, **k: (did.append(n), f(*a, **k))[1])
-    stopped(2, pretrain, shards, tmp_path, "steps=4", "panel_every=2", "tracker=none")
+def test_a_picture_that_is_due_where_a_run_stops_is_drawn_after_it_saved(shards: Path, tmp_path: Path):
+    both = Mock()
+    with patch.object(loop, "save", wraps=loop.save) as save, patch.object(loop, "draw", wraps=loop.draw) as draw:
+        both.attach_mock(save, "save")
+        both.attach_mock(draw, "draw")
+        stopped(2, pretrain, shards, tmp_path, "steps=4", "panel_every=2", "tracker=none")
     assert told(tmp_path)["step"] == 2
-    assert did == ["save", "draw"]
+    assert [name for name, *_ in both.mock_calls] == ["save", "draw"]
     assert (tmp_path / "reconstruction.png").exists()
 
 
@@ -299,9 +274,8 @@ def test_pictures_and_rows_leave_the_training_as_it_is(shards: Path, tmp_path: P
 
 
 def test_each_of_several_trainings_has_its_own_tensorboard(shards: Path, tmp_path: Path):
-    data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={tmp_path}", "init=none", "seeds=2"]
-    words = [*TINY, *data, "steps=2", "log_every=1", "optim.warmup_steps=1"]
-    session.run(config.parse(Finetune, words, recipe.FOLDER))
+    words = ["init=none", "seeds=2", "steps=2", "log_every=1", "optim.warmup_steps=1", "tracker=tensorboard"]
+    start(Finetune, shards, tmp_path, words)
     for seed in (0, 1):
         run = tmp_path / f"seed-{seed}"
         assert len(list((run / "tensorboard").iterdir())) == 1  # none of the other's
@@ -312,21 +286,20 @@ def test_each_of_several_trainings_has_its_own_tensorboard(shards: Path, tmp_pat
 def test_trackers_are_ended_once():
     tracker = Mock()
     accelerator: Any = SimpleNamespace(trackers=[tracker])
-    trackers.end(accelerator)
-    trackers.end(accelerator)
+    for _ in range(2):
+        trackers.end(accelerator)
     tracker.finish.assert_called_once_with()
 
 
-def test_norms_of_gradients_that_are_not_numbers(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_norms_of_gradients_that_are_not_numbers(shards: Path, tmp_path: Path):
     """Their row is JSON, and the trackers take what is left of it."""
     plain = Window.add
 
     def spoil(self: Window, sums: dict[str, torch.Tensor]) -> None:
-        spoilt = {name: value * math.nan for name, value in sums.items() if name == "_gradient/head.linear"}
-        plain(self, sums | spoilt)
+        plain(self, {name: v * math.nan if name == "_gradient/head.linear" else v for name, v in sums.items()})
 
-    monkeypatch.setattr(Window, "add", spoil)
-    assert pretrain(shards, tmp_path, "steps=1", "log_every=1") == 0
+    with patch.object(Window, "add", spoil):
+        assert pretrain(shards, tmp_path, "steps=1", "log_every=1") == 0
     [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
     row = json.loads(line, parse_constant=lambda name: pytest.fail(name))
     assert None not in dict(_numbers(row)).values()

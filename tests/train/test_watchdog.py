@@ -45,8 +45,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 def bad_end(rank: dict[str, Any], line: str) -> None:
     """It ended with the code, this line as the last one, and told of both before."""
-    assert rank["exit"] == INTERNAL, rank
-    assert rank["code"] == INTERNAL
+    assert rank["exit"] == rank["code"] == INTERNAL, rank
     assert line in rank["message"]
     assert rank["stderr"].endswith(f"{rank['message']}\n")
 
@@ -58,32 +57,14 @@ def waited(rank: dict[str, Any], line: str) -> None:
     assert "watchdog_worker.py" in rank["stderr"]
 
 
-def one_tells(ranks: list[dict[str, Any]], line: str) -> None:
-    """All ended at once, and one of them said why."""
-    assert [rank["exit"] for rank in ranks] == [INTERNAL] * len(ranks), ranks
-    assert all(line in rank["message"] for rank in ranks), ranks
-    told = [rank["stderr"] for rank in ranks if rank["stderr"]]
-    assert len(told) == 1
-    assert line in told[0]
-    assert told[0].count("\n") == 1
-
-
 def test_a_stopped_peer_is_named_and_ended(tmp_path: Path):
     first, second = ends(tmp_path, ["stopped"])["stopped"]
     waited(first, f"rank 0 has been at step 1 for 2 s (timeout=1.5): no sign of life from rank 1 {ON}")
     assert second["exit"] == -9  # it would outlive its launcher
 
 
-@pytest.mark.process
-def test_those_that_wait_for_it_together_name_nobody_else(found: Found):
-    for number in (0, 2):
-        rank = found["one of three stopped"][number]
-        assert rank["exit"] == INTERNAL
-        assert f"no sign of life from rank 1 {ON}" in rank["message"]
-        assert "most recent call first" in rank["stderr"]
-
-
 SLOW = "the checkpoint of step 3"
+STUCK = "has been at step 1 for 3 s (timeout=3): no process is behind: the network between them is stuck"
 WAITED = {  # (scenario, rank): what its watchdog says
     # as under Slurm, where rank 0 holds the store: nobody answers, and asking must not take for ever
     ("rank 0 stopped", 1): f"no sign of life from rank 0 {ON}",
@@ -91,10 +72,8 @@ WAITED = {  # (scenario, rank): what its watchdog says
     ("killed unheard elsewhere", 0): f"at step 1 for 3 s (timeout=3): no sign of life from rank 1 {ON}",
     ("slow", 0): f"rank 0 has been at step 4 for 3 s (timeout=3): rank 1 {ON} is still at {SLOW}",
     ("slow", 1): f"rank 1 has been at {SLOW} for 3 s (timeout=3): the others wait for it",
-} | {
-    ("stuck", n): f"rank {n} has been at step 1 for 3 s (timeout=3): no process is behind: the network between them is "
-    "stuck"
-    for n in range(2)
+    ("stuck", 0): f"rank 0 {STUCK}",
+    ("stuck", 1): f"rank 1 {STUCK}",
 }
 
 
@@ -114,35 +93,34 @@ KILLED = {
 @pytest.mark.process
 @pytest.mark.parametrize("scenario", KILLED)
 def test_a_killed_peer_is_named_at_once_by_one(found: Found, scenario: str):
-    first, _, last = found[scenario]
-    one_tells([first, last], KILLED[scenario])
+    ranks = found[scenario][::2]
+    assert [rank["exit"] for rank in ranks] == [INTERNAL] * 2, ranks
+    assert all(KILLED[scenario] in rank["message"] for rank in ranks), ranks
+    [told] = [rank["stderr"] for rank in ranks if rank["stderr"]]
+    assert KILLED[scenario] in told
+    assert told.count("\n") == 1
 
 
 @pytest.mark.process
-def test_a_killed_master_is_named(found: Found):
+def test_who_is_named_and_who_has_the_word(found: Found):
+    """Those that wait together name nobody else, a killed master is named, and who fails says so itself."""
+    for rank in found["one of three stopped"][::2]:
+        assert rank["exit"] == INTERNAL
+        assert f"no sign of life from rank 1 {ON}" in rank["message"]
+        assert "most recent call first" in rank["stderr"]
     bad_end(found["rank 0 killed"][1], f"rank 1 lost its peers at step 1: rank 0 {ON} (pid ")
-
-
-@pytest.mark.process
-def test_who_fails_has_the_word(found: Found):
     ranks = found["failed"]
     assert [(rank["exit"], rank["stderr"]) for rank in ranks] == [(INTERNAL, ""), (1, ""), (INTERNAL, "")]
-    assert all(f"rank 1 {ON} failed: a reason" in ranks[number]["message"] for number in (0, 2))
+    assert all(f"rank 1 {ON} failed: a reason" in rank["message"] for rank in ranks[::2])
 
 
 @pytest.mark.process
-def test_a_full_disk_does_not_keep_a_process(found: Found):
-    """Its verdict cannot be written; it ends all the same."""
+def test_a_full_disk_keeps_nobody_and_who_goes_on_is_not_disturbed(found: Found):
+    """A verdict may not be written; and one may stand still for longer than the timeout, but go on before it."""
     for rank in found["told in vain"]:
         assert rank["exit"] == INTERNAL
         assert "has been at step 1 for" in rank["stderr"]
-
-
-@pytest.mark.process
-@pytest.mark.parametrize("scenario", ["steady", "recovers"])
-def test_who_goes_on_is_not_disturbed(found: Found, scenario: str):
-    """Also where it stood still for longer than the timeout, but went on before the verdict."""
-    assert [(rank["exit"], rank["stderr"]) for rank in found[scenario]] == [(0, ""), (0, "")]
+    assert [(rank["exit"], rank["stderr"]) for rank in found["steady"] + found["recovers"]] == [(0, "")] * 4
 
 
 @pytest.fixture(autouse=True)
@@ -188,25 +166,20 @@ TIMED_OUT = f"{GLOO}151] Timed out waiting 660000ms for recv operation to comple
 NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error"
 
 
-@pytest.mark.parametrize("text", [CLOSED, RESET, TIMED_OUT, NCCL])
-def test_an_error_of_a_lost_peer_is_explained(text: str):
-    end = alone(2, "no sign of life from rank 1 on b").explain(RuntimeError(text))
-    assert end is not None
-    assert end.code == INTERNAL
-    said = "rank 0 lost its peers at step 7: no sign of life from rank 1 on b"
-    assert end.message == f"{said}; the same command goes on from the last checkpoint"
+PEER = "no sign of life from rank 1 on b"
 
 
-@pytest.mark.parametrize(
-    ("world", "error"),
-    [(1, RuntimeError(CLOSED)), (2, ValueError(CLOSED)), (2, RuntimeError("shapes differ")), (2, KeyboardInterrupt())],
-)
-def test_other_errors_are_left_as_they_are(world: int, error: BaseException):
-    assert alone(world, "no sign of life from rank 1 on b").explain(error) is None
-
-
-def test_an_error_that_nobody_is_missing_for_is_still_told():
-    """NCCL asks for memory of its own, which a full GPU does not have: that is not the network's fault."""
+def test_an_error_of_a_lost_peer_is_explained_and_others_are_left_as_they_are():
+    for text in (CLOSED, RESET, TIMED_OUT, NCCL):
+        end = alone(2, PEER).explain(RuntimeError(text))
+        assert end is not None
+        assert end.code == INTERNAL
+        said = f"rank 0 lost its peers at step 7: {PEER}"
+        assert end.message == f"{said}; the same command goes on from the last checkpoint"
+    for error in (ValueError(CLOSED), RuntimeError("shapes differ"), KeyboardInterrupt()):
+        assert alone(2, PEER).explain(error) is None
+    assert alone(1, PEER).explain(RuntimeError(CLOSED)) is None
+    # NCCL asks for memory of its own, which a full GPU does not have: nobody is missing, it is not the network's fault
     text = "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"
     end = alone(2, "").explain(RuntimeError(text))
     assert end is None or "out of memory" in end.message

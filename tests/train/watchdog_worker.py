@@ -59,6 +59,7 @@ def lost(dog: Watchdog, victim: bool, number: int, wait: Callable[[Watchdog], No
 stopped = partial(lost, number=signal.SIGSTOP, wait=meet)
 killed = partial(lost, number=signal.SIGKILL, wait=meet)
 killed_unheard = partial(lost, number=signal.SIGKILL, wait=hang)
+stuck = partial(lost, number=0, wait=hang)  # a signal that is none
 
 
 def failed(dog: Watchdog, victim: bool) -> None:
@@ -74,12 +75,6 @@ def slow(dog: Watchdog, victim: bool) -> None:
     dog.beat("the checkpoint of step 3")
     if not victim:
         dog.beat("step 4")
-    hang(dog)
-
-
-def stuck(dog: Watchdog, victim: bool) -> None:
-    del victim
-    dog.beat("step 1")
     hang(dog)
 
 
@@ -202,6 +197,7 @@ def fork(work: Callable[[], None], stderr: Path) -> int:
 def drive(scenario: Scenario, folder: Path) -> None:
     """Start a scenario's ranks, and write down how each of them ended."""
     listener = socket.create_server((HOST, 0))
+    port = listener.getsockname()[1]
     ranks = {
         fork(partial(live, number, scenario, listener, folder), folder / f"stderr-{number}"): number
         for number in range(scenario.ranks)
@@ -210,7 +206,6 @@ def drive(scenario: Scenario, folder: Path) -> None:
     if scenario.rank_0_holds_the_store:
         listener.close()
     else:
-        port = listener.getsockname()[1]
         keeper = TCPStore(HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     victim = next(child for child, number in ranks.items() if number == scenario.victim)
     if scenario.do is recovers and keeper is not None:
@@ -224,19 +219,17 @@ def drive(scenario: Scenario, folder: Path) -> None:
         number = ranks[child]
         told = folder / f"told-{number}.json"
         found[number] = json.loads(told.read_text()) if told.exists() else {}
-        found[number]["exit"] = os.waitstatus_to_exitcode(status)
-        found[number]["stderr"] = (folder / f"stderr-{number}").read_text()
+        found[number] |= {"exit": os.waitstatus_to_exitcode(status)}
+        found[number] |= {"stderr": (folder / f"stderr-{number}").read_text()}
     (folder / "found.json").write_text(json.dumps([found[number] for number in range(scenario.ranks)]))
 
 
 def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
+    drivers = []
     for name in names:
         (folder / name).mkdir()
-    if len(names) == 1:
-        drive(SCENARIOS[names[0]], folder / names[0])
-        return
-    drivers = [fork(partial(drive, SCENARIOS[name], folder / name), folder / name / "stderr") for name in names]
+        drivers.append(fork(partial(drive, SCENARIOS[name], folder / name), folder / name / "stderr"))
     for driver in drivers:
         os.waitpid(driver, 0)
 
