@@ -3,8 +3,9 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_vit import config, forecast, recipe, rehearsal, session
+from ssl_vit import config, forecast, recipe, rehearsal
 from ssl_vit.data.stream import Share
-from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.exits import USAGE
 from ssl_vit.gpus import GPUS, Device
 from ssl_vit.heads.panel import cells, grid
 from ssl_vit.model import Batch, Model
@@ -24,6 +25,7 @@ from ssl_vit.sketch import images, sketch
 from ssl_vit.train.environment import uses_bf16
 from ssl_vit.wording import human, span
 from tests.conftest import TINY
+from tests.train.test_loop import refused, start
 
 process = pytest.mark.process
 IMAGES, CLASSES = 6, 5
@@ -129,8 +131,7 @@ def test_on_a_gpu_weights_are_copied_to_bf16_and_activations_are_halves():
 
 
 def train(run: Path, data: Path, *words: str) -> None:
-    given = [*TINY, *SMALL, f"data.train={data}/train", f"data.val={data}/val", f"run={run}", "tracker=none", *words]
-    assert session.run(config.parse(Pretrain, given, recipe.FOLDER)) == 0
+    assert start(Pretrain, data, run, [*SMALL, *words]) == 0
 
 
 def dry(run: Path, data: Path, *words: str) -> dict[str, Any]:
@@ -154,25 +155,23 @@ def test_a_run_leaves_what_was_foretold_on_disk(shards: Path, tmp_path: Path):
     assert size(tmp_path / "checkpoints") <= 2 * disk["checkpoint"] * 1.01
 
 
-@pytest.mark.parametrize(
-    ("words", "kept", "making"),
-    [
-        (["steps=10", "save_every=1000"], 1, 0),
-        (["steps=10", "save_every=5", "keep=2"], 2, 0),
-        (["steps=10", "save_every=3", "keep=2"], 2, 1),
-        (["steps=10", "save_every=3", "keep=2", "best=val_loss"], 3, 1),
-        (["steps=10", "save_every=1000", "keep=2", "best=val_loss", "eval_every=9"], 3, 0),
-    ],
-)
-def test_no_more_checkpoints_are_counted_than_are_written(words: list[str], kept: int, making: int):
-    of = made(Pretrain, *TINY, *words)
-    disk = forecast.disk(of, model_of(of))
-    assert (disk["kept"], disk["in_the_making"], disk["exports"]) == (kept, making, 1)
+def test_no_more_checkpoints_are_counted_than_are_written():
+    for words, kept, making in (
+        ("save_every=1000", 1, 0),
+        ("save_every=5 keep=2", 2, 0),
+        ("save_every=3 keep=2", 2, 1),
+        ("save_every=3 keep=2 best=val_loss", 3, 1),
+        ("save_every=1000 keep=2 best=val_loss eval_every=9", 3, 0),
+    ):
+        of = made(Pretrain, *TINY, "steps=10", *words.split())
+        disk = forecast.disk(of, model_of(of))
+        assert (disk["kept"], disk["in_the_making"], disk["exports"]) == (kept, making, 1), words
 
 
 def test_hours_by_hand():
     """1e12 FLOPs an image: 1000 steps of 100 are 1e17, of which an A100 does 0.4 x 312e12 in a second."""
-    of, alone = made(Pretrain, *TINY, "steps=1000", "batch=100"), Share(micro_batch=100)
+    words = [*TINY, "steps=1000", "batch=100"]
+    of, alone = made(Pretrain, *words), Share(micro_batch=100)
     found = forecast.hours(Device(), 10**12, of, alone)
     assert next(iter(found)) == "H100"
     assert set(found) == set(forecast.SHOWN)
@@ -188,31 +187,21 @@ def test_hours_by_hand():
     assert known["A100"]["hours"] == pytest.approx(1e17 / 100e12 / 3600)
     assert known["H100"]["hours"] == found["H100"]["hours"], "what was measured of one is not the other's"
     assert a100(device=Device(mfu=0.2)) == pytest.approx(2 * once)
-    again = made(Pretrain, *TINY, "steps=1000", "batch=100", "activation_checkpointing=true")
-    assert a100(again) == pytest.approx(4 / 3 * once)
-    many = made(Finetune, *TINY, "steps=1000", "batch=100", "sweep.lr=0.1,0.2,0.3", "seeds=2")
-    assert a100(many) == pytest.approx(5 * once)
+    assert a100(made(Pretrain, *words, "activation_checkpointing=true")) == pytest.approx(4 / 3 * once)
+    assert a100(made(Finetune, *words, "sweep.lr=0.1,0.2,0.3", "seeds=2")) == pytest.approx(5 * once)
+    # small steps wait for their launches: two blocks at 0.8 ms, four times a step
+    large, small = (forecast.hours(Device(), 10**n, of, Share(micro_batch=25))["H100"] for n in (12, 6))
+    assert small["hours"] == pytest.approx(1000 * 4 * 2 * 0.8e-3 / 3600)
+    assert small["launches"]
+    assert not large["launches"]
 
 
-def test_small_steps_wait_for_their_launches():
-    """Two blocks at 0.8 ms, four times a step."""
-    of = made(Pretrain, *TINY, "steps=1000", "batch=100")
-    found = forecast.hours(Device(), 10**6, of, Share(micro_batch=25))["H100"]
-    assert found["hours"] == pytest.approx(1000 * 4 * 2 * 0.8e-3 / 3600)
-    assert found["launches"]
-    assert not forecast.hours(Device(), 10**12, of, Share(micro_batch=25))["H100"]["launches"]
-
-
-@pytest.mark.parametrize(
-    ("computed", "data", "workers", "seconds"),
-    [(2, 1, 0, 3), (4, 1, 1, 4), (1, 4, 1, 4), (1, 4, 2, 2.5), (1.9, 0.3, 1, 1.9), (8, 4, 4, 8)],
-)
-def test_loaders_work_beside_the_step(
-    computed: float, data: float, workers: int, seconds: float, monkeypatch: pytest.MonkeyPatch
-):
+def test_loaders_work_beside_the_step(monkeypatch: pytest.MonkeyPatch):
     """On two cores: one thread and a loader have one each; of two loaders one shares the training's."""
     monkeypatch.setattr(rehearsal.os, "sched_getaffinity", lambda _: {0, 1})
-    assert rehearsal.together(computed, data, workers) == seconds
+    cases = ((2, 1, 0, 3), (4, 1, 1, 4), (1, 4, 1, 4), (1, 4, 2, 2.5), (1.9, 0.3, 1, 1.9), (8, 4, 4, 8))
+    for computed, data, workers, seconds in cases:
+        assert rehearsal.together(computed, data, workers) == seconds
 
 
 def test_a_gpu_is_known_whatever_its_capitals_and_another_is_refused_with_those_there_are():
@@ -221,9 +210,7 @@ def test_a_gpu_is_known_whatever_its_capitals_and_another_is_refused_with_those_
             assert Device(gpu=written).gpu == name
         assert Device(gpu=name).gigabytes == known.memory_gb
         assert Device(gpu=name, memory_gb=40).gigabytes == 40
-    with pytest.raises(Refusal, match=r"device.gpu: 'H900' is not in the table.*H100 PCIe, .*RTX 3090") as end:
-        made(Pretrain, "device.gpu=H900")
-    assert end.value.code == USAGE
+    refused(USAGE, r"device.gpu: 'H900' is not in the table.*H100 PCIe, .*RTX 3090", made, Pretrain, "device.gpu=H900")
 
 
 def test_what_fits_is_said_with_the_largest_that_does():
@@ -237,38 +224,35 @@ def test_what_fits_is_said_with_the_largest_that_does():
 class Clocked(Trial):
     """Takes 3 ms and 2 ms an image, and 5 ms for an update."""
 
-    def __init__(self, *arguments: Any):
-        self.device, self.tried = torch.device("cpu"), []
-        self.micro = arguments[-1]
+    def __init__(self, micro: int):
+        self.device, self.tried, self.micro = torch.device("cpu"), [], micro
 
     def once(self, images: int) -> tuple[float, float]:
         self.tried.append(images)
         return 0.003 + 0.002 * images, 0.005
 
 
-@pytest.mark.parametrize(("micro", "most", "tried"), [(1, 50, 1), (64, 1000, 64), (100, 50, 50), (100_000, 5000, 128)])
-def test_a_step_is_a_straight_line_in_its_images(micro: int, most: int, tried: int):
-    trial = Clocked(micro)
-    found = trial.timed(most)
-    assert found.images == tried
-    assert max(trial.tried) <= max(2, most)
-    assert found.step(3) == pytest.approx(3 * (0.003 + 0.002 * micro) + 0.005 + rehearsal.LOOP)
+def test_a_step_is_a_straight_line_in_its_images():
+    for micro, most, tried in ((1, 50, 1), (64, 1000, 64), (100, 50, 50), (100_000, 5000, 128)):
+        trial = Clocked(micro)
+        found = trial.timed(most)
+        assert found.images == tried
+        assert max(trial.tried) <= max(2, most)
+        assert found.step(3) == pytest.approx(3 * (0.003 + 0.002 * micro) + 0.005 + rehearsal.LOOP)
 
 
-def test_a_trial_steps_as_a_training_does(monkeypatch: pytest.MonkeyPatch):
+def test_a_trial_steps_as_a_training_does():
     of = made(Pretrain, *SMALL, "optim.clip=0.5", "optim.lr=0.1")
     torch.manual_seed(0)
     model = model_of(of)
     before = {name: value.clone() for name, value in model.named_parameters()}
-    norms = []
     clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(rehearsal.nn.utils, "clip_grad_norm_", lambda p, most: norms.append(most) or clip(p, most))
-    found = rehearse(of, model, 8, 1, 1e5)
+    with patch.object(rehearsal.nn.utils, "clip_grad_norm_", side_effect=clip) as clipped:
+        found = rehearse(of, model, 8, 1, 1e5)
     assert not isinstance(found, str)
-    assert found.images == 8
-    assert found.peak is None
+    assert (found.images, found.peak) == (8, None)
     assert min(found.update, found.passes) > 0
-    assert set(norms) == {0.5}
+    assert {call.args[1] for call in clipped.call_args_list} == {0.5}
     assert any(not torch.equal(before[name], value) for name, value in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -289,16 +273,15 @@ def test_each_image_stands_beside_its_corruption(height: int, width: int):
     model, batch = model_of(of), a_batch(of, 16)
     columns = cells(model.head.panel(model.encoder, batch), height, width)
     assert torch.equal(columns[:, 0], batch["image"])
+    assert torch.equal(cells(grid(list(columns.unbind(1))), height, width), columns)
     shown, text = images(model, batch)
     assert "grey is masked" in text
-    scale = max(1, round(160 / max(height, width)))
-    image, seen = (
-        torch.nn.functional.interpolate(one.float(), scale_factor=scale) for one in columns[:1, :2].unbind(1)
-    )
     if max(height, width) <= 224:
-        h, w = image.shape[2:]
-        assert torch.equal(shown[:, :h, 8 : 8 + w].float(), image[0])
-        assert torch.equal(shown[:, :h, 12 + w : 12 + 2 * w].float(), seen[0])
+        scale = max(1, round(160 / max(height, width)))
+        both = torch.nn.functional.interpolate(columns[0, :2].float(), scale_factor=scale)
+        h, w = both.shape[2:]
+        assert torch.equal(shown[:, :h, 8 : 8 + w].float(), both[0])
+        assert torch.equal(shown[:, :h, 12 + w : 12 + 2 * w].float(), both[1])
     picture = np.asarray(Image.open(io.BytesIO(sketch(of, model, batch))).convert("RGB"))
     assert max(picture.shape) < 3500
     rows, across = shown.shape[1:]
@@ -306,12 +289,7 @@ def test_each_image_stands_beside_its_corruption(height: int, width: int):
     assert np.array_equal(below, shown.permute(1, 2, 0).numpy()), "pixels are drawn as they are"
 
 
-def test_cells_are_what_a_grid_was_made_of():
-    columns = [torch.randint(0, 256, (5, 3, 6, 4), dtype=torch.uint8) for _ in range(3)]
-    assert torch.equal(cells(grid(columns), 6, 4), torch.stack(columns, 1))
-
-
-def test_a_dry_run_tells_all(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_dry_run_tells_all_and_trains_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = ["steps=30", "batch=16", "micro_batch=4", "keep=1", "save_every=10", "world=2", "device.gpu=l4"]
     found = dry(tmp_path / "run", shards, *words)
     said = capsys.readouterr().out
@@ -331,6 +309,8 @@ def test_a_dry_run_tells_all(shards: Path, tmp_path: Path, capsys: pytest.Captur
     assert f"\n  sum           {human(parts['sum']):>9} of " in said
     for name in ("weights", "gradients", "optimizer", "activations", "L4", "H200", "2 of this one", "picture", "disk"):
         assert f"\n{name:<16}" in said or f"\n  {name:<14}" in said, name
+    for text in ("parameters      encoder ", "FLOPs an image", "30 steps of 16 images", "head:\n  kind: mean_color"):
+        assert text in said
     assert "\nGPUs        2 on 1 node" in said
     assert max(len(line) for line in said.split("\nmodel ")[1].splitlines() if str(tmp_path) not in line) <= 120
     assert "warning" not in said.split("\nGPUs")[0]
@@ -339,13 +319,12 @@ def test_a_dry_run_tells_all(shards: Path, tmp_path: Path, capsys: pytest.Captur
 def test_a_full_disk_and_too_little_memory_are_warned_of(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(forecast.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(forecast.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     monkeypatch.setattr("ssl_vit.train.environment.memory", lambda: (0, 6_000_000))
     dry(tmp_path, shards, "batch=16")
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert len(said) == 2
-    assert "micro_batch=4 fits" in said[0]
-    assert "1 kB are free" in said[1]
+    memory, disk = (line for line in capsys.readouterr().out.splitlines() if line.startswith("warning"))
+    assert "micro_batch=4 fits" in memory
+    assert "1 kB are free" in disk
 
 
 def test_bytes_and_hours_are_written_for_people():

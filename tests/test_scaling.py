@@ -36,8 +36,9 @@ def device(**changes: float) -> Device:
     return RICH.model_copy(update=changes)
 
 
-def named(warnings: list[str]) -> list[str]:
-    return [warning.split(":")[0] for warning in warnings]
+def named(job: Job, there: Device) -> list[str]:
+    """What is warned of."""
+    return [warning.split(":")[0] for warning in plan(job, there)[1]]
 
 
 def test_time_is_flops_by_the_rate():
@@ -58,13 +59,12 @@ def test_time_is_flops_by_the_rate():
     assert "(assumed)" not in plan(a_job(8), measured)[0][1]
 
 
-@pytest.mark.parametrize("world", [1, 8, 64, 512, 4096])
-def test_a_plan_is_short(world: int):
-    job = a_job(world, lanes=16)
-    lines, warnings = plan(job, H100)
-    assert len(lines) + len(warnings) <= 20
-    assert max(map(len, lines)) <= 120
-    assert all(warning.count(":") >= 2 for warning in warnings), "what: by what factor: what to change"
+def test_a_plan_is_short():
+    for world in (1, 8, 64, 512, 4096):
+        lines, warnings = plan(a_job(world, lanes=16), H100)
+        assert len(lines) + len(warnings) <= 20
+        assert max(map(len, lines)) <= 120
+        assert all(warning.count(":") >= 2 for warning in warnings), "what: by what factor: what to change"
 
 
 def test_rates_of_a_core_are_the_benchmarks():
@@ -83,15 +83,14 @@ def test_loader_and_storage_by_hand():
     images = 512 / job.seconds(H100)
     cores, gigabytes = images / LARGE[1], 8 * images * LARGE[0] / 1e9
     for factor, expected in ((1.01, []), (0.99, ["loader", "storage"])):
-        there = device(cores=cores * factor, storage_gbs=gigabytes * factor)
-        assert named(plan(job, there)[1]) == expected
+        assert named(job, device(cores=cores * factor, storage_gbs=gigabytes * factor)) == expected
     slow = device(storage_gbs=gigabytes / 3)
     lines, warnings = plan(job, slow)
     assert warnings == ["storage: 3 times too slow: shards made with resize=256, or a copy on each node's own disk"]
     assert lines[2].endswith("11.4 hours with the worst of the limits below")
-    shrunk = plan(replace(job, sample_bytes=SMALL[0]), slow)[1]
-    assert shrunk == []
-    assert "resize" not in plan(replace(job, sample_bytes=SMALL[0]), H100.model_copy(update={"cores": 1}))[1][0]
+    shrunk = replace(job, sample_bytes=SMALL[0])
+    assert named(shrunk, slow) == []
+    assert "resize" not in plan(shrunk, H100.model_copy(update={"cores": 1}))[1][0]
 
 
 def test_network_by_hand():
@@ -100,12 +99,11 @@ def test_network_by_hand():
     sent = 2 * 511 / 512 * 4 * job.parameters
     need = 8 * sent / (2 / 3 * job.seconds(H100)) / 8 / 1e9
     for factor, expected in ((1.01, []), (0.99, ["network"])):
-        assert named(plan(job, device(network_gbps=need * factor))[1]) == expected
-    fast, slow = (plan(job, device(network_gbps=need * factor)) for factor in (1, 0.5))
-    hours = [float(re.findall(r"([\d.]+) hours", lines[2])[-1]) for lines, _ in (fast, slow)]
+        assert named(job, device(network_gbps=need * factor)) == expected
+    fast, slow = (plan(job, device(network_gbps=need * factor))[0][2] for factor in (1, 0.5))
+    hours = [float(re.findall(r"([\d.]+) hours", line)[-1]) for line in (fast, slow)]
     assert hours[1] / hours[0] == pytest.approx(1 + 2 / 3, rel=0.01), "the forward pass waits for nothing"
-    pieces = replace(job, micro_batch=64)
-    (warning,) = plan(pieces, device(network_gbps=need * 1.01))[1]
+    (warning,) = plan(replace(job, micro_batch=64), device(network_gbps=need * 1.01))[1]
     assert warning.startswith("network: 2 times too slow"), "only the last micro batch hides it"
     lines = plan(a_job(8), device(network_gbps=1e-3))[0]
     assert any(line.startswith("network") and line.endswith("within the node") for line in lines)
@@ -116,8 +114,8 @@ def test_a_small_batch_starves_and_the_cure_feeds():
     (warning,) = plan(a_job(512), RICH)[1]
     assert warning.startswith("batch: 4.5 times too few images at once")
     (cure,) = re.findall(r"or (\d+) GPUs", warning)
-    assert plan(a_job(int(cure)), RICH)[1] == []
-    assert named(plan(a_job(2 * int(cure)), RICH)[1]) == ["batch"]
+    assert named(a_job(int(cure)), RICH) == []
+    assert named(a_job(2 * int(cure)), RICH) == ["batch"]
     assert plan(a_job(8, micro_batch=4), RICH)[1][0].endswith("a larger micro_batch")
 
 
@@ -182,14 +180,9 @@ def test_the_cure_is_an_engine_under_which_enough_images_fit():
     assert int(images) >= job.enough(RICH)
 
 
-def test_what_the_run_would_refuse():
+def test_what_the_run_would_refuse_and_lanes_where_shards_are_remote():
     with pytest.raises(Refusal, match="batch=4096 cannot be shared by 500 processes; these can: 32, 64, 128, 256, 512"):
         plan(a_job(500), H100)
-    with pytest.raises(Refusal, match="micro_batch=3 does not divide the 512 images of each of 8 processes"):
-        plan(a_job(8, micro_batch=3), H100)
-
-
-def test_lanes_are_spoken_of_where_shards_are_remote():
     (warning,) = plan(a_job(512, batch=512 * 64, lanes=16), RICH)[1]
     assert warning.startswith("data.lanes=16: each shard is fetched by 4 nodes: data.lanes=64")
-    assert plan(a_job(512, batch=512 * 64, lanes=64), RICH)[1] == []
+    assert named(a_job(512, batch=512 * 64, lanes=64), RICH) == []

@@ -43,65 +43,53 @@ def batch(count: int = 4, first: int = 0) -> Batch:
 
 def model(**more: Any) -> Model:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"size": "Ti", "width": 16, "heads": 2, "patch": 4, "image": 16}
-    encoder = Vit(**sizes, **more).build()
+    encoder = Vit(size="Ti", width=16, heads=2, patch=4, image=16, **more).build()
     return Model(encoder, MeanColor().build(encoder, 0))
 
 
-VARIANTS: list[dict[str, Any]] = [{"dropout": 0.1}, {"positions_at": "every"}]
-
-
-def graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "drop_path": {"drop_path": 0.1}}
+VARIANTS |= {"dropout": {"dropout": 0.1}, "every": {"positions_at": "every"}}
 
 
 @pytest.mark.parametrize(
-    "more",
-    [{}, *(pytest.param(more, marks=pytest.mark.process) for more in VARIANTS), {"drop_path": 0.1}],
-    ids=["plain", "dropout", "every", "drop_path"],
+    "name", [pytest.param(name, marks=pytest.mark.process if n > 1 else ()) for n, name in enumerate(VARIANTS)]
 )
-def test_a_run_needs_few_graphs_and_makes_them_once(more: dict[str, Any]):
+def test_a_run_needs_few_graphs_and_makes_them_once(name: str):
     """Training, evaluation of both kinds, a last smaller batch and a panel; then all of it again."""
-    made, found = model(depth=12, **more), []
+    made, found = model(depth=12, **VARIANTS[name]), []
     compile_blocks(made)
-    torch._dynamo.utils.counters.clear()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     for _ in range(2):
         made.train()
         for step in range(4):
             made(batch(first=step)).loss.backward()
-        found.append(graphs())
+        found.append(counters["stats"]["unique_graphs"])
         made.eval()
         with torch.no_grad():
             made(batch())
             made(batch(6), tokens=True)
             made(batch(4), tokens=True)
             made(batch(2), panel=True)
-        found.append(graphs())
-    assert found[0] == (3 if "drop_path" not in more else 4)  # before the blocks, a block, the last; one that drops
+        found.append(counters["stats"]["unique_graphs"])
+    assert found[0] == (4 if name == "drop_path" else 3)  # before the blocks, a block, the last; one that drops
     assert found[1] == found[2] == found[3] <= 12 + found[0]
-    assert not torch._dynamo.utils.counters["graph_break"]
+    assert not counters["graph_break"]
 
 
-def test_a_compiled_model_is_the_model():
+def test_a_compiled_model_is_the_model_and_a_copy_is_of_its_own():
     plain, made = model(depth=2), model(depth=2)
     compile_blocks(made)
     made.load_state_dict(plain.state_dict())
     assert made.state_dict().keys() == plain.state_dict().keys()
     losses = [one(batch()).loss for one in (plain, made)]
     torch.testing.assert_close(*losses)
-    numbers = [
-        torch.autograd.grad(loss, list(one.parameters())) for loss, one in zip(losses, (plain, made), strict=True)
-    ]
-    for mine, theirs in zip(*numbers, strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
-def test_a_copy_of_a_compiled_model_is_of_its_own():
-    made = model(depth=1)
-    compile_blocks(made)
+    mine, theirs = (
+        torch.autograd.grad(loss, [*one.parameters()]) for loss, one in zip(losses, (plain, made), strict=True)
+    )
+    torch.testing.assert_close(mine, theirs)
     other = copy.deepcopy(made)
     with torch.no_grad():
-        for parameter in other.encoder.patch_embed.parameters():
+        for parameter in (*other.encoder.patch_embed.parameters(), other.encoder.pos_embed):
             parameter.zero_()
-        other.encoder.pos_embed.zero_()
         assert not other.encoder.embed(batch()["image"]).any()

@@ -43,16 +43,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return ends(tmp_path_factory.mktemp("watchdog"), [name for name in SCENARIOS if name != "stopped"])
 
 
-def bad_end(rank: dict[str, Any], line: str) -> None:
-    """It ended with the code, this line as the last one, and told of both before."""
-    assert rank["exit"] == rank["code"] == INTERNAL, rank
-    assert line in rank["message"]
-    assert rank["stderr"].endswith(f"{rank['message']}\n")
-
-
 def waited(rank: dict[str, Any], line: str) -> None:
-    """It ended by its watchdog, which shows where it hung."""
-    bad_end(rank, f"{line}; the same command goes on from the last checkpoint")
+    """It ended by its watchdog: with the code, this line as the last one, of both told before, and where it hung."""
+    assert rank["exit"] == rank["code"] == INTERNAL, rank
+    assert f"{line}; the same command goes on from the last checkpoint" in rank["message"]
+    assert rank["stderr"].endswith(f"{rank['message']}\n")
     assert "most recent call first" in rank["stderr"]
     assert "watchdog_worker.py" in rank["stderr"]
 
@@ -63,15 +58,11 @@ def test_a_stopped_peer_is_named_and_ended(tmp_path: Path):
     assert second["exit"] == -9  # it would outlive its launcher
 
 
-SLOW = "the checkpoint of step 3"
 STUCK = "has been at step 1 for 3 s (timeout=3): no process is behind: the network between them is stuck"
 WAITED = {  # (scenario, rank): what its watchdog says
     # as under Slurm, where rank 0 holds the store: nobody answers, and asking must not take for ever
-    ("rank 0 stopped", 1): f"no sign of life from rank 0 {ON}",
     ("rank 0 stopped elsewhere", 1): "the machine of rank 0 (127.0.0.1) does not answer",
     ("killed unheard elsewhere", 0): f"at step 1 for 3 s (timeout=3): no sign of life from rank 1 {ON}",
-    ("slow", 0): f"rank 0 has been at step 4 for 3 s (timeout=3): rank 1 {ON} is still at {SLOW}",
-    ("slow", 1): f"rank 1 has been at {SLOW} for 3 s (timeout=3): the others wait for it",
     ("stuck", 0): f"rank 0 {STUCK}",
     ("stuck", 1): f"rank 1 {STUCK}",
 }
@@ -102,13 +93,11 @@ def test_a_killed_peer_is_named_at_once_by_one(found: Found, scenario: str):
 
 
 @pytest.mark.process
-def test_who_is_named_and_who_has_the_word(found: Found):
-    """Those that wait together name nobody else, a killed master is named, and who fails says so itself."""
+def test_of_three_those_that_wait_name_nobody_else_and_who_fails_says_so_itself(found: Found):
     for rank in found["one of three stopped"][::2]:
         assert rank["exit"] == INTERNAL
         assert f"no sign of life from rank 1 {ON}" in rank["message"]
         assert "most recent call first" in rank["stderr"]
-    bad_end(found["rank 0 killed"][1], f"rank 1 lost its peers at step 1: rank 0 {ON} (pid ")
     ranks = found["failed"]
     assert [(rank["exit"], rank["stderr"]) for rank in ranks] == [(INTERNAL, ""), (1, ""), (INTERNAL, "")]
     assert all(f"rank 1 {ON} failed: a reason" in rank["message"] for rank in ranks[::2])

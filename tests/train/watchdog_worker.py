@@ -71,13 +71,6 @@ def failed(dog: Watchdog, victim: bool) -> None:
     hang(dog)
 
 
-def slow(dog: Watchdog, victim: bool) -> None:
-    dog.beat("the checkpoint of step 3")
-    if not victim:
-        dog.beat("step 4")
-    hang(dog)
-
-
 def told_in_vain(dog: Watchdog, victim: bool) -> None:
     """The disk is full when the verdict is to be written."""
 
@@ -134,18 +127,15 @@ class Scenario:
     elsewhere: bool = False  # the others are on other machines, as far as they know
 
 
-SCENARIOS = {
+SCENARIOS = {  # beside those of whole trainings in test_sick_ranks.py
     "stopped": Scenario(stopped, timeout=1.5, pulse=watchdog.PULSE),
     "one of three stopped": Scenario(stopped, ranks=3),
-    "rank 0 stopped": Scenario(stopped, victim=0, rank_0_holds_the_store=True),
     "rank 0 stopped elsewhere": Scenario(stopped, victim=0, rank_0_holds_the_store=True, elsewhere=True),
     "one of three killed": Scenario(killed, ranks=3, timeout=60),
-    "rank 0 killed": Scenario(killed, victim=0, timeout=60, rank_0_holds_the_store=True),
     "killed unheard": Scenario(killed_unheard, ranks=3, timeout=60),
     "killed elsewhere": Scenario(killed, ranks=3, timeout=60, elsewhere=True),
     "killed unheard elsewhere": Scenario(killed_unheard, elsewhere=True),
     "failed": Scenario(failed, ranks=3, timeout=60),
-    "slow": Scenario(slow),
     "stuck": Scenario(stuck),
     "told in vain": Scenario(told_in_vain),
     "steady": Scenario(steady),
