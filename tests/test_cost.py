@@ -1,6 +1,6 @@
-"""Costs by formula against what torch itself keeps and sends, on fake tensors and among fake processes."""
+"""Costs by formula against what torch itself keeps, sends and counts, on fake tensors and among fake processes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -16,10 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_vit import cost
+from ssl_vit import cost, recipe
+from ssl_vit.encoders.axial import Axial
+from ssl_vit.encoders.timm_zoo import TimmZoo
 from ssl_vit.encoders.vit import Vit
-from ssl_vit.model import count_parameters
+from ssl_vit.heads.mean_color import MeanColor
+from ssl_vit.model import Model, count_parameters
 
 WORLD = 8
 TINY = Vit(patch=8, image=32, width=128, depth=4, heads=2, mlp=512)
@@ -103,7 +107,7 @@ def processes() -> Iterator[None]:
 @pytest.fixture
 def process() -> Iterator[None]:
     """A process group of one; DDP has buckets in it all the same."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore
     yield
     dist.destroy_process_group()
 
@@ -221,3 +225,51 @@ def test_more_processes_hold_less_each_and_send_no_more_than_twice():
     # zero3 gathers again what a large model gave back
     small, large = (cost.sent_bytes("zero3", p, 2, 1) / (4 * p / 2) for p in (400_000_000, 2_000_000_000))
     assert (small, large) == (2, 2.75)
+
+
+# --- FLOPs of training on an image (reference: peers 6.2)
+
+TABLE: dict[tuple[str, int], tuple[float, float]] = {  # GFLOP, and half a unit of its last place
+    ("Ti", 16): (7.52, 0.005),
+    ("S", 16): (27.59, 0.005),
+    ("B", 16): (105.38, 0.005),
+    ("L", 16): (369.3, 0.05),
+    ("H", 16): (763.9, 0.05),
+    ("H", 14): (1003.9, 0.05),
+}
+
+
+def test_the_nominal_cost_of_an_image():
+    for (size, patch), (want, near) in TABLE.items():
+        with torch.device("meta"):
+            encoder = Vit(size=size, patch=patch).build()  # type: ignore[arg-type]
+        model = Model(encoder, MeanColor().build(encoder, 0))
+        assert recipe.flops(model) / 1e9 == pytest.approx(want, abs=1.01 * near), (size, patch)
+
+
+def test_what_nobody_asks_for_is_the_gradient_of_pixels():
+    """Counted by torch: of a whole training step all but that, and but for the last block's other tokens.
+
+    Encoders of other stems need all of it.
+    """
+    config = Vit(size="Ti", width=32, depth=2, heads=2, patch=4, image=(12, 20), channels=4)
+    with torch.device("meta"):
+        encoder: Any = config.build()
+    image = torch.zeros(1, 4, 12, 20, dtype=torch.uint8, device="meta")
+
+    def counted(forward: Callable[[], torch.Tensor]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            forward().sum().backward()
+        return counter.get_total_flops()
+
+    def patches(wanted: bool) -> int:
+        return counted(lambda: encoder.patch_embed.proj(encoder.normalise(image).requires_grad_(wanted)))
+
+    needless = cost.needless_flops(config)
+    assert patches(True) - patches(False) == needless == 2 * 15 * 4 * 16 * 32
+    every = cost.training_flops(cost.encoder_macs(config))
+    assert counted(lambda: encoder(image)) == pytest.approx(every - needless, rel=0.03)
+    with torch.device("meta"):
+        assert cost.needless_flops(Vit(size="B", patch=32, stem="r50")) == 0
+        assert cost.needless_flops(TimmZoo()) == 0
+    assert cost.needless_flops(Axial(size="B", patch=16)) == cost.needless_flops(Vit(size="B", patch=16)) > 0

@@ -133,12 +133,9 @@ def measured(name: str, depth: int, micro_batches: int, folder: Path) -> dict[st
 @pytest.mark.long
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("name", cost.ENGINES)
-def test_memory_and_what_is_sent(
-    name: cost.Engine, micro_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_memory_and_what_is_sent(name: cost.Engine, micro_batches: int, tmp_path: Path, monkeypatch: Any):
     monkeypatch.setattr(cost, "ZERO_BUCKET", BUCKET)
-    depths = (8, 20)
-    small, large = (measured(name, depth, micro_batches, tmp_path) for depth in depths)
+    small, large = (measured(name, depth, micro_batches, tmp_path) for depth in (8, 20))
     unit = 4 * (large["parameters"] - small["parameters"])
     found = [(large[key] - small[key]) / unit for key in ("between", "peak")]
     block = cost.block_parameters(a_config(8))

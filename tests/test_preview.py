@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_vit import config, forecast, recipe, rehearsal
+from ssl_vit import config, cost, forecast, recipe, rehearsal, scaling
 from ssl_vit.data.stream import Share
-from ssl_vit.exits import USAGE
+from ssl_vit.encoders.vit import Vit
+from ssl_vit.exits import USAGE, Refusal
 from ssl_vit.gpus import GPUS, Device
+from ssl_vit.heads.mean_color import MeanColor
 from ssl_vit.heads.panel import cells, grid
-from ssl_vit.model import Batch, Model
+from ssl_vit.model import Batch, Model, count_parameters
 from ssl_vit.recipe import Finetune, Pretrain, Recipe, resolve
 from ssl_vit.rehearsal import Trial, rehearse
+from ssl_vit.scaling import LARGE, SMALL, Job, core_rate, plan
 from ssl_vit.sketch import images, sketch
 from ssl_vit.train.environment import uses_bf16
 from ssl_vit.wording import human, span
@@ -30,8 +35,8 @@ from tests.train.test_loop import refused, start
 process = pytest.mark.process
 IMAGES, CLASSES = 6, 5
 H100 = Device()
-SMALL = ["encoder.size=Ti", "encoder.width=64", "encoder.depth=3", "encoder.heads=2", "encoder.patch=8"]
-SMALL += ["data.image_size=32,64"]
+MODEL = ["encoder.size=Ti", "encoder.width=64", "encoder.depth=3", "encoder.heads=2", "encoder.patch=8"]
+MODEL += ["data.image_size=32,64"]
 
 
 def made(schema: type[Recipe], *words: str) -> Recipe:
@@ -84,18 +89,18 @@ def real(of: Recipe) -> dict[str, int]:
 
 
 CASES: dict[str, tuple[type[Recipe], list[str]]] = {
-    "mean colour": (Pretrain, SMALL),
-    "sgd, no momentum": (Pretrain, [*SMALL, "optim.kind=sgd", "optim.momentum=0"]),
-    "bf16": (Pretrain, [*SMALL, "precision=bf16"]),
-    "computed again": (Pretrain, [*SMALL, "activation_checkpointing=true"]),
-    "dropout": (Pretrain, [*SMALL, "encoder.dropout=0.1", "encoder.drop_path=0.2"]),
-    "relative": (Pretrain, [*SMALL, "encoder.positions=relative"]),
-    "pixels": (Pretrain, [*SMALL, "head.kind=patch_pixels"]),
-    "cells": (Pretrain, [*SMALL, "head.kind=patch_colors", "head.unit=2"]),
-    "large enough for oneDNN": (Pretrain, [*SMALL, "encoder.width=192"]),
-    "transfer": (Finetune, SMALL),
-    "mixup": (Finetune, [*SMALL, "head.mixup=0.8", "head.cutmix=1", "optim.kind=adamw"]),
-    "hybrid": (Pretrain, [*SMALL, "encoder.stem=r50", "encoder.patch=32", "data.image_size=64"]),
+    "mean colour": (Pretrain, MODEL),
+    "sgd, no momentum": (Pretrain, [*MODEL, "optim.kind=sgd", "optim.momentum=0"]),
+    "bf16": (Pretrain, [*MODEL, "precision=bf16"]),
+    "computed again": (Pretrain, [*MODEL, "activation_checkpointing=true"]),
+    "dropout": (Pretrain, [*MODEL, "encoder.dropout=0.1", "encoder.drop_path=0.2"]),
+    "relative": (Pretrain, [*MODEL, "encoder.positions=relative"]),
+    "pixels": (Pretrain, [*MODEL, "head.kind=patch_pixels"]),
+    "cells": (Pretrain, [*MODEL, "head.kind=patch_colors", "head.unit=2"]),
+    "large enough for oneDNN": (Pretrain, [*MODEL, "encoder.width=192"]),
+    "transfer": (Finetune, MODEL),
+    "mixup": (Finetune, [*MODEL, "head.mixup=0.8", "head.cutmix=1", "optim.kind=adamw"]),
+    "hybrid": (Pretrain, [*MODEL, "encoder.stem=r50", "encoder.patch=32", "data.image_size=64"]),
     "BiT": (Pretrain, ["encoder.kind=bit", "head.kind=classifier", "data.image_size=64"]),
     "batch norms": (Pretrain, ["encoder.kind=timm", "encoder.name=test_resnet", "head.kind=classifier"]),
 }
@@ -115,13 +120,13 @@ def test_memory_is_that_of_a_real_step_to_the_byte(name: str):
 
 def test_a_block_computed_again_is_what_a_block_keeps():
     others = ("activation_checkpointing=false", "activation_checkpointing=true", "encoder.depth=2")
-    plain, again, less = (foretold(made(Pretrain, *SMALL, other)) for other in others)
+    plain, again, less = (foretold(made(Pretrain, *MODEL, other)) for other in others)
     block = plain["activations"] - less["activations"]
     assert again["computed again"] == pytest.approx(block, rel=0.1)  # the last one computes fewer tokens
 
 
 def test_on_a_gpu_weights_are_copied_to_bf16_and_activations_are_halves():
-    of = made(Pretrain, *SMALL)
+    of = made(Pretrain, *MODEL)
     cases = ((8, True), (16, True), (8, False))
     one, two, in_fp32 = (foretold(of, 1, images, "cuda", bf16)["activations"] for images, bf16 in cases)
     named = model_of(of).named_parameters()
@@ -131,7 +136,7 @@ def test_on_a_gpu_weights_are_copied_to_bf16_and_activations_are_halves():
 
 
 def train(run: Path, data: Path, *words: str) -> None:
-    assert start(Pretrain, data, run, [*SMALL, *words]) == 0
+    assert start(Pretrain, data, run, [*MODEL, *words]) == 0
 
 
 def dry(run: Path, data: Path, *words: str) -> dict[str, Any]:
@@ -208,8 +213,7 @@ def test_a_gpu_is_known_whatever_its_capitals_and_another_is_refused_with_those_
     for name, known in GPUS.items():
         for written in (name, name.lower(), name.replace(" ", ""), name.replace(" ", "_")):
             assert Device(gpu=written).gpu == name
-        assert Device(gpu=name).gigabytes == known.memory_gb
-        assert Device(gpu=name, memory_gb=40).gigabytes == 40
+        assert (Device(gpu=name).gigabytes, Device(gpu=name, memory_gb=40).gigabytes) == (known.memory_gb, 40)
     refused(USAGE, r"device.gpu: 'H900' is not in the table.*H100 PCIe, .*RTX 3090", made, Pretrain, "device.gpu=H900")
 
 
@@ -242,7 +246,7 @@ def test_a_step_is_a_straight_line_in_its_images():
 
 
 def test_a_trial_steps_as_a_training_does():
-    of = made(Pretrain, *SMALL, "optim.clip=0.5", "optim.lr=0.1")
+    of = made(Pretrain, *MODEL, "optim.clip=0.5", "optim.lr=0.1")
     torch.manual_seed(0)
     model = model_of(of)
     before = {name: value.clone() for name, value in model.named_parameters()}
@@ -258,7 +262,7 @@ def test_a_trial_steps_as_a_training_does():
 
 
 def test_what_is_too_large_to_try_is_not_tried(monkeypatch: pytest.MonkeyPatch):
-    of = made(Pretrain, *SMALL)
+    of = made(Pretrain, *MODEL)
     monkeypatch.setattr(rehearsal, "free", lambda: 1000)
     assert "more than half of the free memory" in str(rehearse(of, None, 8, 501, 1))  # type: ignore[arg-type]
     monkeypatch.setattr(rehearsal, "Trial", Mock(side_effect=MemoryError))
@@ -316,9 +320,7 @@ def test_a_dry_run_tells_all_and_trains_nothing(shards: Path, tmp_path: Path, ca
     assert "warning" not in said.split("\nGPUs")[0]
 
 
-def test_a_full_disk_and_too_little_memory_are_warned_of(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_a_full_disk_and_too_little_memory_are_warned_of(shards: Path, tmp_path: Path, capsys, monkeypatch: Any):
     monkeypatch.setattr(forecast.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     monkeypatch.setattr("ssl_vit.train.environment.memory", lambda: (0, 6_000_000))
     dry(tmp_path, shards, "batch=16")
@@ -332,3 +334,177 @@ def test_bytes_and_hours_are_written_for_people():
     assert sizes == ["0 B", "999 B", "1 kB", "85.6 MB", "1 GB", "3.21 TB"]
     spans = [span(hours) for hours in (1e-5 / 3.6, 1 / 3600, 0.5, 3.76, 26_321)]
     assert spans == ["10 ms", "1 s", "30 minutes", "3.76 hours", "26,321 hours"]
+
+
+# --- the plan of a run: each figure by hand, each warning where its limit is, each cure a cure
+
+ROOT = Path(__file__).parent.parent
+RICH = Device(storage_gbs=1e6, cores=10**6, network_gbps=1e9, memory_gb=1e6)
+
+
+def a_job(world: int, encoder: Vit | None = None, **changes: object) -> Job:
+    """The paper's run on full-size shards, with changes."""
+    encoder = encoder or Vit()
+    with torch.device("meta"):
+        made = encoder.build()
+        head = MeanColor().build(made, 1)
+    parameters = count_parameters(made) + count_parameters(head)
+    job = Job(encoder, head.macs, parameters, 2, 4096, None, 100_000, world, False, True, LARGE[0], 1_281_167, None)
+    return replace(job, **changes)  # type: ignore[arg-type]
+
+
+def device(**changes: float) -> Device:
+    """One that is short of nothing but these."""
+    return RICH.model_copy(update=changes)
+
+
+def named(job: Job, there: Device) -> list[str]:
+    """What is warned of."""
+    return [warning.split(":")[0] for warning in plan(job, there)[1]]
+
+
+def test_time_is_flops_by_the_rate():
+    """B/16 takes 17.563 GMAC forward (paper's formula), and the head 98 x 768 x 512; pixels need no gradient.
+
+    An H100 promises 989 TFLOP/s, of which 0.4 are assumed.
+    """
+    flops = (6 * (17.563e9 + 98 * 768 * 512) - 2 * 196 * 768 * 768) * 512
+    lines, warnings = plan(a_job(8), RICH)
+    assert a_job(8).seconds(H100) == pytest.approx(flops / (0.4 * 989e12), rel=1e-4)
+    assert lines[1] == "step        136 ms of computation at 396 TFLOP/s a GPU (assumed): 30,033 images/s"
+    assert lines[2] == "run         100,000 steps, 320 epochs: 3.79 hours, 30.3 GPU-hours"
+    assert warnings == []
+    again = replace(a_job(8), activation_checkpointing=True)
+    assert again.seconds(H100) == pytest.approx(4 / 3 * a_job(8).seconds(H100))
+    measured = Device(tflops=0.2 * 989)
+    assert a_job(8).seconds(measured) == 2 * a_job(8).seconds(H100)
+    assert "(assumed)" not in plan(a_job(8), measured)[0][1]
+
+
+def test_a_plan_is_short():
+    for world in (1, 8, 64, 512, 4096):
+        lines, warnings = plan(a_job(world, lanes=16), H100)
+        assert len(lines) + len(warnings) <= 20
+        assert max(map(len, lines)) <= 120
+        assert all(warning.count(":") >= 2 for warning in warnings), "what: by what factor: what to change"
+
+
+def test_rates_of_a_core_are_the_benchmarks():
+    rows = json.loads((ROOT / "docs" / "benchmark_loader_cpu.json").read_text())["rows"]
+    for case, (sample_bytes, rate) in {"full size": LARGE, "short side 256": SMALL}.items():
+        (row,) = (r for r in rows if (r["benchmark"], r["case"], r["who"]) == ("loader", case, "ssl_vit"))
+        assert rate == pytest.approx(row["images_per_second"], abs=0.5)
+        assert core_rate(sample_bytes) == pytest.approx(rate)
+    assert SMALL[1] < core_rate(0) < 10_000
+    between = core_rate((SMALL[0] + LARGE[0]) / 2)
+    assert 1 / between == pytest.approx((1 / SMALL[1] + 1 / LARGE[1]) / 2)
+
+
+def test_loader_and_storage_by_hand():
+    job = a_job(8)
+    images = 512 / job.seconds(H100)
+    cores, gigabytes = images / LARGE[1], 8 * images * LARGE[0] / 1e9
+    for factor, expected in ((1.01, []), (0.99, ["loader", "storage"])):
+        assert named(job, device(cores=cores * factor, storage_gbs=gigabytes * factor)) == expected
+    slow = device(storage_gbs=gigabytes / 3)
+    lines, warnings = plan(job, slow)
+    assert warnings == ["storage: 3 times too slow: shards made with resize=256, or a copy on each node's own disk"]
+    assert lines[2].endswith("11.4 hours with the worst of the limits below")
+    shrunk = replace(job, sample_bytes=SMALL[0])
+    assert named(shrunk, slow) == []
+    assert "resize" not in plan(shrunk, H100.model_copy(update={"cores": 1}))[1][0]
+
+
+def test_network_by_hand():
+    """All-reduce of 4 bytes a parameter over a ring, behind 2/3 of the computation; a node's cards share it."""
+    job = a_job(512, batch=65536)
+    sent = 2 * 511 / 512 * 4 * job.parameters
+    need = 8 * sent / (2 / 3 * job.seconds(H100)) / 8 / 1e9
+    for factor, expected in ((1.01, []), (0.99, ["network"])):
+        assert named(job, device(network_gbps=need * factor)) == expected
+    fast, slow = (plan(job, device(network_gbps=need * factor))[0][2] for factor in (1, 0.5))
+    hours = [float(re.findall(r"([\d.]+) hours", line)[-1]) for line in (fast, slow)]
+    assert hours[1] / hours[0] == pytest.approx(1 + 2 / 3, rel=0.01), "the forward pass waits for nothing"
+    (warning,) = plan(replace(job, micro_batch=64), device(network_gbps=need * 1.01))[1]
+    assert warning.startswith("network: 2 times too slow"), "only the last micro batch hides it"
+    lines = plan(a_job(8), device(network_gbps=1e-3))[0]
+    assert any(line.startswith("network") and line.endswith("within the node") for line in lines)
+    assert not any(line.startswith("network") for line in plan(a_job(1), RICH)[0])
+
+
+def test_a_small_batch_starves_and_the_cure_feeds():
+    (warning,) = plan(a_job(512), RICH)[1]
+    assert warning.startswith("batch: 4.5 times too few images at once")
+    (cure,) = re.findall(r"or (\d+) GPUs", warning)
+    assert named(a_job(int(cure)), RICH) == []
+    assert named(a_job(2 * int(cure)), RICH) == ["batch"]
+    assert plan(a_job(8, micro_batch=4), RICH)[1][0].endswith("a larger micro_batch")
+
+
+G = Vit(patch=14, width=1408, depth=40, heads=16, mlp=6144)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "world"), [(Vit(), 1), pytest.param(Vit(size="L"), 8, marks=pytest.mark.process), (G, 8), (G, 64)]
+)
+def test_cures_of_too_little_memory(encoder: Vit, world: int):
+    there = device(memory_gb=80 if world < 64 else 20)
+    job = a_job(world, encoder)
+    lines, (warning,) = plan(job, there)
+    assert "take this" not in "".join(lines)
+    assert warning.startswith("memory: ")
+    (images, engine, gigabytes) = re.findall(r"micro_batch=(\d+) under (\w+), or .*\(([\d.]+) GB\)", warning)[0]
+    cured = replace(job, micro_batch=int(images))
+    assert any(line.startswith(f"  {engine} ") and "take this" in line for line in plan(cured, there)[0])
+    assert job.memory(engine, 2 * int(images), False)[1] > 0.9e9 * there.gigabytes, "the largest is named"
+    lines, warnings = plan(replace(job, activation_checkpointing=True), there)
+    (taken,) = (line for line in lines if "take this" in line)
+    assert float(re.findall(r"= +([\d.]+) GB", taken)[0]) == pytest.approx(float(gigabytes), rel=0.01)
+    assert warnings == []
+
+
+def test_the_first_engine_that_fits_is_taken():
+    """g without images keeps 16.3 GB under ddp; the others less and less, but for the buckets of ZeRO-1 and 2."""
+    job = a_job(64, G, batch=64)
+    sizes = {engine: job.memory(engine, 1, False)[1] / 1e9 for engine in cost.ENGINES}
+    assert sizes["ddp"] > sizes["zero1"] > sizes["fsdp2"]
+    for engine in ("ddp", "zero1", "fsdp2"):
+        there = device(memory_gb=sizes[engine] * 1.001 / scaling.USABLE)
+        (taken,) = (line.split()[0] for line in plan(job, there)[0] if "take this" in line)
+        assert taken == engine
+    alone = plan(replace(job, world=1, batch=1), RICH)[0]
+    assert [line.split()[0] for line in alone if line.startswith("  ")] == ["ddp"]
+
+
+def test_memory_by_hand():
+    """What cost.memory is told: images, bf16 copies, whether gradients are accumulated; a tenth is left free."""
+    job = a_job(8)
+    images = cost.activation_bytes(Vit(), True, False)
+    between, peak = job.memory("ddp", 512, False)
+    assert between == 16 * job.parameters
+    assert peak == between + 2 * job.parameters + 512 * images
+    assert replace(job, micro_batch=64).memory("ddp", 64, False)[1] == peak + 4 * job.parameters - 448 * images
+    in_fp32 = replace(job, bf16=False).memory("ddp", 512, False)
+    assert in_fp32[1] == between + 512 * cost.activation_bytes(Vit(), False, False)
+    for gigabytes, fits in ((peak / 0.899e9, True), (peak / 0.901e9, False)):
+        lines = plan(job, device(memory_gb=gigabytes))[0]
+        assert lines[4].startswith("  ddp ")
+        assert ("take this" in lines[4]) == fits
+
+
+def test_the_cure_is_an_engine_under_which_enough_images_fit():
+    """Where ddp has room for one image of g, another engine for more."""
+    job = a_job(64, G, batch=64 * 256)
+    room = job.memory("ddp", 1, False)[1] * 1.001 / scaling.USABLE / 1e9
+    (warning,) = plan(job, device(memory_gb=room))[1]
+    (images, engine) = re.findall(r"micro_batch=(\d+) under (\w+)", warning)[0]
+    assert engine != "ddp"
+    assert int(images) >= job.enough(RICH)
+
+
+def test_what_the_run_would_refuse_and_lanes_where_shards_are_remote():
+    with pytest.raises(Refusal, match="batch=4096 cannot be shared by 500 processes; these can: 32, 64, 128, 256, 512"):
+        plan(a_job(500), H100)
+    (warning,) = plan(a_job(512, batch=512 * 64, lanes=16), RICH)[1]
+    assert warning.startswith("data.lanes=16: each shard is fetched by 4 nodes: data.lanes=64")
+    assert named(a_job(512, batch=512 * 64, lanes=64), RICH) == []

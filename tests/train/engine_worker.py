@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,28 +51,24 @@ def half_of(run: Path, other: Path) -> None:
     dist.barrier()
 
 
-def end_of(clip: float | None) -> dict[str, Any]:
-    """A start up to where Accelerate would be made: its refusal, or DeepSpeed's config as the recipe filled it."""
-    asked = Asked(24, 4, 3, clip, precision="auto", activation_checkpointing=False, timeout=60)
-    try:
-        with patch("accelerate.Accelerator", lambda **given: SimpleNamespace(num_processes=launch.world(), **given)):
-            started: Any = launch.start(asked, "none", Path())
-    except Refusal as error:
-        return {"code": error.code, "message": error.message}
-    except Exception as error:
-        return {"code": None, "message": repr(error)}
-    return started.deepspeed_plugin.deepspeed_config
-
-
 def ends_of(configs: dict[str, Any]) -> dict[str, Any]:
-    """What a start under each of these ends with."""
+    """Starts up to where Accelerate would be made: refusals, or DeepSpeed's config as the recipe filled it."""
     found = {}
     for name, content in configs.items():
-        given = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": json.dumps(content)}
+        environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": json.dumps(content)}
         if name == "file and section":
-            given["ACCELERATE_CONFIG_DS_FIELDS"] = "zero_stage"
-        with patch.dict(os.environ, given):
-            found[name] = end_of(None if name == "no clip" else 0.5)
+            environment["ACCELERATE_CONFIG_DS_FIELDS"] = "zero_stage"
+        clip = None if name == "no clip" else 0.5
+        asked = Asked(24, 4, 3, clip, precision="auto", activation_checkpointing=False, timeout=60)
+        made = partial(SimpleNamespace, num_processes=dist.get_world_size())
+        try:
+            with patch.dict(os.environ, environment), patch("accelerate.Accelerator", made):
+                started: Any = launch.start(asked, "none", Path())
+            found[name] = started.deepspeed_plugin.deepspeed_config
+        except Refusal as error:
+            found[name] = {"code": error.code, "message": error.message}
+        except Exception as error:
+            found[name] = {"code": None, "message": repr(error)}
     return found
 
 

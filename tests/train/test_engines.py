@@ -15,18 +15,7 @@ from safetensors.torch import load_file
 
 from tests.starts import free_port
 from tests.train import engines
-from tests.train.engines import (
-    ACCUMULATED,
-    BIN,
-    ENGINES,
-    STEPS,
-    TOGETHER,
-    WHOLE,
-    assert_same_training,
-    launched,
-    rows,
-    words,
-)
+from tests.train.engines import ENGINES, STEPS, TOGETHER, WHOLE, assert_same_training, rows, words
 
 pytestmark = pytest.mark.ranks
 SOME = [engine if engine in TOGETHER else pytest.param(engine, marks=pytest.mark.process) for engine in ENGINES]
@@ -53,7 +42,8 @@ def together(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def by_launch_file(engine: str, given: list[str], processes: int = 2) -> None:
     """Train as a user does."""
     options = ["--config_file", f"recipes/launch/{engine}.yaml", "--num_processes", processes]
-    launched(BIN / "accelerate", "launch", *options, "--main_process_port", free_port(), "tools/pretrain.py", *given)
+    options += ["--main_process_port", free_port(), "tools/pretrain.py"]
+    engines.launched(engines.BIN / "accelerate", "launch", *options, *given)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +75,7 @@ DROPOUT = ["encoder.dropout=0.2"]
 SGD = ["optim.kind=sgd", "optim.lr=0.01", "optim.clip=none"]
 ENCODERS = {  # what each asks of an engine: a root's parameter inside of blocks, other blocks, blocks in another module
     "relative": ["encoder.positions=relative", "encoder.positions_at=shared"],
-    "axial": ["encoder.kind=axial", "encoder.positions=2d", "encoder.positions_at=every", *ACCUMULATED],
+    "axial": ["encoder.kind=axial", "encoder.positions=2d", "encoder.positions_at=every", *engines.ACCUMULATED],
     "timm": ["encoder.kind=timm", "encoder.name=test_vit3", "data.image_size=32"],  # some of it learns nothing
 }
 CUTTING = ("zero2", "zero3", "fsdp2")  # parameters or gradients; DDP knows no modules
@@ -115,7 +105,7 @@ def worked(shards: Path, launches: Path, tmp_path_factory: pytest.TempPathFactor
 
     for engine in ENGINES:
         if engine not in TOGETHER:
-            add(f"accumulated-{engine}", engine, *ACCUMULATED)
+            add(f"accumulated-{engine}", engine, *engines.ACCUMULATED)
         add(f"halves-{engine}", engine, "micro_batch=2")
         add(f"sgd-{engine}", engine, *SGD)
         add(f"dropout-{engine}", engine, *DROPOUT)
@@ -188,7 +178,7 @@ def half(run: Path, copy: Path) -> None:
 def test_one_process_goes_on_from_two(shards: Path, alone, request: pytest.FixtureRequest, tmp_path: Path, engine: str):
     """And nothing of an engine is needed to read what it wrote."""
     half(request.getfixturevalue("together" if engine in TOGETHER else "launches") / engine, tmp_path)
-    engines.train(words(shards, tmp_path, *(ACCUMULATED if engine in TOGETHER else [])))
+    engines.train(words(shards, tmp_path, *(engines.ACCUMULATED if engine in TOGETHER else [])))
     assert_same_training(alone(), tmp_path, first=STEPS // 2 + 1)
 
 
@@ -206,7 +196,7 @@ def test_four_processes_go_on_from_two(shards: Path, alone, launches: Path, tmp_
     """Four by DDP go on from what two by ZeRO-3 left; one from two is the test above."""
     half(launches / "zero3", tmp_path)
     given = ["tools/pretrain.py", *words(shards, tmp_path)]
-    launched(BIN / "torchrun", "--standalone", "--nproc_per_node", 4, *given, ACCELERATE_USE_CPU="1")
+    engines.launched(engines.BIN / "torchrun", "--standalone", "--nproc_per_node", 4, *given, ACCELERATE_USE_CPU="1")
     assert_same_training(alone(), tmp_path, first=STEPS // 2 + 1)
 
 

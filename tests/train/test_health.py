@@ -18,12 +18,9 @@ def said(rows: list[dict[str, Any]], warmup: int = 100, every: int = 50) -> list
 
 
 def test_a_healthy_run_hears_nothing():
+    """Nor does one whose loss rises by what is small beside a guess."""
     assert said([{**WELL, "loss": 6.2 * 0.95**n + 0.1 * (n % 3)} for n in range(60)]) == []
-
-
-def test_collapsed_labels():
-    [(step, line)] = said([WELL, {**WELL, "top_label": 0.95}, {**WELL, "top_label": 0.96}])
-    assert (step, line[:47]) == (100, "step 100: 95% of the patches have the same labe")
+    assert said([{"loss": loss, "unigram_entropy": 4.5} for loss in (0.1, 0.3, 0.4, 0.5, 0.5, 0.6)]) == []
 
 
 @pytest.mark.parametrize("name", ["unigram_entropy", "variance"])
@@ -37,32 +34,25 @@ def test_a_loss_at_chance_after_the_warm_up(name: str):
     assert said([{**row, "loss": 4.3}] * 40) == []
 
 
-def test_a_loader_that_is_the_limit_in_three_rows_running():
-    slow = {**WELL, "data_wait": 0.5}
-    assert said([slow, slow, WELL] * 5) == []
-    [(step, line)] = said([WELL, slow, slow, slow, slow])
-    assert step == 200
-    assert "50% of the time is spent waiting for data" in line
+SLOW = {**WELL, "data_wait": 0.5}
+SIGNS: dict[str, tuple[list[dict[str, Any]], int, str]] = {  # rows, the step at which, and what is said
+    "labels": ([WELL, *({**WELL, "top_label": n} for n in (0.95, 0.96))], 100, "95% of the patches have the same labe"),
+    "loader": ([SLOW, SLOW, WELL, SLOW, SLOW, SLOW, SLOW], 300, "50% of the time is spent waiting for data"),
+    # the third row running with more than the one before
+    "samples": ([{**WELL, "bad_samples": count} for count in (1, 1, 2, 2, 3, 4, 5, 6)], 350, "5 so far"),
+}
+for after in (4.2, None, math.inf):
+    rising = [{**WELL, "loss": loss} for loss in (5.0, 3.0, 3.2, after, after, after, after)]
+    SIGNS[f"a rate that is too high: {after}"] = rising, 300, "the loss was 3.000"
 
 
-@pytest.mark.parametrize("after", [4.2, None, math.inf])
-def test_a_rate_that_is_too_high(after: float | None):
-    rows = [{**WELL, "loss": loss} for loss in (5.0, 3.0, 3.2, after, after, after, after)]
+@pytest.mark.parametrize("name", SIGNS)
+def test_each_sign_is_told_once(name: str):
+    rows, when, what = SIGNS[name]
     [(step, line)] = said(rows)
-    assert step == 300
-    assert "the loss was 3.000" in line
-    assert "learning rate" in line
-
-
-def test_what_is_small_beside_a_guess_is_no_rise():
-    assert said([{"loss": loss, "unigram_entropy": 4.5} for loss in (0.1, 0.3, 0.4, 0.5, 0.5, 0.6)]) == []
-
-
-def test_bad_samples_that_keep_coming():
-    counts = [1, 1, 2, 2, 3, 4, 5, 6]
-    [(step, line)] = said([{**WELL, "bad_samples": count} for count in counts])
-    assert step == 350  # the third row running with more than the one before
-    assert "5 so far" in line
+    assert step == when
+    assert what in line
+    assert ("learning rate" in line) == ("rate" in name)
 
 
 def test_all_signs_at_once_are_all_said():
@@ -79,15 +69,10 @@ def test_images_that_are_classified_have_no_guess_to_be_compared_with():
     assert said([{"loss": loss, "top1": 0.0} for loss in (60.0, 70.0, 70.0, 70.0)]) == []  # a sigmoid a class
 
 
-@pytest.mark.parametrize(
-    ("name", "well", "wrong"),
-    [("top_label", 0.899, 0.901), ("data_wait", 0.299, 0.301), ("loss", 0.979 * 4.5, 0.981 * 4.5)],
-)
-def test_where_what_is_borne_ends(name: str, well: float, wrong: float):
-    assert said([{**WELL, "loss": 4.0, name: well}] * 40) == []
-    assert len(said([{**WELL, "loss": 4.0, name: wrong}] * 40)) == 1
-
-
-@pytest.mark.parametrize(("rise", "warnings"), [(0.19, 0), (0.21, 1)])
-def test_how_much_a_loss_may_rise_beside_a_guess(rise: float, warnings: int):
-    assert len(said([{**WELL, "loss": loss} for loss in (3.0, *[3.0 + rise * 4.5] * 3)])) == warnings
+def test_where_what_is_borne_ends():
+    """A loss may rise by a fifth of a guess."""
+    limits = {"top_label": (0.899, 0.901), "data_wait": (0.299, 0.301), "loss": (0.979 * 4.5, 0.981 * 4.5)}
+    for name, values in limits.items():
+        assert [len(said([{**WELL, "loss": 4.0, name: value}] * 40)) for value in values] == [0, 1], name
+    for rise, warnings in {0.19: 0, 0.21: 1}.items():
+        assert len(said([{**WELL, "loss": loss} for loss in (3.0, *[3.0 + rise * 4.5] * 3)])) == warnings

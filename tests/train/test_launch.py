@@ -1,25 +1,31 @@
-"""What a launch file says against the recipe, or wrongly, is refused before anything is trained."""
+"""What a launch file says against the recipe, or machines against one another, is refused before the first step."""
 
 import json
 import os
+import shutil
+import socket
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 import yaml
 
-from ssl_vit import config
-from ssl_vit.exits import USAGE, Refusal
+import ssl_vit
+from ssl_vit import config, exits, recipe, session
+from ssl_vit.exits import CANNOT_CREATE, DATA, MISMATCH, USAGE, Refusal
 from ssl_vit.recipe import FOLDER, Pretrain
-from ssl_vit.train import launch
+from ssl_vit.train import launch, startup
 from ssl_vit.train.launch import start
 from ssl_vit.train.plugins import Asked, agree
-from tests.starts import free_port
+from ssl_vit.train.startup import compare, meet, refuse_first
+from tests.conftest import TINY
+from tests.starts import Start, free_port
 from tests.train import engines
 
 FILES = sorted((FOLDER / "launch").glob("*.yaml"))
@@ -99,12 +105,12 @@ def test_accumulation_follows_from_batch_micro_batch_and_processes():
 
 
 GPU = "ACCELERATE_USE_CPU=false"
-ONE = "2 processes were started on this machine, which has 1 GPUs: give --num_processes"
+GPUS_HERE = "2 processes were started on this machine, which has 1 GPUs: give --num_processes"
 HIDES = "DeepSpeed takes the GPUs where there are some: CUDA_VISIBLE_DEVICES= hides them"
 FSDP_1 = "the launch file asks for FSDP 1: set fsdp_config.fsdp_version: 2"
 STARTS = [  # on so many GPUs, with this environment
     (0, f"{GPU} WORLD_SIZE=2", "2 processes were started but accelerate sees 1: set ACCELERATE_USE_"),  # side by side
-    (1, f"{GPU} LOCAL_WORLD_SIZE=2", ONE),
+    (1, f"{GPU} LOCAL_WORLD_SIZE=2", GPUS_HERE),
     (1, "ACCELERATE_USE_CPU=true ACCELERATE_USE_DEEPSPEED=true", HIDES),
     (0, "ACCELERATE_USE_FSDP=true FSDP_VERSION=1", FSDP_1),
     (0, "ACCELERATE_USE_FSDP=true", FSDP_1),
@@ -113,29 +119,23 @@ STARTS = [  # on so many GPUs, with this environment
 
 
 @pytest.mark.parametrize(("gpus", "given", "line"), STARTS)
-def test_a_launch_that_would_train_something_else_is_refused(
-    gpus: int, given: str, line: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_launch_that_would_train_something_else_is_refused(gpus: int, given: str, line: str, monkeypatch: Any):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert refused(**dict(word.split("=") for word in given.split())).startswith(line)
 
 
 @pytest.mark.parametrize("missing", ["deepspeed", "transformers", "g++", "ninja"])
-def test_deepspeed_names_a_package_or_a_compiler_that_is_missing(
-    missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_deepspeed_names_a_package_or_a_compiler_that_is_missing(missing: str, monkeypatch: Any, tmp_path: Path):
     found = launch.importlib.util.find_spec
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None if name == missing else found(name))
     for tool in {"g++", "ninja"} - {missing}:
         (tmp_path / tool).touch(stat.S_IRWXU)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    lines = (
-        f"DeepSpeed needs the package {missing}: pip install 'ssl_vit[deepspeed]'",
-        f"DeepSpeed on the CPU builds an extension: {missing} is missing, install it",
-    )
-    line = refused(ACCELERATE_USE_DEEPSPEED="true", PATH=str(tmp_path))
-    assert line == lines[missing in ("g++", "ninja")]
+    line = f"DeepSpeed needs the package {missing}: pip install 'ssl_vit[deepspeed]'"
+    if missing in ("g++", "ninja"):
+        line = f"DeepSpeed on the CPU builds an extension: {missing} is missing, install it"
+    assert refused(ACCELERATE_USE_DEEPSPEED="true", PATH=str(tmp_path)) == line
 
 
 def launched_with(content: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, joint: str = " ") -> Path:
@@ -148,19 +148,18 @@ def launched_with(content: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, j
 
 
 @pytest.mark.parametrize(
-    ("joint", "section", "key", "cure"),
+    ("joint", "key", "cure"),
     [
-        (" ", "deepspeed_config", "zero_stag", "; did you mean zero_stage?"),
-        ("=", "fsdp_config", "fsdp_versio", "; did you mean fsdp_version?"),
-        (" ", "fsdp_config", "cpu_offlod", ""),
+        (" ", "deepspeed_config zero_stag", "; did you mean zero_stage?"),
+        ("=", "fsdp_config fsdp_versio", "; did you mean fsdp_version?"),
+        (" ", "fsdp_config cpu_offlod", ""),
     ],
 )
-def test_a_misspelt_key_of_a_section_is_refused(
-    joint: str, section: str, key: str, cure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    path = launched_with({section: {key: 1}}, tmp_path, monkeypatch, joint)
+def test_a_misspelt_key_of_a_section_is_refused(joint: str, key: str, cure: str, tmp_path: Path, monkeypatch: Any):
+    section, name = key.split()
+    path = launched_with({section: {name: 1}}, tmp_path, monkeypatch, joint)
     line = refused(ACCELERATE_DYNAMO_BACKEND="inductor")  # refused next, else this test would start training
-    assert line.startswith(f"{path}: {section} has a key that accelerate does not know: {key}{cure}")
+    assert line.startswith(f"{path}: {section} has a key that accelerate does not know: {name}{cure}")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -228,3 +227,187 @@ def test_a_deepspeed_config_that_would_train_something_else_is_refused(started, 
     assert started[name].get("code") == USAGE
     assert REFUSALS[name] in started[name]["message"]
     assert "\n" not in started[name]["message"]
+
+
+# --- what differs between processes, or is not there, is named with its rank, in one line on all of them
+
+HOST = socket.gethostname()
+
+
+@pytest.fixture(scope="module")
+def found(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    """By rank how each start ended, all in the same three processes (startup_worker.py)."""
+    folder = tmp_path_factory.mktemp("startup")
+    for machine in "ab":
+        shutil.copytree(shards, folder / machine / "shards")
+    (folder / "b" / "shards" / "train" / "000001.tar").unlink()
+    (folder / "b" / "shards" / "train" / "000002.tar").write_bytes(b"short")
+    shutil.copytree(Path(ssl_vit.__file__).parent, folder / "ssl_vit", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "ssl_vit" / "counter.py").write_text("# another version")
+    words = [*TINY, f"data.train={shards}/train", f"data.val={shards}/val", "tracker=none"]
+    words += ["batch=9", "steps=2", "optim.warmup_steps=1"]
+    worker = "../tests/train/startup_worker"
+    start = Start([str(folder), *words], folder / "logs", 3, tool=worker, GLOO_SOCKET_IFNAME="lo")
+    assert start.wait(200) == [0, 0, 0], start.said()
+    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(3)]
+
+
+OTHERS = " (processes: 2)"
+ONE, FIRST = f"rank 1 on {HOST}", f"rank 0 on {HOST}"
+SAME, SLOW = "install the same", "the slowest would set the pace; start on machines that are alike"
+CODE, SHARE = "ssl_vit/counter.py differs (1 in all)", "name one on a file system that all machines share"
+RECIPE = "seed: 0 -> 7; optim.lr: 0.001 -> 1.0: give all the same command"
+TORCH = f"has torch 2.0.0, {FIRST} has {startup.version('torch')}"
+ENDS = {
+    "batch": (USAGE, "batch=8 cannot be shared by 3 processes; these can: 1, 2, 4, 8"),
+    "code": (MISMATCH, f"{ONE} runs other code than {FIRST}: {CODE}: {SAME} version on all machines{OTHERS}"),
+    "library": (MISMATCH, f"{ONE} {TORCH}: {SAME} on all machines{OTHERS}"),
+    "gpu": (USAGE, f"{ONE} has NVIDIA L4 of 22 GiB, {FIRST} has no GPU: {SLOW}{OTHERS}"),
+    "recipe": (MISMATCH, f"{ONE} was given another recipe than rank 0: {RECIPE}{OTHERS}"),
+    "no data": (DATA, "/nowhere: no such folder"),
+    "held": (CANNOT_CREATE, "; wait for it, or name another"),
+    "folder": (CANNOT_CREATE, f"{ONE} does not see the run folder run of rank 0: {SHARE}{OTHERS}"),
+    "shards": (DATA, f"{ONE}: shards/train: 2 of 4 shards are bad: 000001.tar (missing), 000002.tar (5 bytes, not "),
+    "good": (0, ""),
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("scenario", ENDS)
+def test_all_processes_end_alike(found, scenario: str):
+    """With one code and line, which is marked as shared, so that only rank 0 prints it."""
+    code, message = ENDS[scenario]
+    for rank in (rank[scenario] for rank in found):
+        assert rank["code"] == code, rank
+        assert message in rank["message"]
+        assert rank["message"] == message or scenario != "batch"
+        assert rank["shared"]
+
+
+@pytest.mark.parametrize(("rank", "shared", "lines"), [(0, True, 1), (1, True, 0), (0, False, 1), (1, False, 1)])
+def test_only_the_first_of_many_says_what_all_share(rank: int, shared: bool, lines: int, monkeypatch: Any, capfd):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(exits, "_answer_signals", lambda: None)
+    with pytest.raises(SystemExit) as caught:
+        exits.run(Mock(side_effect=Refusal(DATA, "shards: gone", shared)))
+    assert caught.value.code == DATA
+    assert capfd.readouterr().err.count("shards: gone") == lines
+
+
+def facts(**changed: Any) -> dict[str, Any]:
+    mine = {"host": "a", "recipe": "seed: 0\n", "code": {"model.py": "1", "config.py": "2"}, "gpu": "H100 of 79 GiB"}
+    return mine | {"libraries": {"torch": "2.14.1", "deepspeed": "missing"}} | changed
+
+
+@pytest.mark.parametrize(
+    ("other", "line"),
+    [
+        (facts(code={"model.py": "1", "config.py": "2", "b.py": "3"}), "ssl_vit/b.py differs (1 in all)"),
+        (facts(code={"model.py": "9"}), "ssl_vit/config.py differs (2 in all)"),
+        # another version, which may not have told what is compared next
+        ({"code": {}, "since": 3}, "runs other code than rank 0 on a: ssl_vit/config.py differs (2 in all)"),
+        (facts(libraries={"torch": "2.14.1", "deepspeed": "0.19.8"}), "has deepspeed 0.19.8, rank 0 on a has"),
+        (facts(recipe="seed: 0\nworld: 3\n"), "world"),
+    ],
+)
+def test_a_difference_is_named_with_its_rank(other: dict[str, Any], line: str):
+    assert compare([facts(), facts(host="b"), facts(host="c")]) == [None, None, None]
+    fine, wrong = compare([facts(), other | {"host": "b"}])
+    assert fine is None
+    assert wrong is not None
+    assert (wrong.code, wrong.message.split(" on b ")[0]) == (MISMATCH, "rank 1")
+    assert line in wrong.message
+
+
+def test_the_first_of_many_findings_stands_for_all():
+    refuse_first([None, None])
+    with pytest.raises(Refusal) as caught:
+        refuse_first([None, (DATA, "rank 1: bad"), Refusal(USAGE, "rank 2: worse")])
+    assert (caught.value.code, caught.value.message, caught.value.shared) == (DATA, f"rank 1: bad{OTHERS}", True)
+    with pytest.raises(Refusal, match=r"^rank 2: worse$"):
+        refuse_first([None, None, Refusal(USAGE, "rank 2: worse")])
+
+
+@pytest.fixture
+def server() -> Iterator[socket.socket]:
+    """A port of this machine that nobody else gets, where nobody listens until `listen` is called."""
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        yield made
+
+
+def met(rank: int, port: object, start: Any = lambda: meet(0), **more: str) -> str:
+    """What a process of two, started without a launcher of torch's, is refused with, or nothing."""
+    given = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more}
+    with patch.dict(os.environ, given):
+        for name in {"TORCHELASTIC_USE_AGENT_STORE"} - set(more) | {name for name in given if not given[name]}:
+            os.environ.pop(name, None)
+        try:
+            start()
+        except Refusal as refusal:
+            return refusal.message if refusal.code == USAGE else repr(refusal)
+    return ""
+
+
+def test_a_busy_port_ends_a_start_before_anything_is_made(server: socket.socket, shards: Path, tmp_path: Path):
+    """Unless a launcher has it, where both ranks find it; a free one is left free."""
+    server.listen()
+    taken = server.getsockname()[1]
+    line = met(0, taken)
+    assert line.startswith(f"rank 0: port {taken} of this machine cannot be had (Address already in use")
+    assert line.endswith("): set another MASTER_PORT on all machines")
+    words = [*TINY, f"data.train={shards}/train", f"run={tmp_path}/run"]
+    assert f"port {taken}" in met(0, taken, lambda: session.run(config.parse(recipe.Pretrain, words, recipe.FOLDER)))
+    assert not (tmp_path / "run").exists()
+    for rank in (0, 1):
+        assert met(rank, taken, TORCHELASTIC_USE_AGENT_STORE="True") == ""
+    port = free_port()
+    assert met(0, port) == ""
+    socket.create_server(("", port)).close()
+
+
+def test_a_master_that_is_not_there_is_named_or_waited_for(server: socket.socket, monkeypatch: pytest.MonkeyPatch):
+    port = server.getsockname()[1]
+    line = met(1, port)
+    assert line.startswith(f"rank 1 on {HOST}: no answer from the master at 127.0.0.1:{port} (")
+    assert line.endswith("in 0 s: is rank 0 running there, the address right, the port open?")
+    monkeypatch.setattr(startup.time, "sleep", lambda seconds: server.listen())  # it comes later
+    assert met(1, port, lambda: meet(60)) == ""
+
+
+def test_half_an_environment_is_named_and_one_process_meets_nobody():
+    assert "MASTER_PORT=auto" in met(1, "auto")  # which is no number
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        line = f"WORLD_SIZE=2 but {name} not set: use accelerate launch, or set them"
+        assert met(1, "auto", **{name: ""}) == line
+    assert met(0, "", WORLD_SIZE="1") == ""
+
+
+HELP = """
+import io, runpy, sys
+from contextlib import redirect_stdout
+import torch
+torch.cuda.is_available = None
+before = set(sys.modules)
+for tool in ("pretrain", "finetune", "evaluate"):
+    sys.argv = [f"tools/{tool}.py", "--help"]
+    with redirect_stdout(io.StringIO()) as said:
+        try: runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end: assert not end.code, end.code
+    assert sys.argv[0] in said.getvalue()
+print(*sorted(set(sys.modules) - before))
+import ssl_vit.train.window, ssl_vit.train.attention
+"""
+
+
+def test_help_loads_nothing_heavy_and_imports_ask_no_gpu():
+    """What takes long to import, beside torch: --help takes at most 1.5 times as long as `import torch`."""
+    done = subprocess.run([sys.executable, "-c", HELP], cwd=engines.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = done.stdout.split()
+    heavy = "accelerate timm torchvision webdataset tensorboard transformers deepspeed sklearn scipy pandas matplotlib "
+    heavy += "fsspec aiohttp onnx onnxruntime datasets huggingface_hub markdown"
+    assert "ssl_vit" in loaded
+    assert {name.split(".")[0] for name in loaded} & set(heavy.split()) == set()
+    parts = {"torch._dynamo", "torch._inductor", "torch.onnx", "torch.distributed.tensor", "torch.distributed.fsdp"}
+    assert parts & set(loaded) == set()

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from ssl_vit import config, inject, load_encoder, recipe, session
+from ssl_vit import config, load_encoder, recipe, session
 from ssl_vit.counter import sample_seed
 from ssl_vit.data import manifest
 from ssl_vit.data.plan import Plan
@@ -86,32 +86,14 @@ def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stop", [1, 5, 8, *(pytest.param(n, marks=pytest.mark.process) for n in (2, 3, 4, 6, 7, 9))])
 def test_stop_at_any_step_and_resume(shards: Path, straight: Path, tmp_path: Path, stop: int):
+    """With a row of metrics that was cut in the middle, as by a kill; those themselves are in test_kill_points.py."""
     stopped(stop, pretrain, shards, tmp_path, DROPOUT)
     assert told(tmp_path)["code"] == PREEMPTED
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
     assert pretrain(shards, tmp_path, DROPOUT, "data.workers=1" if stop == 5 else "data.workers=0") == 0
     assert_same_run(straight, tmp_path)
     assert told(tmp_path) | {"time": ""} == {"code": 0, "step": 10, "reason": "done", "rank": 0, "time": ""}
-
-
-def test_a_kill_between_checkpoints_loses_only_the_steps_since(
-    shards: Path, straight: Path, tmp_path: Path, monkeypatch
-):
-    """Nothing is saved on the way out, and a row of metrics was cut in the middle."""
-
-    def die(place: str, step: int = 0, value: Any = None) -> Any:
-        if (place, step) == ("row", 9):
-            raise SystemExit(137)
-        return value
-
-    monkeypatch.setattr(inject, "arm", lambda text: None)
-    monkeypatch.setattr(inject, "point", die)
-    with pytest.raises(SystemExit):
-        pretrain(shards, tmp_path, DROPOUT)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "lo')
-    monkeypatch.undo()
-    pretrain(shards, tmp_path, DROPOUT)
-    assert_same_run(straight, tmp_path)
 
 
 def test_what_a_run_leaves_behind(shards: Path, straight: Path):

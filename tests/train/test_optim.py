@@ -107,8 +107,9 @@ def test_steps_equal_torchs_own_and_a_flagged_one_changes_nothing(config):
         ours.state[parameter] = zeros(parameter, config.state)
     parts = [{"params": [twin.weight], "weight_decay": config.weight_decay}]
     parts += [{"params": [twin.bias], "weight_decay": 0.0}]
-    kind, own = (torch.optim.SGD, {"momentum": 0.9}) if config.kind == "sgd" else (torch.optim.AdamW, {})
-    theirs: Any = kind(parts, lr=0.1, fused=False, foreach=False, **own)
+    kind: Any = torch.optim.SGD if config.kind == "sgd" else torch.optim.AdamW
+    own: dict[str, Any] = {"momentum": 0.9} if config.kind == "sgd" else {}
+    theirs = kind(parts, lr=0.1, fused=False, foreach=False, **own)
     both = list(zip(model.parameters(), twin.parameters(), strict=True))
     for step in range(5):
         bad = step in (0, 2)  # the very first one too: SGD's buffers are not there yet in torch
