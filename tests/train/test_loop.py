@@ -14,10 +14,6 @@ import pytest
 import torch
 
 from ssl_vit import config, load_encoder, recipe, session
-from ssl_vit.counter import sample_seed
-from ssl_vit.data import manifest
-from ssl_vit.data.plan import Plan
-from ssl_vit.data.samples import Data
 from ssl_vit.exits import CANNOT_CREATE, DATA, MISMATCH, PREEMPTED, USAGE, Refusal
 from ssl_vit.recipe import Finetune, Pretrain
 from ssl_vit.train import distributed, loop
@@ -96,16 +92,12 @@ def test_stop_at_any_step_and_resume(shards: Path, straight: Path, tmp_path: Pat
     assert told(tmp_path) | {"time": ""} == {"code": 0, "step": 10, "reason": "done", "rank": 0, "time": ""}
 
 
-def test_what_a_run_leaves_behind(shards: Path, straight: Path):
-    """Rows, of which the first has the digest of the plan's first three batches, a picture, checkpoints and results."""
+def test_what_a_run_leaves_behind(straight: Path):
+    """Rows, of whose samples tests/runs.py keeps count for other tests, a picture, checkpoints and results."""
     assert [row["step"] for row in rows(straight)] == [3, 6, 9, 10]
     first = rows(straight)[0]
     assert {"step", "loss", "lr", "images_per_second", "accuracy", "unigram_entropy", "grad_norm"} <= first.keys()
     assert first["samples_seen"] == 24
-    sizes = [shard.samples for shard in manifest.load(shards / "train").shards]
-    plan = Plan(sizes, seed=0, batch=8, lanes=Data().lanes, window=Data().window)
-    seeds = [sample_seed(0, epoch, sample) for step in range(3) for epoch, sample in plan.batch(step)]
-    assert first["samples_digest"] == f"{sum(seeds) % 2**64:016x}"
     assert "val_loss" in rows(straight)[-1]
     assert (straight / "reconstruction.png").stat().st_size > 0
     assert saved(straight) == [8, 10]

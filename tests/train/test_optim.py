@@ -85,15 +85,6 @@ def test_gradients_are_clipped_jointly(norm, clip, scale):
         torch.testing.assert_close(old - parameter, scale * gradient * norm / whole, rtol=1e-4, atol=1e-6)
 
 
-def test_every_parameter_is_in_one_group_and_the_rate_is_written_into_each():
-    model = small()
-    made = groups(model, 0.1)
-    members = [p for group in made for p in group["params"]]
-    assert len(members) == len({id(p) for p in members}) == len(list(model.parameters()))
-    set_rate(made, 0.25)
-    assert [group["lr"] for group in made] == [0.25, 0.25]
-
-
 @pytest.mark.parametrize("config", [AdamW(lr=0.1, weight_decay=0.1), Sgd(lr=0.1), Sgd(lr=0.1, weight_decay=0.1)])
 def test_steps_equal_torchs_own_and_a_flagged_one_changes_nothing(config):
     """The twin is torch's plain (not fused) optimizer, with a decay for kernels only, that never sees the bad gradient.
