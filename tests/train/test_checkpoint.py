@@ -191,4 +191,4 @@ def test_online_probes_are_those_of_the_exported_encoder(shards: Path, tmp_path:
 
 def test_what_is_not_measured_cannot_be_the_best_and_online_needs_both_splits(shards: Path, tmp_path: Path):
     refused(USAGE, "val_loss", pretrain, shards, tmp_path / "run", "best=val_top1", "eval_every=2")
-    refused(USAGE, "give both", pretrain, shards, tmp_path / "run", f"online.train={shards}/train")
+    refused(USAGE, "give both", pretrain, shards, tmp_path / "other", f"online.train={shards}/train")
