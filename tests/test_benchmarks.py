@@ -6,8 +6,7 @@ import re
 import socket
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,33 +30,24 @@ from tests.test_recipes import opening, read
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text()
-TASKS = {  # paper.md 5.3: group, classes, test images
-    "caltech101": ("Natural", 102, 6_084),
-    "cifar100": ("Natural", 100, 10_000),
-    "dtd": ("Natural", 47, 1_880),
-    "flowers102": ("Natural", 102, 6_149),
-    "pets": ("Natural", 37, 3_669),
-    "sun397": ("Natural", 397, 21_750),
-    "svhn": ("Natural", 10, 26_032),
-    "patch_camelyon": ("Specialized", 2, 32_768),
-    "eurosat": ("Specialized", 10, 5_400),
-    "resisc45": ("Specialized", 45, 6_300),
-    "retinopathy": ("Specialized", 5, 42_670),
-    "clevr_count": ("Structured", 8, 15_000),
-    "clevr_distance": ("Structured", 6, 15_000),
-    "dmlab": ("Structured", 6, 22_735),
-    "dsprites_location": ("Structured", 16, 73_728),
-    "dsprites_orientation": ("Structured", 16, 73_728),
-    "kitti_distance": ("Structured", 4, 711),
-    "smallnorb_azimuth": ("Structured", 18, 12_150),
-    "smallnorb_elevation": ("Structured", 9, 12_150),
+GROUPS = {  # paper.md 5.3: class counts and test images
+    "Natural": "caltech101 102 6084, cifar100 100 10000, dtd 47 1880, flowers102 102 6149, pets 37 3669, "
+    "sun397 397 21750, svhn 10 26032",
+    "Specialized": "patch_camelyon 2 32768, eurosat 10 5400, resisc45 45 6300, retinopathy 5 42670",
+    "Structured": "clevr_count 8 15000, clevr_distance 6 15000, dmlab 6 22735, dsprites_location 16 73728, "
+    "dsprites_orientation 16 73728, kitti_distance 4 711, smallnorb_azimuth 18 12150, smallnorb_elevation 9 12150",
+}
+TASKS = {
+    name: (group, int(classes), int(test))
+    for group, tasks in GROUPS.items()
+    for name, classes, test in map(str.split, tasks.split(","))
 }
 
 
-def snippet(title: str, variables: dict[str, Any] | None = None) -> dict[str, Any]:
+def snippet(title: str) -> dict[str, Any]:
     """Run the program of docs/benchmarks.md that opens with a title, and return its names."""
     code = next(block for block in re.findall(r"```python\n(.*?)```", PAGE, re.S) if block.startswith(f'"""{title}'))
-    found = {"__name__": "snippet", **(variables or {})}
+    found: dict[str, Any] = {"__name__": "snippet"}
     exec(compile(code, title, "exec"), found)
     return found
 
@@ -76,28 +66,22 @@ class Pictures:
         return (image.convert("RGBA") if index == 3 else image), label
 
 
-def pixels_of(shards: Path) -> list[tuple[bytes, int]]:
-    """The decoded images of a folder of shards with their class numbers, in any order."""
-    made = manifest.load(shards)
-    samples = Samples(made, Data(image_size=(5, 4), eval_crop=1.0), seed=0, training=False)
-    batch, faults = samples.batch([(0, number) for number in range(made.samples)])
-    assert not faults
-    return sorted(
-        (image.contiguous().numpy().tobytes(), int(label))
-        for image, label in zip(batch["image"], batch["label"], strict=True)
-    )
-
-
 def test_the_snippet_writes_torchvisions_sets_as_they_are(tmp_path: Path):
+    """Whose images, decoded, are in the shards under their class numbers."""
     to_folder = snippet("Write a labelled data set")["to_folder"]
     for split in ("train", "test"):
         to_folder(Pictures(), Pictures.classes, tmp_path / "set" / split)
     given, out, listed = (str(tmp_path / name) for name in ("set", "out", "set/classes.txt"))
     convert(MakeShards(input=given, output=out, class_map=listed, workers=1, quiet=True))
+    wanted = [(np.asarray(image.convert("RGB")).transpose(2, 0, 1).tobytes(), label) for image, label in Pictures()]
     for split in ("train", "test"):
-        assert manifest.load(tmp_path / "out" / split).classes == ["rose", "daisy", "a/b c"]
-        given = [(np.asarray(image.convert("RGB")).transpose(2, 0, 1).tobytes(), label) for image, label in Pictures()]
-        assert pixels_of(tmp_path / "out" / split) == sorted(given)
+        made = manifest.load(tmp_path / "out" / split)
+        assert made.classes == ["rose", "daisy", "a/b c"]
+        samples = Samples(made, Data(image_size=(5, 4), eval_crop=1.0), seed=0, training=False)
+        batch, faults = samples.batch([(0, number) for number in range(made.samples)])
+        assert not faults
+        pixels = [image.contiguous().numpy().tobytes() for image in batch["image"]]
+        assert sorted(zip(pixels, batch["label"].tolist(), strict=True)) == sorted(wanted)
 
 
 def test_the_snippet_writes_arrays_and_no_name_leads_out_of_the_folder(tmp_path: Path):
@@ -105,8 +89,8 @@ def test_the_snippet_writes_arrays_and_no_name_leads_out_of_the_folder(tmp_path:
     rows = [(np.full((3, 4, 1), 7, np.uint8), np.int64(1)), (np.full((3, 4, 3), 9, np.uint8), np.int64(0))]
     to_folder(iter(rows), ["/a/abbey", "/z/zoo"], tmp_path / "set" / "train800")  # names as those of SUN397
     assert (tmp_path / "set" / "classes.txt").read_text() == "a/abbey\nz/zoo\n"
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "set/train800/z/zoo/000000.png")), rows[0][0][..., 0])
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "set/train800/a/abbey/000001.png")), rows[1][0])
+    for name, pixels in (("z/zoo/000000", rows[0][0][..., 0]), ("a/abbey/000001", rows[1][0])):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"set/train800/{name}.png")), pixels)
     assert len(list(tmp_path.rglob("*.png"))) == 2
 
 
@@ -123,9 +107,6 @@ class Store:
         names = {label: [f"/n/{number}" for number in range(count)] for label, count in self.classes.items()}
         features = {label: types.SimpleNamespace(names=classes) for label, classes in names.items()}
         return (self.row(name, number) for number in range(self.rows)), types.SimpleNamespace(features=features)
-
-    def as_numpy(self, rows: Any) -> Any:
-        return rows
 
     def row(self, name: str, number: int) -> dict[str, Any]:
         truck, car = [(300.0, 5.0), (300.0, 8.0), (300.0, 12.0), (300.0, 25.0), (15.0, 30.0)][number % 5]
@@ -144,12 +125,11 @@ class Store:
 
 
 def vtab_program(store: Store, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    to_folder = types.ModuleType("to_folder")
-    to_folder.__dict__.update(snippet("Write a labelled data set"))
-    tfds = types.ModuleType("tensorflow_datasets")
-    tfds.__dict__.update(load=store.load, as_numpy=store.as_numpy)
-    monkeypatch.setitem(sys.modules, "to_folder", to_folder)
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", tfds)
+    made = {"load": store.load, "as_numpy": lambda rows: rows}
+    for name, inside in (("to_folder", snippet("Write a labelled data set")), ("tensorflow_datasets", made)):
+        module = types.ModuleType(name)
+        module.__dict__.update(inside)
+        monkeypatch.setitem(sys.modules, name, module)
     return snippet("Write VTAB-1k")
 
 
@@ -159,12 +139,15 @@ def folders(place: Path) -> dict[int, str]:
 
 
 def test_the_vtab_program_writes_the_splits_and_the_computed_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The splits of the page's table; of many images, the first 800 and 200."""
     store = Store(45, {"label": 2, "label_azimuth": 18, "label_elevation": 9})
     program = vtab_program(store, monkeypatch)
     assert list(program["TASKS"]) == list(TASKS)
-    for task in TASKS:
+    for task, (_, classes, _) in TASKS.items():
         program["write"](task, tmp_path)
         assert {path.name for path in (tmp_path / task).iterdir()} == {"train800", "val200", "test", "classes.txt"}
+        if "smallnorb" not in task and not isinstance(program["TASKS"][task][2], str):
+            assert len((tmp_path / task / "classes.txt").read_text().split()) == classes
     number = range(45)
     expected = {
         "clevr_count": [n % 8 for n in number],
@@ -176,39 +159,29 @@ def test_the_vtab_program_writes_the_splits_and_the_computed_labels(tmp_path: Pa
     }
     for task, labels in expected.items():
         assert folders(tmp_path / task / "test") == {n: str(label) for n, label in enumerate(labels)}, task
-    for task, (_, classes, _) in TASKS.items():
-        if task not in ("smallnorb_azimuth", "smallnorb_elevation") and not isinstance(program["TASKS"][task][2], str):
-            assert len((tmp_path / task / "classes.txt").read_text().split()) == classes
     white = Image.open(next((tmp_path / "dsprites_location").rglob("*.png")))
-    assert white.mode == "L"
-    assert white.getpixel((0, 0)) == 255
+    assert (white.mode, white.getpixel((0, 0))) == ("L", 255)
     task = r"^\| (?:Natural|Specialized|Structured) \| `(\w+)` \| `([^`]+)`"
     table = re.findall(task + r".*? \| `(.+?)` \| `(.+?)` \| `(.+?)` \|", PAGE, re.M)
     assert [row[0] for row in table] == list(TASKS)
     assert store.asked == [(row[1], split) for row in table for split in row[2:]]
 
-
-def test_the_vtab_program_takes_the_first_800_and_200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    program = vtab_program(Store(810, {"label": 2}), monkeypatch)
-    program["write"]("dtd", tmp_path)
-    counts = {path.name: len(folders(path)) for path in (tmp_path / "dtd").iterdir() if path.is_dir()}
+    vtab_program(Store(810, {"label": 2}), monkeypatch)["write"]("dtd", tmp_path / "many")
+    counts = {path.name: len(folders(path)) for path in (tmp_path / "many" / "dtd").iterdir() if path.is_dir()}
     assert counts == {"train800": 800, "val200": 200, "test": 810}
-    assert set(folders(tmp_path / "dtd" / "val200")) == set(range(200))
+    assert set(folders(tmp_path / "many" / "dtd" / "val200")) == set(range(200))
 
 
 def test_the_objectnet_program_maps_folders_to_class_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    folders = {"chair": "Chair", "alarm_clock": "Alarm clock", "air_freshener": "Air freshener"}
-    classes = {"Alarm clock": "analog clock; digital clock", "Chair": "rocking chair, rocker"}
-    files = {
-        "folder_to_objectnet_label.json": folders,
-        "objectnet_to_imagenet_1k.json": classes,
-        "pytorch_to_imagenet_2012_id.json": {"0": 2, "1": 0, "2": 1},
-    }
     folder = tmp_path / "objectnet-1.0" / "mappings"
     folder.mkdir(parents=True)
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content))
+    for name, content in {
+        "folder_to_objectnet_label": {"chair": "Chair", "alarm_clock": "Alarm clock", "air_freshener": "Air freshener"},
+        "objectnet_to_imagenet_1k": {"Alarm clock": "analog clock; digital clock", "Chair": "rocking chair, rocker"},
+        "pytorch_to_imagenet_2012_id": {"0": 2, "1": 0, "2": 1},
+    }.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "imagenet_to_label_2012_v2").write_text("analog clock\nrocking chair, rocker\ndigital clock\n")
     snippet("Write objectnet_to_imagenet.json")
     assert json.loads((tmp_path / "objectnet_to_imagenet.json").read_text()) == {"chair": [2], "alarm_clock": [1, 0]}
@@ -221,6 +194,7 @@ PROTOCOL = {  # paper Table 4 and B.1.1: steps, rates, share held out; warm-up o
     "finetune_pets": (500, (0.001, 0.003, 0.01, 0.03), 0.1, 100),
     "finetune_flowers102": (500, (0.001, 0.003, 0.01, 0.03), 0.1, 100),
 }
+SOME = {name: TASKS[name] for name in ("sun397", "svhn", "eurosat", "kitti_distance")}
 COUNTS = {  # classes, training images, test images
     "finetune_imagenet": (1000, 1_281_167, 50_000),
     "finetune_imagenet_adamw": (1000, 1_281_167, 50_000),
@@ -229,19 +203,33 @@ COUNTS = {  # classes, training images, test images
     "finetune_pets": (37, 3_680, 3_669),
     "finetune_flowers102": (102, 1_020, 6_149),
 }
+ALL = [*COUNTS, "vtab", "evaluate_real", "evaluate_objectnet"]
 
 
 @pytest.mark.parametrize("name", PROTOCOL)
 def test_a_recipe_is_the_papers(name: str):
     steps, rates, fraction, warmup = PROTOCOL[name]
-    made = read(name)
+    made, optim = read(name), read(name).optim
     assert (made.steps, made.batch, made.data.image_size, made.seeds) == (steps, 512, 384, 3)
     assert (made.sweep.lr, made.sweep.fraction) == (rates, fraction)
-    optim = made.optim
     assert (optim.kind, optim.momentum, optim.weight_decay, optim.clip) == ("sgd", 0.9, 0.0, 1.0)
     assert (optim.schedule, optim.warmup_steps) == ("cosine", warmup)
     assert (made.encoder.size, made.encoder.patch, made.head.kind) == ("B", 16, "transfer")
     assert made.eval_every is None  # C5.2b: the test set is read once
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_benchmark_says_what_it_is(name: str):
+    assert "not run here" in opening(name)
+    row = next(line for line in PAGE.splitlines() if f"`{name}`" in line)
+    if name in COUNTS:
+        made = read(name).benchmark
+        assert (made.classes, made.train, made.test) == COUNTS[name]
+        assert f"{made.classes:,}" in row
+        assert name == "finetune_imagenet_adamw" or f"{made.train:,} / {made.test:,}" in row
+        assert made.name
+        assert re.search(r"\d", made.paper)
+        assert re.search(r"^.*make_shards.*\Z", made.get)  # in one line
 
 
 def test_the_recipe_of_todays_practice_is_maes():
@@ -254,29 +242,12 @@ def test_the_recipe_of_todays_practice_is_maes():
     assert (made.data.auto_augment, made.data.image_size) == ("rand-m9-mstd0.5-inc1", 224)
 
 
-@pytest.mark.parametrize("name", [*COUNTS, "vtab", "evaluate_real", "evaluate_objectnet"])
-def test_a_benchmark_says_what_it_is(name: str):
-    assert "not run here" in opening(name)
-    row = next(line for line in PAGE.splitlines() if f"`{name}`" in line)
-    if name not in COUNTS:
-        return
-    made = read(name).benchmark
-    assert (made.classes, made.train, made.test) == COUNTS[name]
-    assert f"{made.classes:,}" in row
-    if name != "finetune_imagenet_adamw":
-        assert f"{made.train:,} / {made.test:,}" in row
-    assert made.name
-    assert re.search(r"\d", made.paper)
-    assert "make_shards" in made.get
-    assert "\n" not in made.get
-
-
 def test_vtab_is_the_papers():
     """C5.3a: 19 tasks, 7 / 4 / 8, class counts; one setting for all."""
     made = read("vtab")
     assert {task.name: (task.group, task.classes, task.test) for task in made.tasks} == TASKS
     groups = [group for group, _, _ in TASKS.values()]
-    assert [groups.count(name) for name in ("Natural", "Specialized", "Structured")] == [7, 4, 8]
+    assert [groups.count(name) for name in GROUPS] == [7, 4, 8]
     assert [task.augment for task in made.tasks] == [group != "Structured" for group in groups]
     assert (made.steps, made.batch, made.optim.kind, made.optim.lr) == (2500, 512, "sgd", 0.01)
     assert (made.data.image_size, made.benchmark.train) == (384, 1000)
@@ -285,48 +256,32 @@ def test_vtab_is_the_papers():
 
 
 def test_the_papers_rows_give_the_papers_means():
-    """C5.3c, on the numbers in the recipe, by the function that a run uses."""
+    """C5.3c, on the numbers in the recipe, by the function that a run uses; the page's table has them too."""
     tasks = read("vtab").tasks
     scores = np.array([[float(text) for text in task.paper.split("/")] for task in tasks])
     assert scores.shape == (19, 3)
     suites = [sweep.suite(tasks, {t.name: {"top1": x} for t, x in zip(tasks, row, strict=True)}) for row in scores.T]
-    assert [round(found["mean"], 2) for found in suites] == [77.63, 76.29, 72.71]  # of the tasks, not of the groups
-    printed = [
-        {"Natural": 86.69, "Specialized": 87.00, "Structured": 65.03},
-        {"Natural": 85.56, "Specialized": 86.73, "Structured": 62.96},
-        {"Natural": 83.27, "Specialized": 84.65, "Structured": 57.50},
-    ]
-    assert [found["groups"] for found in suites] == [pytest.approx(row, abs=0.005 + 1e-9) for row in printed]
+    printed = [[77.63, 86.69, 87.00, 65.03], [76.29, 85.56, 86.73, 62.96], [72.71, 83.27, 84.65, 57.50]]
+    assert [round(found["mean"], 2) for found in suites] == [row[0] for row in printed]  # of the tasks, not the groups
+    groups = [dict(zip(GROUPS, row[1:], strict=True)) for row in printed]
+    assert [found["groups"] for found in suites] == [pytest.approx(row, abs=0.005 + 1e-9) for row in groups]
     table = re.findall(r"^\| [HL]/1[46], \S+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, re.M)
-    assert [[float(text) for text in row] for row in table] == [
-        [mean, *row.values()] for mean, row in zip((77.63, 76.29, 72.71), printed, strict=True)
-    ]
+    assert [[float(text) for text in row] for row in table] == printed
 
 
 SMALL = [*TINY, "steps=2", "log_every=1", "save_every=1", "optim.warmup_steps=1", "compile=false", "tracker=none"]
 """A recipe made so small that each training takes a tenth of a second."""
 
 
-@contextmanager
-def offline() -> Iterator[None]:
-    """Have no network in this process for a while, and say so where one is asked for."""
+def finished(words: list[str], tool: str = "finetune", code: int = 0) -> str:
+    """What a tool says, run to its end in this process without a network; it asks for none."""
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
             patch.setattr(owner, name, getattr(owner, name))  # to be put back
         odd.offline()
-        yield
-
-
-def finished(words: list[str], tool: str = "finetune", code: int = 0) -> str:
-    """What a tool says, run to its end without a network; it asks for none."""
-    with offline():
         said = frozen.run_tool(tool, words, Path(), codes=(code,))
     assert "asked for the network" not in said
     return said
-
-
-def told(run: Path) -> dict[str, Any]:
-    return json.loads((run / "results.json").read_text())
 
 
 FEWER = ["sweep.lr=0.003,0.01", "seeds=2"]
@@ -358,31 +313,29 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Pat
 def test_a_recipe_runs_on_data_of_its_layout(
     name: str, more: list[str], layout: Callable[[int, str], Path], tmp_path: Path
 ):
-    made = read(name, *more)
-    classes, test = made.benchmark.classes, made.benchmark.classes + 7
-    split = Path(made.data.val[0]).name
+    made, run = read(name, *more), tmp_path / "run"
+    classes, split = made.benchmark.classes, Path(made.data.val[0]).name
+    train, test = max(classes, 50), classes + 7
     assert Path(made.data.train[0]).parts[-1] == "train"
     shards = layout(classes, split)
-    data = [f"data.train={shards}/train", f"data.val={shards}/{split}", f"run={tmp_path}/run"]
+    data = [f"data.train={shards}/train", f"data.val={shards}/{split}", f"run={run}"]
     finished([f"recipe={name}", *SMALL, *data, *more])
-    found = told(tmp_path / "run")
+    found = frozen.results(run)
     assert found["samples"] == test  # every test image, once
     assert {"top1", "top5", "mean_per_class", "protocol"} <= found.keys()
     assert 0 <= found["top1"] <= found["top5"] <= 1
-    members = sorted(path.parent.name for path in (tmp_path / "run").glob("sweep/*/results.json"))
+    members = sorted(path.parent.name for path in run.glob("sweep/*/results.json"))
     assert members == sorted(f"lr-{rate:g}" for rate in made.sweep.lr)
-    seeds = sorted(path.parent.name for path in (tmp_path / "run").glob("seed-*/results.json"))
+    seeds = sorted(path.parent.name for path in run.glob("seed-*/results.json"))
     assert seeds == ([f"seed-{i}" for i in range(made.seeds)] if made.seeds > 1 else [])
-    held = max(1, round(made.sweep.fraction * max(classes, 50))) if made.sweep.lr else 0
     for member in members:
-        assert told(tmp_path / "run" / "sweep" / member)["samples"] == held
+        assert frozen.results(run / "sweep" / member)["samples"] == max(1, round(made.sweep.fraction * train))
     assert found["not_the_benchmark"] == [
-        f"{max(classes, 50)} training images, not {made.benchmark.train}",
-        f"{test} test images, not {made.benchmark.test}",
+        f"{given} {kind} images, not {wanted}"
+        for given, kind, wanted in ((train, "training", made.benchmark.train), (test, "test", made.benchmark.test))
     ]
-    page = html.unescape((tmp_path / "run" / "report.md").read_text())
-    assert made.benchmark.paper in page
-    assert (tmp_path / "run" / "report.html").exists()
+    assert made.benchmark.paper in html.unescape((run / "report.md").read_text())
+    assert (run / "report.html").exists()
 
 
 @pytest.fixture(scope="module")
@@ -398,7 +351,7 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [*COUNTS, "vtab", "evaluate_real", "evaluate_objectnet"])
+@pytest.mark.parametrize("name", ALL)
 def test_data_that_is_not_there_is_named_with_the_way_to_get_it(name: str, imagenet: Path, tmp_path: Path):
     tool = "evaluate" if name.startswith("evaluate") else "finetune"
     source = [f"encoder={imagenet / 'run'}"] if tool == "evaluate" else SMALL
@@ -409,12 +362,16 @@ def test_data_that_is_not_there_is_named_with_the_way_to_get_it(name: str, image
     assert written["benchmark"]["get"] in line
 
 
-def suite(folder: Path, tasks: dict[str, tuple[str, int, int]]) -> Path:
-    """A run of tasks of the recipe, on wide images; of most classes there are none, as of some in SUN397."""
+@pytest.fixture(scope="module", params=[SOME, pytest.param(TASKS, marks=LONG)], ids=["some", "all"])
+def vtab(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A run of a task of each group and a second of the first, or of all, on wide images.
+
+    Of most classes there are none, as of some in SUN397.
+    """
+    folder, tasks = tmp_path_factory.mktemp("vtab"), request.param
     for number, (task, (_, classes, _)) in enumerate(tasks.items()):
         for split, count in {"train800": 8, "val200": 4, "test": 9 + number}.items():
-            images = folder / "images" / task / split
-            labels = [i * 3 % classes for i in range(count)]
+            images, labels = folder / "images" / task / split, [i * 3 % classes for i in range(count)]
             synthetic.draw(images, labels, synthetic.names(classes), seed=number, wide=2)
             synthetic.shards(images, folder / "shards" / task / split, synthetic.names(classes))
     written = yaml.load((recipe.FOLDER / "vtab.yaml").read_text(), config.Plain)
@@ -424,42 +381,32 @@ def suite(folder: Path, tasks: dict[str, tuple[str, int, int]]) -> Path:
     return folder
 
 
-SOME = {name: TASKS[name] for name in ("sun397", "svhn", "eurosat", "kitti_distance")}
-
-
-@pytest.fixture(scope="module", params=[SOME, pytest.param(TASKS, marks=LONG)], ids=["some", "all"])
-def vtab(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """A task of each group, and a second of the first; or all."""
-    return suite(tmp_path_factory.mktemp("vtab"), request.param)
-
-
 def resolved(run: Path) -> Any:
     return config.validate(Finetune, yaml.load((run / "recipe.yaml").read_text(), config.Plain))
 
 
 def test_vtab_runs_on_data_of_its_layout(vtab: Path):
     """A training a task, on train800 and val200 together, judged on its whole test set; means of what they scored."""
-    found = told(vtab / "run")
+    found = frozen.results(vtab / "run")
     tasks = SOME if len(found["tasks"]) == len(SOME) else TASKS
     assert list(found["tasks"]) == list(tasks)
     scores = {name: task["top1"] for name, task in found["tasks"].items()}
     assert [task["samples"] for task in found["tasks"].values()] == [9 + number for number in range(len(tasks))]
     assert found["mean"] == pytest.approx(np.mean(list(scores.values())))  # of the tasks, not of the groups
-    for group in ("Natural", "Specialized", "Structured"):
+    for group in GROUPS:
         mine = [scores[name] for name, (of, _, _) in tasks.items() if of == group]
         assert found["groups"][group] == pytest.approx(np.mean(mine))
     for task in tasks:
-        data = resolved(vtab / "run" / task).data
-        assert data.train == (f"{vtab}/shards/{task}/train800", f"{vtab}/shards/{task}/val200")
-        assert data.val == (f"{vtab}/shards/{task}/test",)
-        assert told(vtab / "run" / task)["top1"] == scores[task]
-        assert told(vtab / "run" / task)["not_the_benchmark"][0] == "12 training images, not 1000"  # C5.3b
-        assert resolved(vtab / "run" / task).optim.lr == 0.01
+        part, made = frozen.results(vtab / "run" / task), resolved(vtab / "run" / task)
+        assert made.data.train == (f"{vtab}/shards/{task}/train800", f"{vtab}/shards/{task}/val200")
+        assert made.data.val == (f"{vtab}/shards/{task}/test",)
+        assert (made.optim.lr, part["top1"]) == (0.01, scores[task])
+        assert part["not_the_benchmark"][0] == "12 training images, not 1000"  # C5.3b
 
 
 def test_the_whole_image_is_seen_where_a_crop_or_a_flip_would_change_the_label(vtab: Path):
     """C5.3d: location, distance and azimuth are lost with the sides of a wide picture, or turned around."""
-    for task in told(vtab / "run")["tasks"]:
+    for task in frozen.results(vtab / "run")["tasks"]:
         data = resolved(vtab / "run" / task).data
         made = manifest.load(vtab / "shards" / task / "test")
         seen = [Samples(made, data, seed=0, training=training) for training in (True, False)]
@@ -512,21 +459,19 @@ def test_real_in_the_files_own_shape():
 
 @pytest.mark.parametrize("name", ["evaluate_real", "evaluate_objectnet"])
 def test_a_recipe_judges_data_of_its_layout(name: str, imagenet: Path, tmp_path: Path):
-    """C5.4 and C5.5 on few images; tests/evaluate/test_label_sets.py has what counts, image by image."""
+    """C5.4 and C5.5 on few images; tests/evaluate/test_classifiers.py has what counts, image by image."""
     words = [f"recipe={name}", f"encoder={imagenet}/run", "data.image_size=16", "data.workers=0", "quiet=true"]
-    words += [f"run={tmp_path}/run"]
-    if name == "evaluate_real":  # every third image has no label, the others their class and another
-        sets = [[] if i % 3 == 0 else [(i + 1) * 37 % 20, i % 20] for i in range(60)]
-        (tmp_path / "real.json").write_text(json.dumps(sets))
-        words += [f"data.val={imagenet}/shards/val", f"metrics.label_sets={tmp_path}/real.json"]
-    else:  # a folder without classes is left out
-        folders = ["air_freshener", "alarm_clock", "chair"]
+    given: Any = [[] if i % 3 == 0 else [(i + 1) * 37 % 20, i % 20] for i in range(60)]
+    at, key = imagenet / "shards" / "val", "label_sets"  # every third image has no label, the others theirs and another
+    if name == "evaluate_objectnet":  # a folder without classes is left out
+        given = {"alarm_clock": [1, 3], "chair": ["class_0002", 4, 5]}
+        at, key, folders = tmp_path / "shards", "class_map", ["air_freshener", *given]
         synthetic.draw(tmp_path / "images", [i % 3 for i in range(60)], folders)
-        synthetic.shards(tmp_path / "images", tmp_path / "shards", folders)
-        (tmp_path / "map.json").write_text(json.dumps({"alarm_clock": [1, 3], "chair": ["class_0002", 4, 5]}))
-        words += [f"data.val={tmp_path}/shards", f"metrics.class_map={tmp_path}/map.json"]
+        synthetic.shards(tmp_path / "images", at, folders)
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    words += [f"run={tmp_path}/run", f"data.val={at}", f"metrics.{key}={tmp_path}/given.json"]
     finished(words, "evaluate")
-    found = told(tmp_path / "run")
+    found = frozen.results(tmp_path / "run")
     if name == "evaluate_real":
         assert (found["samples"], found["label_sets"]["samples"]) == (60, 40)
         assert 0 <= found["label_sets"]["top1"] <= found["label_sets"]["top5"] <= 1
