@@ -45,19 +45,18 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 
 @pytest.fixture(scope="session")
-def moto() -> Iterator[tuple[Buckets, dict[str, str]]]:
-    with servers.s3() as both:
-        yield both
+def moto() -> Iterator[Buckets]:
+    with servers.s3() as made:
+        yield made
 
 
 @pytest.fixture
-def buckets(moto: tuple[Buckets, dict[str, str]], tmp_path: Path) -> Iterator[Buckets]:
+def buckets(moto: Buckets, tmp_path: Path) -> Iterator[Buckets]:
     """S3, with this test's own home for what is on its way there."""
-    made, environment = moto
-    made.seen.clear()
-    with servers.at_s3(environment, tmp_path / "home"):
-        yield made
-    made.faults = lambda method, path, nth: None
+    moto.seen.clear()
+    with servers.at_s3(moto, tmp_path / "home"):
+        yield moto
+    moto.faults = lambda method, path, nth: None
 
 
 @pytest.fixture

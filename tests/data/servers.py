@@ -20,6 +20,7 @@ import pytest
 
 from ssl_vit.data import remote
 from ssl_vit.exits import Refusal
+from tests.data.pictures import contents
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,8 @@ class Handler(BaseHTTPRequestHandler):
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
-        self._do(self.site.got)
-
-    def do_HEAD(self) -> None:
-        self._do(self.site.asked)
-
-    def _do(self, seen: Counter[str]) -> None:
         self.place = unquote(self.path).lstrip("/")
+        seen = self.site.got if self.command == "GET" else self.site.asked
         with self.site.lock:
             nth = seen[self.place]
             seen[self.place] += 1
@@ -105,6 +101,8 @@ class Handler(BaseHTTPRequestHandler):
         file = self.site.folder / self.place
         answer = self.site.faults(self.place, nth) or Answer(200 if file.is_file() else 404)
         answer.send(self, file.read_bytes() if file.is_file() else b"")
+
+    do_HEAD = do_GET
 
     def body(self, data: bytes) -> None:
         self.wfile.write(data)
@@ -153,6 +151,7 @@ class Buckets:
     """An S3 API: its requests, and what is answered instead (a status, or other bytes for the body)."""
 
     client: Any  # boto3's
+    environment: dict[str, str]  # in which it is found
     faults: Callable[[str, str, int], int | Callable[[bytes], bytes] | None] = lambda method, path, nth: None
     seen: list[tuple[str, str]] = field(default_factory=list)  # (method, path) of every request, in order
 
@@ -165,10 +164,8 @@ class Buckets:
     def put(self, url: str, data: bytes | None) -> None:
         """Store an object; none: delete it."""
         name, _, key = url.removeprefix("s3://").partition("/")
-        if data is None:
-            self.client.delete_object(Bucket=name, Key=key)
-        else:
-            self.client.put_object(Bucket=name, Key=key, Body=data)
+        do, body = (self.client.delete_object, {}) if data is None else (self.client.put_object, {"Body": data})
+        do(Bucket=name, Key=key, **body)
 
     def contents(self, url: str) -> dict[str, bytes]:
         """Name -> bytes of all below a URL, by boto3 alone."""
@@ -179,24 +176,25 @@ class Buckets:
 
     def upload(self, folder: Path, url: str) -> None:
         """All files of a folder, by boto3 alone."""
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                self.put(f"{url}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+        for name, data in contents(folder).items():
+            self.put(f"{url}/{name}", data)
 
 
 @contextmanager
-def s3() -> Iterator[tuple[Buckets, dict[str, str]]]:
-    """moto's S3, and the environment in which it is found."""
+def s3() -> Iterator[Buckets]:
+    """moto's S3."""
     import boto3
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
-    credentials = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
-    client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", **credentials)
-    made = Buckets(client)
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+    environment = {name.upper(): value for name, value in keys.items()}
+    environment |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": url}
+    environment |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+    made = Buckets(boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys), environment)
     inner = server._server.app  # type: ignore[union-attr]
 
     def outer(environment: dict[str, Any], begin: Callable[..., Any]) -> Any:
@@ -210,22 +208,19 @@ def s3() -> Iterator[tuple[Buckets, dict[str, str]]]:
         return answer if fault is None else [fault(b"".join(answer))]
 
     server._server.app = outer  # type: ignore[union-attr]
-    environment = {name.upper(): value for name, value in credentials.items() if name != "region_name"}
-    environment |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
-    environment |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
     try:
-        yield made, environment
+        yield made
     finally:
         server.stop()
 
 
 @contextmanager
-def at_s3(environment: dict[str, str], home: Path) -> Iterator[None]:
+def at_s3(buckets: Buckets, home: Path) -> Iterator[None]:
     """Have this process, and those it starts, use that S3; nothing is kept in the user's own home."""
     import s3fs
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (environment | {"HOME": str(home)}).items():
+        for name, value in (buckets.environment | {"HOME": str(home)}).items():
             patch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()  # those of another test's server
         yield

@@ -68,11 +68,12 @@ def disk(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SHARDS: dict[str, Any] = {"val_fraction": 0.3, "shard_samples": 4}
+SHARDS: dict[str, Any] = {"val_fraction": 0.3, "shard_samples": 4, "workers": 1, "quiet": True}
 
 
 # what is refused
 
+Host = Callable[[str, Path], str]
 STRANGE = ["file:///etc/passwd", "ftp://127.0.0.1/x", "sftp://127.0.0.1/x", "github://a:b@main/x", "memory://x"]
 STRANGE += ["local:///etc/passwd", "pipe:touch canary", "pipe:touch canary #.tar", "http://", "://x"]
 STRANGE += ["simplecache::https://127.0.0.1/x", "filecache::s3://bucket/x", "zip://x.tar::http://127.0.0.1/x.zip"]
@@ -113,11 +114,10 @@ def test_nothing_off_the_list_is_ever_opened(tmp_path: Path, monkeypatch: pytest
 
 def test_a_name_that_leads_to_a_link_local_address_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Clouds give their metadata service names, such as metadata.google.internal."""
-    hosts = "10.0.0.1", "169.254.169.254"
-    found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, 0)) for host in hosts]
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, 0)) for host in ("10.0.0.1", "169.254.169.254")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-    line = refused(lambda: remote.get("https://metadata.internal/x", tmp_path / "x"), USAGE)
-    assert "https://metadata.internal/x" in line
+    url = "https://metadata.internal/x"
+    assert url in refused(lambda: remote.get(url, tmp_path / "x"), USAGE)
 
 
 @pytest.mark.parametrize("where", [f"http://{host}/x" for host in LINK_LOCAL] + ["//169.254.169.254/x"])
@@ -184,24 +184,12 @@ SIZE, BYTES = f"bytes came, not {len(FILE)}", "other bytes than the manifest say
 WRONG = {"length too short": "", "shorter": SIZE, "longer": SIZE, "empty": SIZE, "altered": BYTES, "an HTML page": SIZE}
 
 
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def fetch(url: str, path: Path) -> None:
-    remote.get(url, path, len(FILE), digest(FILE))
+    remote.get(url, path, len(FILE), hashlib.sha256(FILE).hexdigest())
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_passes_is_tried_again(web: Site, tmp_path: Path, fault: str):
-    web.faults = passing(FAULTS[fault])
-    fetch(f"{web.url}/file", tmp_path / "out" / "x")
-    assert contents(tmp_path / "out") == {"x": FILE}
-    assert web.got["file"] >= 3  # the client itself asks again where a connection was closed
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_what_stays_ends_soon_and_in_one_line(web: Site, tmp_path: Path, fault: str):
+def test_what_stays_ends_soon_and_in_one_line_and_what_passes_is_tried_again(web: Site, tmp_path: Path, fault: str):
     url, path = f"{web.url}/file", tmp_path / "out" / "x"
     path.parent.mkdir()
     path.write_bytes(b"before")
@@ -216,12 +204,11 @@ def test_what_stays_ends_soon_and_in_one_line(web: Site, tmp_path: Path, fault: 
         assert "the same command goes on" in line
     assert 3 <= web.got["file"] <= 6  # the client itself asks once more where a connection was closed
     assert contents(tmp_path / "out") == {"x": b"before"}
-
-
-def test_a_source_that_is_away_ends_soon(web: Site, tmp_path: Path):
-    url = f"{servers.closed()}/x"
-    for call in (lambda: remote.get(url, tmp_path / "x"), lambda: remote.read(url)):
-        assert f"{url}: cannot be reached (3 tries in " in refused(call, DISK)
+    web.got.clear()
+    web.faults = passing(FAULTS[fault])
+    fetch(url, path)
+    assert contents(tmp_path / "out") == {"x": FILE}
+    assert web.got["file"] >= 3
 
 
 def test_what_is_missing_or_forbidden_is_not_asked_for_again(web: Site, tmp_path: Path):
@@ -258,7 +245,10 @@ def test_a_file_has_its_name_only_when_it_is_whole(web: Site, tmp_path: Path):
     assert seen == {0, len(FILE)}
 
 
-def test_no_length_and_no_compression(web: Site, tmp_path: Path):
+def test_no_length_no_compression_and_few_connections(web: Site, tmp_path: Path):
+    for number in range(20):
+        remote.get(f"{web.url}/file", tmp_path / f"{number}")
+    assert web.connections <= 8
     web.faults = lambda path, nth: Answer(more=None)
     remote.get(f"{web.url}/file", tmp_path / "x", len(FILE))
     assert (tmp_path / "x").read_bytes() == FILE
@@ -277,12 +267,6 @@ def test_a_full_disk_is_not_the_sources_fault(web: Site, tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "cannot be reached" not in str(caught.value)
     assert web.got["file"] == 1
-
-
-def test_many_files_come_over_few_connections(web: Site, tmp_path: Path):
-    for number in range(20):
-        remote.get(f"{web.url}/file", tmp_path / f"{number}")
-    assert web.connections <= 8
 
 
 # sizes and listings
@@ -320,23 +304,18 @@ def test_sizes_on_s3_and_what_another_machine_stores_is_seen_at_once(buckets: Bu
 # S3
 
 
-def test_s3_fails_for_a_while(buckets: Buckets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_s3_fails_for_a_while_and_for_good(buckets: Buckets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     servers.hurry(monkeypatch, patience=4)
-    url = buckets.bucket()
-    buckets.put(f"{url}/file", FILE)
+    url, path = f"{buckets.bucket()}/file", tmp_path / "out" / "x"
+    buckets.put(url, FILE)
     for fault in (503, lambda data: data[:-5], lambda data: data[:-1] + b"\0"):
         buckets.faults = lambda method, path, nth, fault=fault: fault if method == "GET" and nth < 2 else None
         buckets.seen.clear()
-        fetch(f"{url}/file", tmp_path / "out" / "x")
+        fetch(url, path)
         assert contents(tmp_path / "out") == {"x": FILE}
         assert len(buckets.seen) >= 3
-
-
-def test_s3_fails_for_good(buckets: Buckets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path.unlink()
     servers.hurry(monkeypatch, tries=2)
-    url = f"{buckets.bucket()}/file"
-    buckets.put(url, FILE)
-    path = tmp_path / "out" / "x"
     buckets.faults = lambda method, path, nth: 500
     assert f"{url}: cannot be reached (2 tries in " in refused(lambda: fetch(url, path), DISK)
     buckets.faults = lambda method, path, nth: 403
@@ -361,9 +340,8 @@ def test_a_set_at_a_url_is_found_by_its_split_and_bad_shards_are_named_at_once(
     kind: str, web: Site, buckets: Buckets, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     servers.hurry(monkeypatch, patience=5)
-    shutil.copytree(disk, web.folder / "x")
     url, store = f"{web.url if kind == 'http' else buckets.bucket()}/x", Store(tmp_path / "cache")
-    buckets.upload(disk, url) if kind == "s3" else None
+    shutil.copytree(disk, web.folder / "x") if kind == "http" else buckets.upload(disk, url)
     for split in ("val", "train"):
         here = manifest.load(disk / split)
         for given in (url, f"{url}/", f"{url}/{split}"):
@@ -375,9 +353,8 @@ def test_a_set_at_a_url_is_found_by_its_split_and_bad_shards_are_named_at_once(
     both = find.sets((url, str(disk)), "train", tmp_path / "converted", store)
     assert np.array_equal(both.labels, np.tile(here.labels, 2))
     assert not (tmp_path / "converted").exists()
-    change = web.put if kind == "http" else buckets.put
     for name, data in (("000000.tar", None), ("000001.npy", None), ("000002.tar", b"short")):
-        change(f"{url}/train/{name}", data)
+        (web if kind == "http" else buckets).put(f"{url}/train/{name}", data)
     line = refused(found.check, DATA)
     assert line.startswith(f"{url}/train: 3 of {len(found.shards)} shards are bad: 000000.tar (missing), ")
     assert "000001.tar (its index is missing)" in line
@@ -388,10 +365,8 @@ def test_a_set_at_a_url_is_found_by_its_split_and_bad_shards_are_named_at_once(
 
 def test_a_set_that_is_none_is_refused_with_what_to_do(web: Site, buckets: Buckets, tmp_path: Path):
     find_at = lambda url: lambda: find.sets((url,), "train", tmp_path, Store(tmp_path))  # noqa: E731
-    assert "index_shards" in refused(find_at(web.url), DATA)
-    assert "index_shards" in refused(find_at(f"{web.url}/{{000..009}}.tar"), DATA)
-    assert "index_shards" in refused(find_at(buckets.bucket()), DATA)
-    assert "index_shards" in refused(find_at("s3://there-is-no-such-bucket/x"), DATA)
+    for url in (web.url, f"{web.url}/{{000..009}}.tar", buckets.bucket(), "s3://there-is-no-such-bucket/x"):
+        assert "index_shards" in refused(find_at(url), DATA)
     for page in (b"<html>Welcome</html>", b"{}", b"", b'{"format": "other", "version": 1}', b"\xff\xfe"):
         (web.folder / "manifest.json").write_bytes(page)
         assert f"{web.url}/manifest.json" in refused(find_at(web.url), DATA)
@@ -401,13 +376,7 @@ def test_a_set_that_is_none_is_refused_with_what_to_do(web: Site, buckets: Bucke
 
 
 def to(url: str, images: Path, rank: int = 0, world: int = 1, **options: Any) -> dict[str, Manifest]:
-    quiet = {"workers": 1, "quiet": True, **SHARDS, **options}
-    return convert(MakeShards(input=str(images), output=url, **quiet), rank, world)
-
-
-def left(home: Path) -> list[Path]:
-    """Files that stayed in the folder by way of which shards are sent."""
-    return [path for path in home.rglob("*") if path.is_file()]
+    return convert(MakeShards(input=str(images), output=url, **(SHARDS | options)), rank, world)
 
 
 def stored(buckets: Buckets) -> list[str]:
@@ -419,14 +388,12 @@ def test_a_conversion_to_s3_writes_what_one_to_disk_does(buckets: Buckets, image
     url = f"{buckets.bucket()}/x"
     made = to(url, images, workers=2)  # processes, each of which asks anew for its file system
     assert buckets.contents(url) == contents(disk)
-    assert left(tmp_path / "home") == []
+    assert contents(tmp_path / "home") == {}
     order = [name for name in stored(buckets) if not name.startswith(".notes") and "/.notes" not in name]
     assert sorted(order) == sorted(contents(disk))  # each once
     for split in ("train", "val"):
-        names = [name for name in order if name.startswith(f"{split}/")]
-        assert names[-1] == f"{split}/manifest.json"
-        assert made[split].name == f"{url}/{split}"
-        assert made[split].samples == manifest.load(disk / split).samples
+        assert [name for name in order if name.startswith(f"{split}/")][-1] == f"{split}/manifest.json"
+        assert (made[split].name, made[split].samples) == (f"{url}/{split}", manifest.load(disk / split).samples)
     buckets.seen.clear()
     again = to(url, images)  # is done already
     assert stored(buckets) == []
@@ -437,15 +404,11 @@ def test_a_conversion_to_s3_writes_what_one_to_disk_does(buckets: Buckets, image
 def test_an_interrupted_conversion_to_s3_goes_on(buckets: Buckets, images: Path, disk: Path, tmp_path: Path, at: int):
     """Writing is denied at a certain file, one after the other, until all are there."""
     url = f"{buckets.bucket()}/x"
-
-    def denied(method: str, path: str, nth: int) -> int | None:
-        del path, nth
-        return 403 if method == "PUT" and sum(m == "PUT" for m, _ in buckets.seen) >= at else None
-
+    puts = lambda: sum(method == "PUT" for method, _ in buckets.seen)  # noqa: E731
     buckets.seen.clear()
-    buckets.faults = denied
+    buckets.faults = lambda method, path, nth: 403 if method == "PUT" and puts() >= at else None
     assert url in refused(lambda: to(url, images), DISK)
-    assert sum(m == "PUT" for m, _ in buckets.seen) > at  # a shard that was begun already may try, too
+    assert puts() > at  # a shard that was begun already may try, too
     done = [name for name in buckets.contents(url) if name.endswith(".json") and ".notes/0" in name]
     with pytest.raises(Refusal):
         find.sets((url,), "val", tmp_path, Store(tmp_path / "cache"))
@@ -453,61 +416,45 @@ def test_an_interrupted_conversion_to_s3_goes_on(buckets: Buckets, images: Path,
     buckets.seen.clear()
     to(url, images)
     assert buckets.contents(url) == contents(disk)
-    assert left(tmp_path / "home") == []
+    assert contents(tmp_path / "home") == {}
     sent_again = {name for name in stored(buckets) if name.endswith(".tar")}
     assert sent_again.isdisjoint(name.replace(".notes/", "").replace(".json", ".tar") for name in done)
 
 
 def test_two_machines_convert_to_one_url(
-    buckets: Buckets, images: Path, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    buckets: Buckets, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    write_pictures(tmp_path / "test", ["a/x.png"])
-    make(tmp_path / "test", tmp_path / "excluded")
+    make(write_pictures(tmp_path / "test", ["a/x.png"]), tmp_path / "excluded")
     options = {"exclude": (str(tmp_path / "excluded"),)}
     make(images, tmp_path / "alone", **SHARDS, **options)
-    url = f"{buckets.bucket()}/x"
-    made = []
+    url, made = f"{buckets.bucket()}/x", []
     for rank in range(2):
         monkeypatch.setenv("HOME", str(tmp_path / f"machine{rank}"))
         made.append(to(url, images, rank, 2, **options))
-    assert made[0] == {}
-    assert set(made[1]) == {"train", "val"}
+    assert [set(one) for one in made] == [set(), {"train", "val"}]
     assert buckets.contents(url) == contents(tmp_path / "alone")
-    assert left(tmp_path / "machine1") == []
+    assert contents(tmp_path / "machine1") == {}
 
 
-def test_a_url_that_holds_something_else_is_refused(buckets: Buckets, images: Path, tmp_path: Path):
+def test_a_url_that_holds_something_else_is_refused_and_so_is_a_web_server(buckets: Buckets, images: Path):
     url = f"{buckets.bucket()}/x"
     buckets.put(f"{url}/train/letter.txt", b"dear")
     assert "is not empty" in refused(lambda: to(url, images), CANNOT_CREATE)
     assert buckets.contents(url) == {"train/letter.txt": b"dear"}
-    other = f"{url}/other"
-    to(other, images)
-    before = buckets.contents(other)
-    assert "another job" in refused(lambda: to(other, images, resize=8), CANNOT_CREATE)
-    assert "another job" in refused(lambda: to(other, images, val_fraction=0), CANNOT_CREATE)
-    assert buckets.contents(other) == before
-
-
-def test_a_web_server_is_no_output(web: Site, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert "cannot be written" in refused(lambda: to(f"{web.url}/x", images), CANNOT_CREATE)
+    to(f"{url}/other", images)
+    before = buckets.contents(f"{url}/other")
+    for changed in ({"resize": 8}, {"val_fraction": 0}):
+        assert "another job" in refused(lambda changed=changed: to(f"{url}/other", images, **changed), CANNOT_CREATE)
+    assert buckets.contents(f"{url}/other") == before
+    assert "cannot be written" in refused(lambda: to(f"{servers.closed()}/x", images), CANNOT_CREATE)
 
 
 # shards that others wrote
 
 
-def same_samples(one: Manifest, other: Manifest) -> None:
-    assert (one.samples, one.classes) == (other.samples, other.classes)
-    assert np.array_equal(one.labels, other.labels)
-    read = [Samples(made, Data(image_size=16, workers=0), 0, training=False) for made in (one, other)]
-    for sample in range(one.samples):
-        assert read[0].read(sample) == read[1].read(sample)
-
-
 @pytest.mark.parametrize("kind", ["http", "s3", "s3 folder", "s3 in place"])
 def test_foreign_shards_at_a_url_are_indexed_and_read(
-    disk: Path, host: Callable[[str, Path], str], buckets: Buckets, tmp_path: Path, kind: str
+    disk: Path, host: Host, buckets: Buckets, tmp_path: Path, kind: str
 ):
     """The tars alone of our own shards, so that the answer is known; what was indexed by its name is read by it."""
     tars = tmp_path / "tars" / "part"
@@ -518,11 +465,14 @@ def test_foreign_shards_at_a_url_are_indexed_and_read(
     output = None if kind == "s3 in place" else str(tmp_path / "there")
     made = index(IndexShards(shards=given, output=output, quiet=True, workers=1))
     assert remote.is_url(str(made.at)) == (output is not None)
+    samples = lambda one: Samples(one, Data(image_size=16, workers=0), 0, training=False)  # noqa: E731
     for name in (output or url, str(tars.parent)):
         loaded = find.sets((name,), "train", tmp_path, Store(tmp_path / "cache"))
         loaded.check()
-        same_samples(loaded, here)
-    assert left(tmp_path / "home") == []
+        assert (loaded.samples, loaded.classes) == (here.samples, here.classes)
+        assert np.array_equal(loaded.labels, here.labels)
+        assert all(samples(loaded).read(i) == samples(here).read(i) for i in range(here.samples))
+    assert contents(tmp_path / "home") == {}
     assert output or set(buckets.contents(url)) == set(contents(tars.parent))
 
 
@@ -567,12 +517,7 @@ def numbers(stream: SequentialStream, batches: int, rank: int = 0, world: int = 
 @pytest.mark.parametrize("kind", ["disk", "http", "s3"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_webdataset_deals_all_tars_anew_in_each_epoch(
-    kind: str,
-    host: Callable[[str, Path], str],
-    coloured: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    workers: int,
+    kind: str, workers: int, host: Host, coloured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     url = str(coloured) if kind == "disk" else host(kind, coloured)
     pattern = url if kind == "s3" else f"{url}/{{0..{COUNT - 1}}}.tar"
@@ -586,7 +531,7 @@ def test_webdataset_deals_all_tars_anew_in_each_epoch(
         assert sorted(chain(*mine[0], *mine[1])) == list(range(COUNT * EACH))
         orders.append([batch[0] for part in mine for batch in part])
     assert len(set(map(tuple, orders))) == epochs
-    assert {batch[0] for batch in dealt[0][:each]} != {batch[0] for batch in dealt[0][each : 2 * each]}
+    assert set(orders[0][:each]) != set(orders[1][:each])
     assert not (tmp_path / "canary").exists()
 
 
@@ -609,30 +554,25 @@ def test_webdataset_has_no_end_though_tars_are_fewer_than_readers(coloured: Path
         assert set(chain(*batches)) <= set(range(2 * EACH))
 
 
-def test_webdataset_passes_over_what_it_cannot_read(coloured: Path, tmp_path: Path, web: Site):
+def test_webdataset_passes_over_what_it_cannot_read_and_ends_where_nothing_can(
+    coloured: Path, tmp_path: Path, web: Site
+):
     for shard in (0, 1):
-        (web.folder / f"{shard}.tar").write_bytes((coloured / f"{shard}.tar").read_bytes())
-    (web.folder / "2.tar").write_bytes(b"<html>no tar</html>")  # and 3.tar is not there
+        shutil.copy(coloured / f"{shard}.tar", web.folder)
+    for name in "267":
+        (web.folder / f"{name}.tar").write_bytes(b"<html>no tar</html>")  # and 3.tar is not there
     some = stream(f"{web.url}/{{0..3}}.tar", tmp_path)
     assert set(chain(*numbers(some, 40))) == set(range(2 * EACH))
     said = " ".join(fault.reason for fault in some.faults.take())
-    assert f"{web.url}/2.tar: " in said
-    assert f"{web.url}/3.tar: " in said
-    assert f"{web.url}/0.tar: " not in said
-
-
-def test_webdataset_ends_where_nothing_can_be_read(web: Site, tmp_path: Path):
-    for name in "01":
-        (web.folder / f"{name}.tar").write_bytes(b"none")
+    assert [f"{web.url}/{shard}.tar: " in said for shard in (0, 2, 3)] == [False, True, True]
     for url, code in ((web.url, DATA), (servers.closed(), DISK)):
-        none = stream(f"{url}/{{0,1}}.tar", tmp_path)
+        none = stream(f"{url}/{{6,7}}.tar", tmp_path)
         assert not next(none.batches(0, Share(0, 1, EACH), CPU))["valid"].any()
         assert none.faults.fatal is not None
         assert none.faults.fatal.code == code
 
 
 def test_webdataset_says_what_it_does_not_promise(coloured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    words = [*TINY, "data.reader=webdataset", f"data.train={coloured}/{{0..3}}.tar"]
-    asked = config.parse(recipe.Pretrain, [*words, f"run={tmp_path}/run"], recipe.FOLDER)
-    recipe.sources(asked)
+    words = [*TINY, "data.reader=webdataset", f"data.train={coloured}/{{0..3}}.tar", f"run={tmp_path}/run"]
+    recipe.sources(config.parse(recipe.Pretrain, words, recipe.FOLDER))
     assert "neither exactly once an epoch nor exactly resumable" in capsys.readouterr().out
