@@ -41,7 +41,6 @@ pytestmark = [
 CPU = torch.device("cpu")
 SIZE = 20_000
 File = tuple[str, int, str]  # name, size and digest
-"""Name, size and digest."""
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -66,12 +67,6 @@ def wholes(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Wholes:
     return whole
 
 
-def parts_of(files: dict[str, bytes]) -> int:
-    """The shards of the largest split."""
-    folders = [name.rpartition("/")[0] for name in files if name.endswith(".tar")]
-    return max(folders.count(folder) for folder in folders)
-
-
 @settings(max_examples=14)
 @given(
     st.integers(1, 5).flatmap(lambda world: st.permutations(range(world))),
@@ -84,23 +79,15 @@ def test_any_number_of_processes_in_any_order_write_the_same_bytes(
     """Also more of them than shards; who ends last writes the manifest, and nobody before."""
     output, world = tmp_path_factory.mktemp("out"), len(order)
     wanted = wholes(shard_samples=size, **options)
-    busy = set(range(min(world, parts_of(wanted))))
+    parts = Counter(name.rpartition("/")[0] for name in wanted if name.endswith(".tar"))
+    busy = set(range(min(world, max(parts.values()))))  # by the shards of the largest split
     for place, rank in enumerate(order):
         made = convert(told(source, output, shard_samples=size, **options), rank, world)
-        if busy <= set(order[: place + 1]):
-            assert made
-            assert {m.samples for m in made.values()} == {m.samples for m in map(loaded, made.values())}
-        else:
-            assert made == {}
-            assert not list(output.rglob("manifest.json"))
+        assert bool(made) == bool(list(output.rglob("manifest.json"))) == (busy <= set(order[: place + 1]))
+        for one_split in made.values():
+            assert manifest.load(one_split.folder) == one_split
+            one_split.check(full=True)
     assert contents(output) == wanted
-
-
-def loaded(made: Manifest) -> Manifest:
-    again = manifest.load(made.folder)
-    assert again == made
-    again.check(full=True)
-    return again
 
 
 def test_each_process_writes_its_share_and_no_more(source: Path, tmp_path: Path):
@@ -157,20 +144,21 @@ def test_a_machine_that_died_is_replaced_by_any_other(
     source: Path, tmp_path: Path, wholes: Wholes, replaced_by: list[tuple[int, int]]
 ):
     """What it left half is made anew, and its drafts, though of another machine, are cleared away in the end."""
-    options = told(source, tmp_path / "out", shard_samples=2, **SPLIT)
+    output = tmp_path / "out"
+    options = told(source, output, shard_samples=2, **SPLIT)
     with another("one", lambda path: "/.000001.tar." in path):
         convert(options, 1, 3)
         pytest.fail("it lives on")
     for host, rank in (("two", 0), ("three", 2)):
         with another(host):
             assert convert(options, rank, 3) == {}
-    assert not list((tmp_path / "out").rglob("manifest.json"))
-    assert list((tmp_path / "out").rglob(".*.tmp-one-*"))
+    assert not list(output.rglob("manifest.json"))
+    assert list(output.rglob(".*.tmp-one-*"))
     with another("four"):
         *others, made = [convert(options, rank, world) for rank, world in replaced_by]
         assert not any(others)
         assert set(made) == {"train", "val"}
-    assert contents(tmp_path / "out") == wholes(shard_samples=2, **SPLIT)
+    assert contents(output) == wholes(shard_samples=2, **SPLIT)
 
 
 @pytest.fixture
@@ -183,16 +171,13 @@ def work(source: Path, tmp_path: Path, wholes: Wholes) -> Iterator[Callable[[int
 
 @pytest.mark.parametrize("lost", ["json", "sha256"])
 def test_a_shard_of_which_a_note_is_missing_is_not_done(work: Callable[[int], dict], tmp_path: Path, lost: str):
-    """Its process died between the two, or the power was cut before they were on the disk."""
+    """Its process died between the two, or the power was cut before they were on the disk; a late one finds all done."""
     assert work(1) == {}
     (tmp_path / "out" / shards.NOTES / f"000001.{lost}").unlink()
     assert work(0) == {}
     assert not (tmp_path / "out" / "manifest.json").exists()
-    assert work(1)[""].samples == 14
-
-
-def test_a_process_that_comes_late_finds_the_work_done(work: Callable[[int], dict], source: Path, tmp_path: Path):
-    made = convert(told(source, tmp_path / "out", shard_samples=4))
+    made = work(1)
+    assert made[""].samples == 14
     assert [work(0), work(1)] == [made, made]
 
 
@@ -211,13 +196,10 @@ def test_two_that_end_together_count_the_same_duplicates(work: Callable[[int], d
     assert work(1)[""].job["duplicates"] == 2
 
 
-@pytest.mark.parametrize(
-    ("draft", "other"),
-    [
-        *((draft, 0) for draft in ("sizes.json", "manifest.json")),
-        *((f"000001.{kind}", 1) for kind in ("tar", "npy", "sha256", "json")),
-    ],
-)
+DRAFTS = {"sizes.json": 0, "manifest.json": 0} | {f"000001.{kind}": 1 for kind in ("tar", "npy", "sha256", "json")}
+
+
+@pytest.mark.parametrize(("draft", "other"), DRAFTS.items())
 def test_two_that_do_the_same_work_do_not_trip_each_other(work: Callable[[int], dict], draft: str, other: int):
     """Two that publish together; and one, taken for dead, in mid-shard when its replacement ends the whole job."""
     assert work(0) == {}
@@ -305,8 +287,11 @@ def test_two_conversions_at_once_share_the_work(tmp_path: Path):
     assert manifest.load(tmp_path / "out").samples == 40
 
 
-def begun(options: MakeShards, prepare: Callable[[], None]) -> int:
-    """A process group of its own that converts; no interpreter is started for it. Returns its id."""
+def converted(options: MakeShards, prepare: Callable[[], None]) -> int:
+    """The exit code of a process group of its own that converts, negative where a signal ended it.
+
+    No interpreter is started for it.
+    """
     child = os.fork()
     if not child:
         code = 1
@@ -317,13 +302,6 @@ def begun(options: MakeShards, prepare: Callable[[], None]) -> int:
             code = 0
         finally:
             os._exit(code)
-    with suppress(PermissionError, ProcessLookupError):
-        os.setpgid(child, child)  # here too: whoever comes first
-    return child
-
-
-def ended(child: int) -> int:
-    """Wait for a process: its exit code, negative where a signal ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -354,14 +332,10 @@ def test_killed_at_random_places_it_goes_on_to_the_same_bytes(tmp_path: Path, ki
     wanted, draw, outputs, done = contents(tmp_path / "whole"), random.Random(7), 1, 0
     while done < kills:
         output = tmp_path / f"out{outputs}"
-        child = begun(told(source, output, shard_samples=1, workers=2), kills_itself_at(draw.randint(1, 120)))
-        code = ended(child)
+        code = converted(told(source, output, shard_samples=1, workers=2), kills_itself_at(draw.randint(1, 120)))
         assert code in (0, -signal.SIGKILL)
-        if code:
-            done += 1
-        else:
-            assert contents(output) == wanted
-            outputs += 1
+        assert code or contents(output) == wanted
+        done, outputs = done + (code != 0), outputs + (code == 0)
     output = tmp_path / f"out{outputs}"
     make(source, output, shard_samples=1, workers=2)
     assert contents(output) == wanted
@@ -371,22 +345,15 @@ def test_killed_at_random_places_it_goes_on_to_the_same_bytes(tmp_path: Path, ki
 
 def dies_here(options: MakeShards, step: int) -> int:
     """Have a conversion in this process, as another one, die at a step; returns how many there were."""
-    steps = 0
-
-    def reached(path: str) -> bool:
-        nonlocal steps
-        del path
-        steps += 1
-        return steps == step
-
-    with another(reached=reached):
+    steps: list[str] = []
+    with another(reached=lambda path: steps.append(path) or len(steps) == step):
         convert(options)
-    return steps
+    return len(steps)
 
 
 def is_killed(options: MakeShards, step: int) -> int:
     """The same of a real process."""
-    assert ended(begun(options, kills_itself_at(step))) == -signal.SIGKILL
+    assert converted(options, kills_itself_at(step)) == -signal.SIGKILL
     return step
 
 
