@@ -1,6 +1,9 @@
-"""Crops and flips are functions of the sample's seed and stay within the image."""
+"""Crops, flips and timm's augmentation are functions of the sample's seed; a crop stays within the image."""
 
 import math
+import pickle
+import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,19 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from ssl_vit.data import augment, manifest
 from ssl_vit.data.augment import RATIO, Box, central_box, flips, random_box, resized
+from ssl_vit.data.samples import Data, Samples
 from tests.data.pictures import picture
 
 SIDE, SEED = st.integers(1, 700), st.integers(0, 2**63 - 1)
 
 
 def inside(box: Box, height: int, width: int) -> bool:
-    return (
-        min(box.height, box.width) >= 1
-        and min(box.top, box.left) >= 0
-        and box.top + box.height <= height
-        and box.left + box.width <= width
-    )
+    sides = box.height >= 1, box.top >= 0, box.top + box.height <= height
+    return all((*sides, box.width >= 1, box.left >= 0, box.left + box.width <= width))
 
 
 @given(SIDE, SIDE, SEED, st.sampled_from([(0.05, 1.0), (0.2, 0.3), (1.0, 1.0), (1e-6, 1e-5)]))
@@ -33,24 +34,20 @@ def test_a_random_box_lies_in_the_image(height: int, width: int, seed: int, area
 
 
 def test_random_boxes_keep_to_their_area_and_ratio_and_fill_both():
+    """The ratio is that of the paper, one over the other; narrow areas are kept too."""
+    assert math.isclose(RATIO[0] * RATIO[1], 1)
     boxes = [random_box(300, 400, (0.05, 1.0), seed) for seed in range(1000)]
     shares = np.array([box.height * box.width / 120_000 for box in boxes])
     ratios = np.array([box.width / box.height for box in boxes])
-    assert shares.min() > 0.049
-    assert shares.max() <= 1
-    assert ratios.min() > RATIO[0] * 0.98
-    assert ratios.max() < RATIO[1] * 1.02
+    assert 0.049 < shares.min() <= shares.max() <= 1
+    assert RATIO[0] * 0.98 < ratios.min() <= ratios.max() < RATIO[1] * 1.02
     assert np.histogram(shares, bins=5, range=(0.05, 1))[0].min() > 30  # the largest fit seldom
     assert abs(np.log(ratios).mean()) < 0.05
     assert len({(box.top, box.left) for box in boxes}) > 900
     centres = np.array([[box.top + box.height / 2, box.left + box.width / 2] for box in boxes]).mean(0)
     assert np.abs(centres - [150, 200]).max() < 10
-
-
-def test_narrow_areas_are_kept_too():
-    shares = [b.height * b.width / 90_000 for b in (random_box(300, 300, (0.2, 0.3), seed) for seed in range(300))]
-    assert min(shares) > 0.195
-    assert max(shares) < 0.305
+    narrow = [b.height * b.width / 90_000 for b in (random_box(300, 300, (0.2, 0.3), seed) for seed in range(300))]
+    assert 0.195 < min(narrow) <= max(narrow) < 0.305
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 500), (500, 10), (1, 1), (1, 300)])
@@ -72,13 +69,10 @@ def test_the_central_box_is_central_and_as_large_as_asked(height: int, width: in
     assert box.height == pytest.approx(max(1, largest / ratio * share), abs=1 + 0.5 / ratio)
 
 
-def test_half_are_mirrored():
+def test_half_are_mirrored_whatever_the_crop():
     share = sum(map(flips, range(4000))) / 4000
     assert abs(share - 0.5) < 0.03  # 3.8 standard deviations
     assert flips(7) == flips(7)
-
-
-def test_crop_and_flip_are_independent():
     lefts = [(flips(seed), random_box(300, 400, (0.3, 0.5), seed).left) for seed in range(1000)]
     means = [np.mean([left for flip, left in lefts if flip == side]) for side in (False, True)]
     assert abs(means[0] - means[1]) < 15
@@ -86,19 +80,40 @@ def test_crop_and_flip_are_independent():
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 40), (7, 90)])
 def test_resizing_agrees_with_pillow(size: tuple[int, int]):
+    """A box of the right size is copied as it is."""
     image = picture(2, 61, 80)
-    box = Box(5, 9, 50, 64)
-    got = resized(np.asarray(image).copy(), box, size, flip=False)
+    pixels, box = np.asarray(image).copy(), Box(5, 9, 50, 64)
+    got = resized(pixels, box, size, flip=False)
     wanted = image.crop((9, 5, 73, 55)).resize((size[1], size[0]), Image.Resampling.BILINEAR)
     assert got.dtype == torch.uint8
     assert np.abs(got.permute(1, 2, 0).numpy().astype(int) - np.asarray(wanted)).max() <= 1
-    assert torch.equal(resized(np.asarray(image).copy(), box, size, flip=True), got.flip(2))
+    assert torch.equal(resized(pixels, box, size, flip=True), got.flip(2))
+    same = resized(pixels, Box(2, 3, 16, 20), (16, 20), False).permute(1, 2, 0)
+    assert np.array_equal(same, pixels[2:18, 3:23])
 
 
-def test_a_box_of_the_right_size_is_copied_as_it_is():
-    pixels = np.asarray(picture(3, 30, 30)).copy()
-    assert np.array_equal(resized(pixels, Box(2, 3, 16, 20), (16, 20), False).permute(1, 2, 0), pixels[2:18, 3:23])
+def test_timms_augmentation_is_the_samples_own_and_leaves_other_draws_alone():
+    image = torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    by_timm = lambda seed: augment.by_timm(image, "rand-m9-mstd0.5-inc1", seed=seed)  # noqa: E731
+    others = lambda: pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: E731
+    before, once = others(), by_timm(3)
+    assert others() == before
+    assert torch.equal(once, by_timm(3))
+    assert any(not torch.equal(once, by_timm(seed)) for seed in range(4, 8))
+    assert (once.shape, once.dtype) == (image.shape, torch.uint8)
 
 
-def test_the_crop_ratio_is_that_of_the_paper():
-    assert math.isclose(RATIO[0] * RATIO[1], 1)
+def test_augmentation_is_for_training_only(shards: Path):
+    made = manifest.load(shards / "train")
+    plain, changed = Data(image_size=16), Data(image_size=16, auto_augment="rand-m15-n4")
+    keys = [(0, i) for i in range(8)]
+    for training in (False, True):
+        one, other = (Samples(made, config, 0, training).batch(keys)[0]["image"] for config in (plain, changed))
+        assert torch.equal(one, other) == (not training)
+
+
+def test_a_whole_image_is_squeezed_and_never_cut(shards: Path):
+    made = manifest.load(shards / "train")
+    for training in (True, False):
+        samples = Samples(made, Data(whole=True, crop_area=(0.1, 0.2), eval_crop=0.5), 0, training)
+        assert samples.box(30, 50, seed=7) == Box(0, 0, 30, 50)

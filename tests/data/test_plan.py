@@ -44,15 +44,12 @@ def test_an_answer_does_not_depend_on_what_was_asked_before(
     assert [used.batch(s) for s in steps] == [Plan(sizes, seed, 4, lanes, window).batch(s) for s in steps]
 
 
-def test_ranks_must_divide_the_batch():
+def test_what_cannot_be_planned_is_refused():
     with pytest.raises(ValueError, match="3 processes do not divide a batch of 16"):
         Plan([10], batch=16).batch(0, 0, 3)
-
-
-@pytest.mark.parametrize("sizes", [[], [0], [0, 0, 0]])
-def test_nothing_cannot_be_planned(sizes: list[int]):
-    with pytest.raises(ValueError, match="no samples"):
-        Plan(sizes)
+    for sizes in ([], [0], [0, 0, 0]):
+        with pytest.raises(ValueError, match="no samples"):
+            Plan(sizes)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8, 16])
@@ -72,32 +69,8 @@ def test_a_share_is_a_contiguous_run_of_lanes(sizes: list[int], seed: int, step:
     assert lanes == sorted(lanes)
 
 
-def test_a_sample_stays_in_its_window():
-    """One lane and equal shards: each run of two shards' length comes from exactly two shards, well mixed."""
-    plan = Plan([50] * 6, seed=1, lanes=1, window=2)
-    stream = [plan.samples(place, 1)[0][1] for place in range(300)]
-    runs = [stream[first : first + 100] for first in range(0, 300, 100)]
-    assert all(len({i // 50 for i in run}) == 2 for run in runs)
-    assert all(10 < sum(i // 50 == run[0] // 50 for i in run[:50]) < 40 for run in runs)
-    assert all(run != sorted(run) for run in runs)
-
-
-def test_epochs_and_seeds_differ_in_order():
-    plans = [Plan([20] * 5, seed=seed, batch=100, lanes=2, window=1) for seed in range(3)]
-    orders = {tuple(i for _, i in plan.batch(epoch)) for plan in plans for epoch in range(3)}
-    assert len(orders) == 9
-    assert len({tuple(sorted(order)) for order in orders}) == 1
-
-
-def test_golden_order():
-    """Another order would break the resuming of every run: a change here is a new version of the plan."""
-    plan = Plan([3, 4, 2], seed=0, lanes=2, window=1)
-    stream = [plan.samples(place, 1)[0] for place in range(18)]
-    assert stream[:9] == [(0, i) for i in (8, 3, 0, 5, 7, 4, 1, 6, 2)]
-    assert stream[9:] == [(1, i) for i in (0, 5, 1, 6, 2, 7, 4, 8, 3)]
-
-
 def test_golden_batches_of_many_shards():
+    """Another order would break the resuming of every run: a change here is a new version of the plan."""
     large = Plan([1000] * 50 + [0, 7], seed=1, batch=64, lanes=8, window=4)
     pairs = np.array([large.batch(step) for step in range(0, 1600, 40)], dtype="<i8")
     digest = hashlib.sha256(pairs.tobytes()).hexdigest()

@@ -171,7 +171,7 @@ def work(source: Path, tmp_path: Path, wholes: Wholes) -> Iterator[Callable[[int
 
 @pytest.mark.parametrize("lost", ["json", "sha256"])
 def test_a_shard_of_which_a_note_is_missing_is_not_done(work: Callable[[int], dict], tmp_path: Path, lost: str):
-    """Its process died between the two, or the power was cut before they were on the disk; a late one finds all done."""
+    """Its process died between the two, or the power was cut before they were there; a late one finds all done."""
     assert work(1) == {}
     (tmp_path / "out" / shards.NOTES / f"000001.{lost}").unlink()
     assert work(0) == {}
