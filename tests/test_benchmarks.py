@@ -310,9 +310,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Pat
         *[pytest.param(name, [], marks=LONG) for name in PROTOCOL if name != "finetune_pets"],
     ],
 )
-def test_a_recipe_runs_on_data_of_its_layout(
-    name: str, more: list[str], layout: Callable[[int, str], Path], tmp_path: Path
-):
+def test_a_recipe_runs_on_its_layout(name: str, more: list[str], layout: Callable[[int, str], Path], tmp_path: Path):
     made, run = read(name, *more), tmp_path / "run"
     classes, split = made.benchmark.classes, Path(made.data.val[0]).name
     train, test = max(classes, 50), classes + 7
@@ -385,7 +383,7 @@ def resolved(run: Path) -> Any:
     return config.validate(Finetune, yaml.load((run / "recipe.yaml").read_text(), config.Plain))
 
 
-def test_vtab_runs_on_data_of_its_layout(vtab: Path):
+def test_vtab_runs_on_its_layout(vtab: Path):
     """A training a task, on train800 and val200 together, judged on its whole test set; means of what they scored."""
     found = frozen.results(vtab / "run")
     tasks = SOME if len(found["tasks"]) == len(SOME) else TASKS
@@ -458,7 +456,7 @@ def test_real_in_the_files_own_shape():
 
 
 @pytest.mark.parametrize("name", ["evaluate_real", "evaluate_objectnet"])
-def test_a_recipe_judges_data_of_its_layout(name: str, imagenet: Path, tmp_path: Path):
+def test_a_recipe_judges_its_layout(name: str, imagenet: Path, tmp_path: Path):
     """C5.4 and C5.5 on few images; tests/evaluate/test_classifiers.py has what counts, image by image."""
     words = [f"recipe={name}", f"encoder={imagenet}/run", "data.image_size=16", "data.workers=0", "quiet=true"]
     given: Any = [[] if i % 3 == 0 else [(i + 1) * 37 % 20, i % 20] for i in range(60)]

@@ -77,8 +77,6 @@ def until(done: Callable[[], Any], limit: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-# fetching
-
 fork = get_context("fork").Process
 
 
@@ -196,7 +194,7 @@ def test_a_failure_leaves_nothing_and_the_next_fetch_is_good(web: Site, store: C
     assert "data.cache" in refused(lambda: elsewhere.fetch(*file), CANNOT_CREATE)
 
 
-def test_those_who_waited_for_a_source_that_is_away_end_with_the_first(
+def test_those_who_waited_for_a_dead_source_end_with_the_first(
     web: Site, store: Cache, monkeypatch: pytest.MonkeyPatch
 ):
     """Else a node's workers end one after the other, each after minutes, and the other nodes wait in a reduction."""
@@ -208,9 +206,6 @@ def test_those_who_waited_for_a_source_that_is_away_end_with_the_first(
     for thread in [begun(Thread, fails) for _ in range(4)]:
         thread.join()
     assert ends == [2] * 4  # the tries of the first
-
-
-# the process that fetches ahead
 
 
 def wanted(store: Cache, file: File) -> Wanted:
@@ -271,9 +266,6 @@ def test_the_fetcher_leaves_signals_to_its_parent_and_its_death_is_no_harm(
         ahead.close()
         assert children() <= before  # no zombie
     assert capfd.readouterr().err == ""
-
-
-# streams
 
 
 class Idle(Ahead):
@@ -458,9 +450,6 @@ def test_a_stream_that_is_closed_leaves_no_process(disk: Path, site: Site, tmp_p
     until(lambda: children() <= before)
 
 
-# nodes
-
-
 @pytest.mark.parametrize(
     ("share", "lanes", "window"),
     [
@@ -506,9 +495,6 @@ def test_two_nodes_fetch_the_set_once_an_epoch(
         assert digest(batches[rank]) == digest(itertools.islice(alone, steps))
     assert site.count(site.sent) <= 1.1 * size
     assert sum(held(tmp_path / "0" / "cache").values()) <= share * size
-
-
-# a training
 
 
 @pytest.mark.parametrize("ahead", [False, pytest.param(True, marks=pytest.mark.process)])

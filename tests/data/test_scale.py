@@ -233,18 +233,13 @@ def test_a_launcher_starts_processes_of_one_conversion(source: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")])
-def test_torchrun_and_srun_tell_a_process_its_number(
-    source: Path, tmp_path: Path, wholes: Wholes, names: tuple[str, str]
-):
+def test_a_launcher_tells_a_process_its_number(source: Path, tmp_path: Path, wholes: Wholes, names: tuple[str, str]):
     words = [f"input={source}", f"output={tmp_path / 'out'}", "shard_samples=4", "workers=1", "quiet=true"]
     for rank, says in (("1", "process 1 of 2: its shards are done"), ("0", "14 samples, 3 classes, 4 shards")):
         ended = call("make_shards", words, **{names[0]: rank, names[1]: "2"})
         assert ended.code == 0
         assert says in ended.said
     assert contents(tmp_path / "out") == wholes(shard_samples=4)
-
-
-# killed
 
 
 def started(source: Path, output: Path, logs: Path, workers: int = 2) -> Start:
@@ -262,9 +257,7 @@ def started(source: Path, output: Path, logs: Path, workers: int = 2) -> Start:
         pytest.param(signal.SIGKILL, "all", marks=pytest.mark.process),
     ],
 )
-def test_ended_in_mid_work_it_leaves_no_worker_and_goes_on_to_the_same_bytes(
-    tmp_path: Path, number: signal.Signals, whom: str
-):
+def test_ended_in_mid_work_it_leaves_no_worker_and_goes_on(tmp_path: Path, number: signal.Signals, whom: str):
     source = write_pictures(tmp_path / "in", [f"c/{i:03d}.png" for i in range(150)], height=4, width=4)
     output = tmp_path / "out"
     start = started(source, output, tmp_path / "logs")

@@ -322,7 +322,7 @@ def distance(got: torch.Tensor, wanted: Image.Image) -> float:
 def test_a_batch_is_what_the_contract_says(sets: Sets):
     made = sets([6, 5])
     stream = TrainingStream(made, Data(image_size=(16, 24), workers=0, lanes=3, window=1), seed=5, batch=8)
-    keys, batch = (next(made(0, Share(0, 1, 8), *more)) for made, more in ((stream.keys, ()), (stream.batches, (CPU,))))
+    keys, batch = next(stream.keys(0, Share(0, 1, 8))), next(stream.batches(0, Share(0, 1, 8), CPU))
     assert {name: (value.dtype, tuple(value.shape)) for name, value in batch.items()} == {
         "image": (torch.uint8, (8, 3, 16, 24)),
         "label": (torch.int64, (8,)),
@@ -389,9 +389,6 @@ def test_values_that_mean_nothing_are_refused():
     for name, value in ((name, value) for name, values in given.items() for value in values):
         with pytest.raises(ValidationError, match=name):
             Data(**{name: value})
-
-
-# data held out of training
 
 
 @given(st.integers(200, 3000), st.floats(0.05, 0.95), st.floats(0.1, 1))
