@@ -35,11 +35,6 @@ def test_torch_words_have_the_bits_of_numpy_words(seeds: list[int], count: int):
     assert on_device.tolist() == [words(seed & WORD, count).view(np.int64).tolist() for seed in seeds]
 
 
-def test_a_longer_stream_begins_with_the_shorter_one():
-    assert words(9, 50)[:7].tolist() == words(9, 7).tolist()
-    assert device_words(torch.tensor([9]), 50)[:, :7].tolist() == device_words(torch.tensor([9]), 7).tolist()
-
-
 @given(st.integers(0, WORD), st.integers(0, 300))
 def test_permutation_holds_every_number_once(name: int, count: int):
     order = permutation(name, count)
@@ -57,15 +52,13 @@ def test_permutations_are_fair():
 
 @given(st.integers(0, WORD), st.integers(0, 300))
 def test_uniforms_lie_below_one(name: int, count: int):
+    """That of the largest word, too."""
     draws = uniforms(name, count)
-    assert draws.dtype == np.float64
-    assert len(draws) == count
+    assert (draws.dtype, len(draws)) == (np.float64, count)
     assert ((draws >= 0) & (draws < 1)).all()
-
-
-def test_the_largest_word_still_gives_a_uniform_below_one(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ssl_vit.counter.words", lambda key, count: np.full(count, WORD, dtype=np.uint64))
-    assert uniforms(0, 1)[0] < 1.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ssl_vit.counter.words", lambda key, count: np.full(count, WORD, dtype=np.uint64))
+        assert uniforms(0, 1)[0] < 1.0
 
 
 def test_uniforms_fill_the_interval():
@@ -75,10 +68,9 @@ def test_uniforms_fill_the_interval():
 
 
 @given(SEEDS, st.integers(0, 10**6), st.integers(0, 10**10))
-def test_sample_seed_fits_an_int64_tensor(seed: int, epoch: int, sample: int):
-    value = sample_seed(seed, epoch, sample)
-    assert 0 <= value < 2**63
-    assert torch.tensor([value]).dtype == torch.int64
+def test_a_sample_seed_fits_an_int64_tensor(seed: int, epoch: int, sample: int):
+    assert 0 <= sample_seed(seed, epoch, sample) < 2**63
+    assert torch.tensor([sample_seed(seed, epoch, sample)]).dtype == torch.int64
 
 
 def test_sample_seeds_differ_in_every_part():

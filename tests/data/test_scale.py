@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),  # forks beside threads, Python 3.12
 ]
 SPLIT = {"val_fraction": 0.4}
+Work = Callable[[int], dict[str, Manifest]]
 Wholes = Callable[..., dict[str, bytes]]
 """The files of an unbroken conversion by one process, by its options."""
 
@@ -162,7 +163,7 @@ def test_a_machine_that_died_is_replaced_by_any_other(
 
 
 @pytest.fixture
-def work(source: Path, tmp_path: Path, wholes: Wholes) -> Iterator[Callable[[int], dict[str, Manifest]]]:
+def work(source: Path, tmp_path: Path, wholes: Wholes) -> Iterator[Work]:
     """A conversion into four shards, tmp_path/out, by two processes of these ranks; in the end it has its bytes."""
     options = told(source, tmp_path / "out", shard_samples=4)
     yield lambda rank: convert(options, rank, 2)
@@ -170,7 +171,7 @@ def work(source: Path, tmp_path: Path, wholes: Wholes) -> Iterator[Callable[[int
 
 
 @pytest.mark.parametrize("lost", ["json", "sha256"])
-def test_a_shard_of_which_a_note_is_missing_is_not_done(work: Callable[[int], dict], tmp_path: Path, lost: str):
+def test_a_shard_of_which_a_note_is_missing_is_not_done(work: Work, tmp_path: Path, lost: str):
     """Its process died between the two, or the power was cut before they were there; a late one finds all done."""
     assert work(1) == {}
     (tmp_path / "out" / shards.NOTES / f"000001.{lost}").unlink()
@@ -181,7 +182,7 @@ def test_a_shard_of_which_a_note_is_missing_is_not_done(work: Callable[[int], di
     assert [work(0), work(1)] == [made, made]
 
 
-def test_two_that_end_together_count_the_same_duplicates(work: Callable[[int], dict], monkeypatch: pytest.MonkeyPatch):
+def test_two_that_end_together_count_the_same_duplicates(work: Work, monkeypatch: pytest.MonkeyPatch):
     """Both see all notes there; the one publishes and clears the notes before the other has looked for duplicates."""
     assert work(0) == {}
     plain, calls = shards._duplicates, []
@@ -200,7 +201,7 @@ DRAFTS = {"sizes.json": 0, "manifest.json": 0} | {f"000001.{kind}": 1 for kind i
 
 
 @pytest.mark.parametrize(("draft", "other"), DRAFTS.items())
-def test_two_that_do_the_same_work_do_not_trip_each_other(work: Callable[[int], dict], draft: str, other: int):
+def test_two_that_do_the_same_work_do_not_trip_each_other(work: Work, draft: str, other: int):
     """Two that publish together; and one, taken for dead, in mid-shard when its replacement ends the whole job."""
     assert work(0) == {}
     answers = []
@@ -221,15 +222,15 @@ def test_two_that_do_the_same_work_do_not_trip_each_other(work: Callable[[int], 
 @pytest.mark.ranks
 def test_a_launcher_starts_processes_of_one_conversion(source: Path, tmp_path: Path, wholes: Wholes):
     """torchrun, the real one: both ranks end well, one of them with the sum."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = [f"input={source}", f"output={tmp_path / 'out'}", "shard_samples=2", "val_fraction=0.4", "quiet=true"]
-    ended = subprocess.run([*command, str(TOOLS / "make_shards.py"), *words], capture_output=True, text=True)
+    output = tmp_path / "out"
+    words = [f"input={source}", f"output={output}", "shard_samples=2", "val_fraction=0.4", "quiet=true"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    ended = subprocess.run([*launcher, str(TOOLS / "make_shards.py"), *words], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert contents(tmp_path / "out") == wholes(shard_samples=2, **SPLIT)
+    assert contents(output) == wholes(shard_samples=2, **SPLIT)
     said = ended.stdout.splitlines()
     assert sum("its shards are done" in line for line in said) <= 1
-    sums = tuple(f"{tmp_path / 'out' / split}: " for split in ("train", "val"))
-    assert any(line.startswith(sums) and "rejected" in line for line in said)
+    assert any(line.startswith((f"{output}/train: ", f"{output}/val: ")) and "rejected" in line for line in said)
 
 
 @pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")])
