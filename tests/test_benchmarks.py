@@ -407,14 +407,14 @@ def test_the_whole_image_is_seen_where_a_crop_or_a_flip_would_change_the_label(v
     for task in frozen.results(vtab / "run")["tasks"]:
         data = resolved(vtab / "run" / task).data
         made = manifest.load(vtab / "shards" / task / "test")
-        seen = [Samples(made, data, seed=0, training=training) for training in (True, False)]
+        trained, judged = (Samples(made, data, seed=0, training=training) for training in (True, False))
         whole = True
         for number in range(made.samples):
-            pixels = decode(seen[0].read(number)[0])
+            pixels = decode(trained.read(number)[0])
             assert pixels.shape[1] == 2 * pixels.shape[0]
             squeezed = augment.resized(pixels, augment.Box(0, 0, *pixels.shape[:2]), data.image_hw, flip=False)
-            for samples, seed in ((seen[0], 1), (seen[0], 2), (seen[1], 0)):
-                whole &= torch.equal(samples.sample(number, seed)[0], squeezed)
+            seen = (trained.sample(number, 1)[0], trained.sample(number, 2)[0], judged.sample(number, 0)[0])
+            whole &= all(torch.equal(one, squeezed) for one in seen)
         assert whole == (TASKS[task][0] == "Structured"), task
 
 
@@ -423,14 +423,13 @@ def test_the_splits_of_vtab_do_not_overlap():
     rows = re.findall(r"^\| (?:Natural|Specialized|Structured) \| .*$", PAGE, re.M)
     assert len(rows) == 19
     for row in rows:
-        taken: dict[str, set[int]] = {}
+        taken: set[tuple[str, int]] = set()
         for cell in row.split(" | ")[4:7]:
             found = re.fullmatch(r"`(\w+)(?:\[(\d*)%?:(\d*)%?\])?`", cell)
             assert found is not None, cell
-            name, first, last = found.groups()
-            share = set(range(int(first or 0), int(last or 100)))
-            assert not taken.setdefault(name, set()) & share, row
-            taken[name] |= share
+            share = {(found[1], percent) for percent in range(int(found[2] or 0), int(found[3] or 100))}
+            assert taken.isdisjoint(share), row
+            taken |= share
 
 
 @pytest.mark.parametrize(("more", "code"), [([], 65), (["data.empty_classes=true"], 0)])

@@ -55,7 +55,7 @@ def test_an_encoder_costs_what_the_reference_says(
     for row in rows:
         parameters, *macs = TABLE.get(row["case"], (None, None, None))
         assert parameters is None or row["parameters"] == parameters, row["case"]
-        for made, known in zip((row["macs"], row["macs_in_image"]), macs, strict=True):
+        for made, known in zip((row["macs"], row.get("macs_in_image")), macs, strict=True):
             assert known is None or round(made / 1e9, len(f"{known}".split(".")[1])) == known, row["case"]
         if "timm_macs" in row:
             assert (row["parameters"], row["macs"]) == (row["timm_parameters"], row["timm_macs"]), row["case"]

@@ -158,9 +158,7 @@ def passing(fault: Answer, times: int = 2) -> Callable[[str, int], Answer | None
 
 
 FAULTS = {
-    "500": Answer(500),
-    "503": Answer(503),
-    "429": Answer(429),
+    **{str(code): Answer(code) for code in (500, 503, 429)},
     "no answer": Answer(late=3),
     "closed": GONE,
     "cut at once": Answer(cut=0),

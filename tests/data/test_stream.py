@@ -216,15 +216,12 @@ def test_an_epoch_of_a_subset_is_the_subset(sets: Sets, sizes: list[int], seed: 
 
 def test_other_settings_of_the_loader_give_another_stream(sets: Sets):
     """So that the equalities above are not those of a stream that never changes."""
-    made = sets([6, 5, 6, 3])
-    streams = [
-        global_batches(made, config, seed, 4, seen, 3)
-        for config, seed, seen in (
-            (data(), 0, 0), (data(), 1, 0), (data(lanes=1), 0, 0), (data(window=3), 0, 0), (data(), 0, 4),
-            (data(flip=False), 0, 0), (data(crop_area=(0.5, 1.0)), 0, 0),
-        )
-    ]  # fmt: skip
-    assert len({str(stream) for stream in streams}) == len(streams)
+    made, plain = sets([6, 5, 6, 3]), data()
+    cases = [(plain, 0, 0), (plain, 1, 0), (plain, 0, 4)]
+    others = ({"lanes": 1}, {"window": 3}, {"flip": False}, {"crop_area": (0.5, 1.0)})
+    cases += [(data(**other), 0, 0) for other in others]
+    streams = {str(global_batches(made, config, seed, 4, seen, 3)) for config, seed, seen in cases}
+    assert len(streams) == len(cases)
 
 
 GOLDEN = [
@@ -463,15 +460,15 @@ class Source(Dataset):
 
 
 def test_a_worker_that_ends_while_it_hands_over_is_named_and_an_error_of_the_data_stays_what_it_is():
-    lost, failed = (workers.loaded(Source(fails), 1, timeout=60, size=1, device=CPU) for fails in (False, True))
+    load = lambda fails: next(workers.loaded(Source(fails), 1, timeout=60, size=1, device=CPU))  # noqa: E731
     with pytest.raises(RuntimeError, match="exited unexpectedly") as caught:
-        next(lost)
+        load(False)
     end = workers.explain(caught.value)
     assert end is not None
     assert end.code == INTERNAL
     assert re.match(r"loader worker 0 \(pid .*exited unexpectedly", str(end))
     with pytest.raises(ConnectionResetError, match="the bucket's server hung up"):
-        next(failed)
+        load(True)
 
 
 # what takes minutes: `make test-long`; each prints its figure
