@@ -286,6 +286,10 @@ def finished(words: list[str], tool: str = "finetune", code: int = 0) -> str:
 
 FEWER = ["sweep.lr=0.003,0.01", "seeds=2"]
 LONG, PROCESS = pytest.mark.long, pytest.mark.process
+RUNS: list[Any] = [("finetune_pets", []), ("finetune_cifar10", FEWER)]  # the first as it is
+RUNS += [pytest.param("finetune_imagenet", FEWER, marks=PROCESS)]
+RUNS += [pytest.param("finetune_imagenet_adamw", [], marks=PROCESS)]
+RUNS += [pytest.param(name, [], marks=LONG) for name in PROTOCOL if name != "finetune_pets"]
 
 
 @pytest.fixture(scope="session")
@@ -300,16 +304,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Pat
     return get
 
 
-@pytest.mark.parametrize(
-    ("name", "more"),
-    [
-        ("finetune_pets", []),  # as it is
-        ("finetune_cifar10", FEWER),
-        pytest.param("finetune_imagenet", FEWER, marks=PROCESS),
-        pytest.param("finetune_imagenet_adamw", [], marks=PROCESS),
-        *[pytest.param(name, [], marks=LONG) for name in PROTOCOL if name != "finetune_pets"],
-    ],
-)
+@pytest.mark.parametrize(("name", "more"), RUNS)
 def test_a_recipe_runs_on_its_layout(name: str, more: list[str], layout: Callable[[int, str], Path], tmp_path: Path):
     made, run = read(name, *more), tmp_path / "run"
     classes, split = made.benchmark.classes, Path(made.data.val[0]).name

@@ -39,8 +39,10 @@ pytestmark = [
     pytest.mark.usefixtures("in_process"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),  # more workers than a small machine has
 ]
-CPU = torch.device("cpu")
+CPU, PROCESS = torch.device("cpu"), pytest.mark.process
 SIZE = 20_000
+PLAN: Any = {"lanes": 4, "window": 1}
+SHARES = [(2.0, {"lanes": 16, "window": 4}), *(pytest.param(share, PLAN, marks=PROCESS) for share in (2.0, 0.3))]
 File = tuple[str, int, str]  # name, size and digest
 
 
@@ -245,7 +247,7 @@ def test_the_fetcher_works_and_ends_with_its_parent(web: Site, store: Cache):
     until(lambda: not alive(pid), limit=5)
 
 
-@pytest.mark.parametrize("dead", [False, pytest.param(True, marks=pytest.mark.process)])
+@pytest.mark.parametrize("dead", [False, pytest.param(True, marks=PROCESS)])
 def test_the_fetcher_leaves_signals_to_its_parent_and_its_death_is_no_harm(
     web: Site, store: Cache, capfd: pytest.CaptureFixture[str], dead: bool
 ):
@@ -301,7 +303,7 @@ def at(url: str, folder: Path, room: int = 10**9) -> Manifest:
 
 
 def training(made: Manifest, **more: Any) -> TrainingStream:
-    options = Data(**{"image_size": 16, "workers": 0, "lanes": 4, "window": 1, **more})
+    options = Data(**{"image_size": 16, "workers": 0, **PLAN, **more})
     return TrainingStream(made, options, seed=5, batch=16)
 
 
@@ -441,19 +443,12 @@ def test_a_stream_that_is_closed_leaves_no_process(disk: Path, site: Site, tmp_p
     until(lambda: children() <= before)
 
 
-@pytest.mark.parametrize(
-    ("share", "lanes", "window"),
-    [
-        (2.0, 16, 4),  # the default plan
-        pytest.param(2.0, 4, 1, marks=pytest.mark.process),
-        pytest.param(0.3, 4, 1, marks=pytest.mark.process),
-    ],
-)
+@pytest.mark.parametrize(("share", "plan"), SHARES)  # at first the default plan
 def test_two_nodes_fetch_the_set_once_an_epoch(
-    disk: Path, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, lanes: int, window: int
+    disk: Path, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, plan: dict[str, int]
 ):
     """All of it ahead of its use, by the process that is there for it; with much room, and with little."""
-    plan, here = {"lanes": lanes, "window": window}, manifest.load(disk)
+    here = manifest.load(disk)
     size = sum(shard.bytes for shard in here.shards)
     mine, get = [], remote.get  # what the training processes had to fetch themselves
     monkeypatch.setattr(remote, "get", lambda *arguments: (mine.append(arguments[0]), get(*arguments)))

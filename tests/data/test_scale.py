@@ -28,7 +28,12 @@ pytestmark = [
     pytest.mark.usefixtures("in_process"),
     pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),  # forks beside threads, Python 3.12
 ]
+PROCESS = pytest.mark.process
 SPLIT = {"val_fraction": 0.4}
+DRAFTS = {"sizes.json": 0, "manifest.json": 0} | {f"000001.{kind}": 1 for kind in ("tar", "npy", "sha256", "json")}
+ENDS: list[Any] = [(signal.SIGTERM, "main"), (signal.SIGKILL, "main")]
+ENDS += [pytest.param(signal.SIGINT, "main", marks=PROCESS), pytest.param(signal.SIGKILL, "all", marks=PROCESS)]
+REPLACED = {"one like it": [(1, 3)], "one for all": [(0, 1)], "another launch": [(3, 4), (0, 4), (1, 4)]}
 Work = Callable[[int], dict[str, Manifest]]
 Wholes = Callable[..., dict[str, bytes]]
 """The files of an unbroken conversion by one process, by its options."""
@@ -138,12 +143,8 @@ def another(host: str = "one", reached: Callable[[str], bool] = lambda path: Fal
         yield
 
 
-@pytest.mark.parametrize(
-    "replaced_by", [[(1, 3)], [(0, 1)], [(3, 4), (0, 4), (1, 4)]], ids=["one like it", "one for all", "another launch"]
-)
-def test_a_machine_that_died_is_replaced_by_any_other(
-    source: Path, tmp_path: Path, wholes: Wholes, replaced_by: list[tuple[int, int]]
-):
+@pytest.mark.parametrize("by", REPLACED)
+def test_a_machine_that_died_is_replaced_by_any_other(source: Path, tmp_path: Path, wholes: Wholes, by: str):
     """What it left half is made anew, and its drafts, though of another machine, are cleared away in the end."""
     output = tmp_path / "out"
     options = told(source, output, shard_samples=2, **SPLIT)
@@ -156,7 +157,7 @@ def test_a_machine_that_died_is_replaced_by_any_other(
     assert not list(output.rglob("manifest.json"))
     assert list(output.rglob(".*.tmp-one-*"))
     with another("four"):
-        *others, made = [convert(options, rank, world) for rank, world in replaced_by]
+        *others, made = [convert(options, rank, world) for rank, world in REPLACED[by]]
         assert not any(others)
         assert set(made) == {"train", "val"}
     assert contents(output) == wholes(shard_samples=2, **SPLIT)
@@ -195,9 +196,6 @@ def test_two_that_end_together_count_the_same_duplicates(work: Work, monkeypatch
 
     monkeypatch.setattr(shards, "_duplicates", slow)
     assert work(1)[""].job["duplicates"] == 2
-
-
-DRAFTS = {"sizes.json": 0, "manifest.json": 0} | {f"000001.{kind}": 1 for kind in ("tar", "npy", "sha256", "json")}
 
 
 @pytest.mark.parametrize(("draft", "other"), DRAFTS.items())
@@ -249,15 +247,7 @@ def started(source: Path, output: Path, logs: Path, workers: int = 2) -> Start:
     return Start(words, logs, tool="make_shards")
 
 
-@pytest.mark.parametrize(
-    ("number", "whom"),
-    [
-        (signal.SIGTERM, "main"),
-        (signal.SIGKILL, "main"),
-        pytest.param(signal.SIGINT, "main", marks=pytest.mark.process),
-        pytest.param(signal.SIGKILL, "all", marks=pytest.mark.process),
-    ],
-)
+@pytest.mark.parametrize(("number", "whom"), ENDS)
 def test_ended_in_mid_work_it_leaves_no_worker_and_goes_on(tmp_path: Path, number: signal.Signals, whom: str):
     source = write_pictures(tmp_path / "in", [f"c/{i:03d}.png" for i in range(150)], height=4, width=4)
     output = tmp_path / "out"
@@ -315,9 +305,7 @@ def kills_itself_at(step: int) -> Callable[[], None]:
     return lambda: deadly(setattr, reached)
 
 
-@pytest.mark.parametrize(
-    "kills", [pytest.param(20, marks=pytest.mark.process), pytest.param(200, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("kills", [pytest.param(20, marks=PROCESS), pytest.param(200, marks=pytest.mark.long)])
 def test_killed_at_random_places_it_goes_on_to_the_same_bytes(tmp_path: Path, kills: int):
     """The main process and its two workers at once; where it ends before it is killed, the next output is begun."""
     source = write_pictures(tmp_path / "in", [f"{i % 3}/{i}.png" for i in range(80)], height=3, width=3)
@@ -351,7 +339,7 @@ def is_killed(options: MakeShards, step: int) -> int:
     return step
 
 
-@pytest.mark.parametrize("die", [dies_here, pytest.param(is_killed, marks=pytest.mark.process)])
+@pytest.mark.parametrize("die", [dies_here, pytest.param(is_killed, marks=PROCESS)])
 @pytest.mark.parametrize("case", [{"shard_samples": 8}, SPLIT, {"exclude": True}], ids=["plain", "splits", "exclude"])
 def test_killed_at_every_step_it_goes_on_to_the_same_bytes(
     source: Path, tmp_path: Path, case: dict, die: Callable[[MakeShards, int], int], monkeypatch: pytest.MonkeyPatch
