@@ -6,7 +6,6 @@ import re
 import socket
 import sys
 import types
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -292,25 +291,20 @@ RUNS += [pytest.param("finetune_imagenet_adamw", [], marks=PROCESS)]
 RUNS += [pytest.param(name, [], marks=LONG) for name in PROTOCOL if name != "finetune_pets"]
 
 
-@pytest.fixture(scope="session")
-def layout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Path]:
+def layout(factory: pytest.TempPathFactory, classes: int, split: str) -> Path:
     """Shards of so many classes, train/ and a split to judge by, made once for all recipes that have as many."""
-
-    def get(classes: int, split: str) -> Path:
-        splits = {"train": max(classes, 50), split: classes + 7}
-        name = f"layout-{classes}-{split}"
-        return once(tmp_path_factory, name, partial(synthetic.made, classes=classes, splits=splits)) / "shards"
-
-    return get
+    splits = {"train": max(classes, 50), split: classes + 7}
+    make = partial(synthetic.made, classes=classes, splits=splits)
+    return once(factory, f"layout-{classes}-{split}", make) / "shards"
 
 
 @pytest.mark.parametrize(("name", "more"), RUNS)
-def test_a_recipe_runs_on_its_layout(name: str, more: list[str], layout: Callable[[int, str], Path], tmp_path: Path):
+def test_a_recipe_runs(name: str, more: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
     made, run = read(name, *more), tmp_path / "run"
     classes, split = made.benchmark.classes, Path(made.data.val[0]).name
     train, test = max(classes, 50), classes + 7
     assert Path(made.data.train[0]).parts[-1] == "train"
-    shards = layout(classes, split)
+    shards = layout(tmp_path_factory, classes, split)
     data = [f"data.train={shards}/train", f"data.val={shards}/{split}", f"run={run}"]
     finished([f"recipe={name}", *SMALL, *data, *more])
     found = frozen.results(run)

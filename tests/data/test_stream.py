@@ -218,7 +218,7 @@ def test_other_settings_of_the_loader_give_another_stream(sets: Sets):
     """So that the equalities above are not those of a stream that never changes."""
     made, plain = sets([6, 5, 6, 3]), data()
     cases = [(plain, 0, 0), (plain, 1, 0), (plain, 0, 4)]
-    others = ({"lanes": 1}, {"window": 3}, {"flip": False}, {"crop_area": (0.5, 1.0)})
+    others: list[Any] = [{"lanes": 1}, {"window": 3}, {"flip": False}, {"crop_area": (0.5, 1.0)}]
     cases += [(data(**other), 0, 0) for other in others]
     streams = {str(global_batches(made, config, seed, 4, seen, 3)) for config, seed, seen in cases}
     assert len(streams) == len(cases)
@@ -283,27 +283,22 @@ def test_ten_thousand_shards_are_begun_with_little_work(tmp_path: Path, monkeypa
         assert len(read) == len(set(read)) <= 16
 
 
-def resident() -> dict[int, int]:
-    """Bytes that this process and each of its children have of their own in memory, what they share left out."""
-    here = psutil.Process()
-    return {process.pid: (m := process.memory_info()).rss - m.shared for process in (here, *here.children())}
-
-
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])
 def test_memory_does_not_grow_with_epochs(tmp_path: Path, workers: int):
-    """By the slope of each process's own memory over 400 epochs: 30 bytes a sample would be seen."""
+    """By the slope of each process's memory over 400 epochs, of its own alone: 30 bytes a sample would be seen."""
     for size in (3, 4, 5):
         write_tar(tmp_path / f"{size}.tar", [encoded(picture(i, 6, 6), "PNG") for i in range(size)])
     config = Data(image_size=4, workers=workers, lanes=2, window=1)
     stream = TrainingStream(set_of(tmp_path, *((str(size), size) for size in (3, 4, 5))), config, seed=0, batch=12)
     assert stream.epoch_samples == 12
-    others = {process.pid for process in psutil.Process().children()}  # of other tests
-    course = []
+    here = psutil.Process()
+    others, course = {process.pid for process in here.children()}, []  # of other tests
     with closing(stream.batches(0, Share(0, 1, 12), CPU)) as batches:  # type: ignore[type-var]
         for epoch, batch in enumerate(itertools.islice(batches, 601)):
             del batch
             if epoch >= 200 and epoch % 20 == 0:
-                course.append(resident())
+                memory = {process.pid: process.memory_info() for process in (here, *here.children())}
+                course.append({pid: its.rss - its.shared for pid, its in memory.items()})
     family = set.intersection(*map(set, course)) - others
     assert len(family) == 1 + workers
     for process in family:
