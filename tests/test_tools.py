@@ -1,9 +1,13 @@
-"""The command lines: help, refusals and exit codes of every tool in process; a few real ones through a shell."""
+"""The command lines: help, refusals and exit codes of every tool in process; a few real ones through a shell.
+
+The README is finished, its commands are keys of the tools, and what it points at is there.
+"""
 
 import json
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,13 +16,16 @@ from pathlib import Path
 
 import pytest
 
+from ssl_vit import config, recipe
 from ssl_vit.data import manifest
+from ssl_vit.recipe import Finetune, Pretrain
+from tests import runs
 from tests.conftest import TINY, draw_squares
-from tests.starts import call
+from tests.starts import Start, call
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))  # as Python has it where it starts one of them
 HERE = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-TORCHRUN = "python -m torch.distributed.run --nproc_per_node 2 --standalone"
 KEYS = {  # of every tool a key that its help has; the demo is the other tools' commands
     "analyze": "data",
     "benchmark step": "round_steps",
@@ -45,10 +52,6 @@ def linked(folder: Path) -> Path:
     for name in ("tools", "recipes"):
         (folder / name).symlink_to(ROOT / name)
     return folder
-
-
-def rows(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def training(shards: Path, run: Path) -> list[str]:
@@ -80,8 +83,6 @@ def test_help_names_the_keys_and_an_unknown_one_is_refused(tool: str):
         ("make_shards input=/tmp", 64, "output: it must be given"),
         ("pretrain recipe=mpp_demo optim.lrr=1", 64, "unknown key optim.lrr; did you mean optim.lr?"),
         ("pretrain recipe=mpp_demo data.image_size=30", 64, "cannot be cut into patches of 8"),
-        ("finetune data.train=/nowhere data.val=/nowhere run=RUN", 65, "/nowhere: no such folder"),
-        ("evaluate encoder=/nowhere run=RUN", 65, "/nowhere"),
         ("benchmark jump", 64, "no benchmark 'jump'"),
     ],
 )
@@ -99,17 +100,20 @@ def test_a_shell_sees_the_code_and_one_line_of_errors():
     assert done.stderr == "pretrain.py: unknown key optim.lrr; did you mean optim.lr?\n"
 
 
-def test_the_three_commands_of_the_readme(tmp_path: Path):
-    """folder -> shards -> `accelerate launch` of both trainings, as they stand there but for their sizes."""
+def test_the_three_commands_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """folder -> shards, here -> `accelerate launch` of both trainings, as they stand there but for their sizes."""
     draw_squares(linked(tmp_path) / "images")
     wanted = r"^(?:python tools/make_shards|accelerate launch tools/(?:pretrain|finetune)).*$"
-    lines = re.findall(wanted, (ROOT / "README.md").read_text(), re.M)
-    short = [*TINY, "steps=2", "micro_batch=none", "log_every=1", "optim.warmup_steps=1", "tracker=none"]
-    for line, more in zip(lines[:3], ([], short, short), strict=True):
-        done = shell(" ".join([line, *more]), tmp_path)
+    first, *lines = re.findall(wanted, (ROOT / "README.md").read_text(), re.M)[:3]
+    monkeypatch.chdir(tmp_path)
+    made = call("make_shards", shlex.split(first)[2:])
+    assert made.code == 0
+    assert "samples, 3 classes, 1 shards" in made.said
+    short = [*TINY, "steps=1", "micro_batch=none", "log_every=1", "optim.warmup_steps=0", "tracker=none"]
+    assert len(lines) == 2
+    for line in lines:
+        done = shell(" ".join([line, *short]), tmp_path)
         assert done.returncode == 0, done.stderr
-        if "make_shards" in line:
-            assert "samples, 3 classes, 1 shards" in done.stdout
     assert (tmp_path / "runs" / "mpp_vit_b16" / "encoder").is_dir()
     results = json.loads((tmp_path / "runs" / "finetune_vit_b16" / "results.json").read_text())
     assert results["samples"] == manifest.load(tmp_path / "shards" / "val").samples > 0
@@ -118,9 +122,9 @@ def test_the_three_commands_of_the_readme(tmp_path: Path):
 @pytest.mark.ranks
 def test_two_processes_take_the_batches_of_one(shards: Path, tmp_path: Path):
     assert call("pretrain", training(shards, tmp_path / "one")).code == 0
-    two = shell(" ".join([TORCHRUN, "tools/pretrain.py", *training(shards, tmp_path / "two")]))
-    assert two.returncode == 0, two.stderr
-    first, second = rows(tmp_path / "one"), rows(tmp_path / "two")
+    two = Start(training(shards, tmp_path / "two"), tmp_path / "logs", 2)
+    assert two.wait() == [0, 0], two.said()
+    first, second = runs.rows(tmp_path / "one"), runs.rows(tmp_path / "two")
     assert [row["step"] for row in first] == [row["step"] for row in second] == [4, 8, 12]
     for a, b in zip(first, second, strict=True):
         assert a["samples_digest"] == b["samples_digest"]
@@ -133,7 +137,7 @@ def test_two_processes_take_the_batches_of_one(shards: Path, tmp_path: Path):
         step.rename(tmp_path / "gone")
     again = call("pretrain", training(shards, tmp_path / "two"))
     assert again.code == 0, again.said
-    assert [row["samples_digest"] for row in rows(tmp_path / "two")] == [row["samples_digest"] for row in first]
+    assert [row["samples_digest"] for row in runs.rows(tmp_path / "two")] == [row["samples_digest"] for row in first]
 
 
 @pytest.mark.process
@@ -153,7 +157,7 @@ def test_training_ends_with_its_launcher_and_saves_first(shards: Path, tmp_path:
     step = end["step"]
     assert f"pretrain.py: stopped at step {step} of 100000; the same command goes on" in said
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", f"step-{step:08d}"}
-    assert len(rows(run)) == step - 1  # the last is owed
+    assert len(runs.rows(run)) == step - 1  # the last is owed
 
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.process)], ids=["here", "processes"])
@@ -193,3 +197,26 @@ def test_the_demo_in_short(
     assert list((demo / "pretrain" / "tensorboard").glob("events.*"))
     assert (json.loads((demo / "finetune" / "results.json").read_text())["samples"] > 300) == real
     assert (demo / "inside" / "report.html").exists()
+
+
+@pytest.mark.parametrize(("page", "least"), [("README.md", 4), ("docs/benchmarks.md", 1)])
+def test_the_training_commands_parse(page: str, least: int):
+    """Backslashes join lines; every key=value of a training command is a key of its tool."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    found = re.findall(r"tools/(pretrain|finetune)\.py ([^\n`]*)", text)
+    commands = [(tool, rest) for tool, rest in found if "recipe=NAME" not in rest]
+    assert len(commands) >= least
+    for tool, rest in commands:
+        arguments = [word for word in rest.split("#")[0].split() if "=" in word and "..." not in word]
+        config.parse({"pretrain": Pretrain, "finetune": Finetune}[tool], arguments, recipe.FOLDER)
+
+
+def test_links_lead_somewhere_no_blank_is_left_and_the_list_of_files_is_complete():
+    for page in (ROOT / "README.md", ROOT / "RESULTS.md"):
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("https://") or (page.parent / target).exists(), target
+        assert not re.findall(r"\b[A-Z]+_[A-Z]+\b(?!=)", re.sub(r"`[^`]*`|```.*?```", "", text, flags=re.S))
+    for file in [*ROOT.glob("tools/*.py"), *ROOT.glob("ssl_vit/**/*.py")]:
+        name = file.relative_to(ROOT / file.relative_to(ROOT).parts[0]).as_posix()
+        assert f"  {name} " in (ROOT / "README.md").read_text() or name.endswith("__init__.py"), name
