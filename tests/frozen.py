@@ -1,6 +1,10 @@
-"""A classifier that timm wrote, images that need no resizing, and starts of the tools that judge it."""
+"""A classifier that timm wrote, images that need no resizing, and starts of the tools that judge it.
+
+And what the protocols are, in numpy and float64: slow, short, and nothing of ours in it.
+"""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ import timm
 import torch
 from PIL import Image
 
+from ssl_vit.data import manifest
 from ssl_vit.data.shards import MakeShards, convert
 from ssl_vit.encoders import export
 from ssl_vit.encoders.vit import Vit
@@ -50,13 +55,18 @@ def refused(tool: str, words: list[str], logs: Path, code: int | None = None) ->
     return closing(tool, said)[0]
 
 
-def results(run: Path) -> dict[str, Any]:
+def results(run: Path, name: str = "results.json") -> dict[str, Any]:
     """A run's results; strict JSON, so that no NaN is in it."""
 
     def strange(word: str) -> None:
-        raise ValueError(f"{word} in results.json")
+        raise ValueError(f"{word} in {name}")
 
-    return json.loads((run / "results.json").read_text(), parse_constant=strange)
+    return json.loads((run / name).read_text(), parse_constant=strange)
+
+
+def stamps(folder: Path, pattern: str = "*") -> dict[Path, int]:
+    """When what lies in a folder was written."""
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob(pattern))}
 
 
 def find(tree: Any, name: str) -> Any:
@@ -125,6 +135,16 @@ def shards(folder: Path, names: list[str], seed: int = 0, **more: Any) -> Path:
     return folder / "shards"
 
 
+def damaged(given: Path, folder: Path) -> Path:
+    """A copy of given shards in which sample 1 of val cannot be read; returns the tar that it is in."""
+    shutil.copytree(given, folder)
+    entry, tar = manifest.load(folder / "val").index(0)[1], folder / "val" / "000000.tar"
+    with tar.open("r+b") as file:
+        file.seek(int(entry["offset"]) + 30)
+        file.write(b"\0damaged\0")
+    return tar
+
+
 def files(train: dict[str, int], val: dict[str, int]) -> list[str]:
     """File names, by how many images each class has in a split."""
     both = (("train", train), ("val", val))
@@ -141,3 +161,32 @@ def words(given: Path, run: Path, **changed: str) -> list[str]:
 def numbers(run: Path) -> dict[str, Any]:
     """What an evaluation measured, without its command."""
     return {name: value for name, value in results(run).items() if name != "command"}
+
+
+# --- the protocols
+
+
+def plain_few_shot(
+    x: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, l2: float, dual: bool
+) -> np.ndarray:
+    """Scores of the test features: regularised least squares as paper 5.1 words it, by np.linalg.solve."""
+    x, test = x.astype(np.float64), test.astype(np.float64)
+    mean, std = x.mean(0), x.std(0) + 1e-5
+    x, test = ((part - mean) / std for part in (x, test))
+    x, test = (np.hstack([part, np.full((len(part), 1), 100.0)]) for part in (x, test))
+    y = 2.0 * (labels[:, None] == np.arange(classes)) - 1
+    if dual:
+        return test @ x.T @ np.linalg.solve(x @ x.T + l2 * np.eye(len(x)), y)
+    return test @ np.linalg.solve(x.T @ x + l2 * np.eye(x.shape[1]), x.T @ y)
+
+
+def plain_knn(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int, k: int, temperature: float
+) -> np.ndarray:
+    """Votes of the k nearest by cosine, exp(similarity / temperature) each, one test image and neighbour at a time."""
+    votes = np.zeros((len(test), classes))
+    for i, x in enumerate(test.astype(np.float64)):
+        similar = [float(x @ y) / (np.linalg.norm(x) * np.linalg.norm(y)) for y in train.astype(np.float64)]
+        for j in sorted(range(len(similar)), key=lambda j: -similar[j])[:k]:
+            votes[i, labels[j]] += np.exp(similar[j] / temperature)
+    return votes

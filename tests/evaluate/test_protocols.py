@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_vit.evaluate import few_shot, knn, linear
 from ssl_vit.evaluate.linear import Linear, LinearProbe
 from ssl_vit.exits import DATA, Refusal
-from tests import twins
+from tests import frozen
 
 SEEDS = st.integers(0, 2**20)
 
@@ -51,7 +51,7 @@ def test_primal_and_dual_equal_a_plain_solver(n: int, l2: float, dtype: torch.dt
     assert scores.dtype == torch.float64
     assert scores.shape == (30, 4)
     for dual in (False, True):
-        want = twins.few_shot(x.double().numpy(), labels.numpy(), test.double().numpy(), 4, l2, dual)
+        want = frozen.plain_few_shot(x.double().numpy(), labels.numpy(), test.double().numpy(), 4, l2, dual)
         np.testing.assert_allclose(scores.numpy(), want, atol=1e-8, rtol=1e-8)
     assert found.predict(test).tolist() == scores.argmax(1).tolist()
     assert found.predict(test).dtype == torch.int64
@@ -84,7 +84,7 @@ def test_any_shape_and_scale_equals_the_plain_solver(
     labels = random.integers(0, classes, n)  # some classes may have no image
     got = few_shot.solve(torch.tensor(x), torch.tensor(labels), classes).scores(torch.tensor(test)).numpy()
     for dual in (False, True):
-        np.testing.assert_allclose(got, twins.few_shot(x, labels, test, classes, 1024.0, dual), atol=1e-5)
+        np.testing.assert_allclose(got, frozen.plain_few_shot(x, labels, test, classes, 1024.0, dual), atol=1e-5)
 
 
 @pytest.mark.parametrize(("n", "want"), [(40, -0.797957), (200, -0.799591), (1000, -0.799918)])
@@ -202,7 +202,7 @@ def shares(scores: Any) -> np.ndarray:
 
 def votes(train: Tensor, labels: Tensor, test: Tensor, classes: int, k: int = 20, temperature: float = 0.07) -> Any:
     """Those of a loop over all pairs."""
-    return twins.knn(train.double().numpy(), labels.numpy(), test.double().numpy(), classes, k, temperature)
+    return frozen.plain_knn(train.double().numpy(), labels.numpy(), test.double().numpy(), classes, k, temperature)
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.07), (7, 1.0), (50, 0.02)])
