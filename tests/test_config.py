@@ -20,21 +20,16 @@ def pretrain(*arguments: str) -> Pretrain:
 @pytest.mark.parametrize(
     ("argument", "key", "value"),
     [
-        ("steps=007", "steps", 7),
         ("steps=1_000", "steps", 1000),
         ("optim.lr=1e-3", "optim.lr", 1e-3),
         ("data.flip=on", "data.flip", True),
-        ("data.flip=false", "data.flip", False),
         ("data.val=none", "data.val", None),
         ("data.val=on", "data.val", ("on",)),
         ("run=007", "run", "007"),
-        ("run=1:30", "run", "1:30"),
         ("optim.clip=none", "optim.clip", None),
         ("head.mix=1,0,0", "head.mix", (1.0, 0.0, 0.0)),
         ("data.image_size=64", "data.image_size", 64),
         ("data.image_size=64,96", "data.image_size", (64, 96)),
-        ("encoder.mean=0.5", "encoder.mean", (0.5,)),
-        ("data.train=a=b", "data.train", ("a=b",)),
         ("data.train=a, b/{c,d}.tar", "data.train", ("a", "b/{c,d}.tar")),
     ],
 )
@@ -65,7 +60,6 @@ NO_RECIPES = {
     [
         ("optim.lrr=1", "unknown key optim.lrr; did you mean optim.lr?"),
         ("lr=1", "unknown key lr; did you mean optim.lr?"),
-        ("stepps=1", "unknown key stepps; did you mean steps?"),
         ("steps=many", "steps: 'many': give a whole number, like 256"),
         ("steps=0", "steps: '0': it should be greater than or equal to 1"),
         ("optim.lr=fast", "optim.lr: 'fast': give a number, like 1e-3"),
@@ -75,7 +69,6 @@ NO_RECIPES = {
         ("head.mix=0.5,0.1,0.1", "head: mix (0.5, 0.1, 0.1) does not add up to 1"),
         ("data=x", "data: 'x': it is a group of keys, give one of them"),
         ("steps", "'steps' is not key=value; try --help"),
-        ("recipe=mpp_flower", "did you mean mpp_flowers?"),
         ("head.mix=0.5,0.5", "head.mix: give more values, with commas between them"),
         ("optim.betas=2,3", "optim.betas: '2': it should be less than 1"),
         ("encoder.width=10 encoder.heads=3", "encoder: width 10 is not a multiple of heads"),
@@ -97,10 +90,8 @@ def test_what_is_wrong_is_said_in_one_line(argument: str, message: str, tmp_path
 
 
 def test_a_kind_that_changes_drops_the_keys_of_the_old_one():
-    made = pretrain("recipe=mpp_vit_b16", "head.kind=classifier")
-    assert made.head == Classifier()
-    made = pretrain("head.hidden=9", "head.kind=classifier")  # in any order
-    assert made.head == Classifier(hidden=9)
+    assert pretrain("recipe=mpp_vit_b16", "head.kind=classifier").head == Classifier()
+    assert pretrain("head.hidden=9", "head.kind=classifier").head == Classifier(hidden=9)  # in any order
     assert pretrain("optim.lr=5", "optim.kind=adamw").optim.lr == 5
 
 
@@ -156,11 +147,9 @@ def test_the_keys_are_these(schema):
     assert {name for name, _ in config.keys(schema)} == set((KEYS + ONLY[schema]).split())
 
 
-def test_python_values_do_as_well_as_text():
+def test_python_values_do_as_well_as_text_and_a_choice_of_numbers_is_made_in_text(tmp_path: Path):
     assert Vit(size="S", patch=8, image=(32, 64)).grid == (4, 8)
 
-
-def test_a_choice_of_numbers_is_made_in_text(tmp_path: Path):
     class Deep(config.Config):
         depth: Literal[50, 101] = 50
 

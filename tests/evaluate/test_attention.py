@@ -223,21 +223,6 @@ def affine(x: np.ndarray, part: Any) -> np.ndarray:
     return x @ plain(part.weight).T + plain(part.bias)
 
 
-def normed(x: np.ndarray, norm: Any) -> np.ndarray:
-    """LayerNorm."""
-    middle, spread = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-    return (x - middle) / np.sqrt(spread + norm.eps) * plain(norm.weight) + plain(norm.bias)
-
-
-def table_of(positions: Any) -> np.ndarray:
-    """A table [T, D] of positions, of a parameter, of a table's module, or of two axes."""
-    if isinstance(positions, Tensor) or hasattr(positions, "table"):
-        return plain(getattr(positions, "table", positions))[0]
-    rows, columns = plain(positions.rows), plain(positions.columns)
-    whole = [np.concatenate([row, column]) for row in rows for column in columns]
-    return np.array(([] if positions.prefix is None else list(plain(positions.prefix))) + whole)
-
-
 def lines(encoder: Any, number: int) -> list[list[int]]:
     """The groups of tokens that attend to each other in a block: all, or the rows or the columns of patches."""
     height, width = encoder.grid
@@ -268,25 +253,18 @@ def attended(block: Any, x: np.ndarray, groups: list[list[int]], offsets: Tensor
 
 
 @torch.no_grad()
-def twin(encoder: Any, image: Tensor) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Tokens and maps of an encoder of ours, in float64 from its weights; only patches are its own."""
-    x = plain(encoder.patch_embed(encoder.normalise(image)))
-    where, all_maps, error = encoder.config.where, [], np.vectorize(math.erf)
-    if encoder.cls_token is not None:
-        x = np.concatenate([plain(encoder.cls_token).repeat(len(x), 0), x], axis=1)
-    stem = encoder.pos_embed if where in ("stem", "shared") else None
-    if stem is not None and where == "stem":
-        x = x + table_of(stem)
-    for number, block in enumerate(encoder.blocks):
-        own = stem if where == "shared" else block.pos
-        x = x if own is None else x + table_of(own)
-        offsets = encoder.offsets if where == "shared" else block.attn.offsets
-        both = [attended(block, one, lines(encoder, number), offsets, encoder.prefix) for one in normed(x, block.norm1)]
-        x = x + np.stack([made for _, made in both])
-        all_maps.append(np.stack([maps for maps, _ in both]))
-        hidden = affine(normed(x, block.norm2), block.mlp.fc1)
-        x = x + affine(hidden * (1 + error(hidden / math.sqrt(2))) / 2, block.mlp.fc2)
-    return normed(x, encoder.norm), all_maps
+def attentions(encoder: Any, image: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What goes into the attention of each block, [B, T, D], and what comes out."""
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def note(_: nn.Module, given: Any, made: Tensor) -> None:
+        seen.append((plain(given[0]), plain(made)))
+
+    handles = [block.attn.register_forward_hook(note) for block in encoder.blocks]
+    encoder(image)
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
 OURS = {
@@ -311,15 +289,19 @@ def test_maps_of_our_encoders_are_those_of_their_weights(name, zoo):
     before = plainly(encoder, image)
     made, maps = watch(encoder, image)
     assert torch.equal(made, before)
-    tokens, wanted = twin(encoder, image)
-    np.testing.assert_allclose(made.numpy(), tokens, atol=2e-4)  # the twin is one
     assert list(maps) == [place for place, _ in attention.places(encoder)]
     assert [int(place.split(".")[1]) for place in maps] == list(range(len(encoder.blocks)))
-    for found, expected in zip(maps.values(), wanted, strict=True):
-        assert found.shape == expected.shape
-        np.testing.assert_allclose(found.numpy(), expected, atol=2e-5)
+    seen, spread = attentions(encoder, image), 0.0
+    for number, (block, found, (x, out)) in enumerate(zip(encoder.blocks, maps.values(), seen, strict=True)):
+        offsets = encoder.offsets if encoder.config.where == "shared" else block.attn.offsets
+        both = [attended(block, one, lines(encoder, number), offsets, encoder.prefix) for one in x]
+        wanted = np.stack([one for one, _ in both])
+        np.testing.assert_allclose(out, np.stack([made for _, made in both]), atol=2e-4)  # so they are its own
+        assert found.shape == wanted.shape
+        np.testing.assert_allclose(found.numpy(), wanted, atol=2e-5)
         np.testing.assert_allclose(found.sum(-1).numpy(), 1, atol=1e-5)
-    assert max(float(one.std(-1).mean()) for one in wanted) > 0.008, "uniform attention would tell nothing"
+        spread = max(spread, float(wanted.std(-1).mean()))
+    assert spread > 0.008, "uniform attention would tell nothing"
     assert torch.equal(plainly(encoder, image), before)
 
 
@@ -411,9 +393,8 @@ def test_maps_of_timm_are_those_that_it_writes_out(name, zoo):
 
 def test_what_has_no_attention_has_no_places():
     encoder = Bit(image=32).build().eval()
-    assert attention.places(encoder) == []
     made, maps = watch(encoder, image_for(encoder))
-    assert not maps
+    assert attention.places(encoder) == [] == list(maps)
     assert torch.equal(made, plainly(encoder, image_for(encoder)))
 
 
@@ -449,10 +430,8 @@ def test_none_of_this_runs_where_nobody_watches(name, zoo):
     def passes() -> list[str]:
         called.clear()
         sys.setprofile(note)
-        try:
-            encoder(image)
-        finally:
-            sys.setprofile(None)
+        encoder(image)
+        sys.setprofile(None)
         return list(called)
 
     assert passes() == []

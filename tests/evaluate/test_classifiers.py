@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,7 @@ def test_the_tables_hold_every_image_and_class(given, run: Path):
     assert head[1:] == [row[0] for row in rows] == NAMES
     want = theirs.confusion_matrix(labels, scores.argmax(1), labels=range(len(NAMES)))
     assert [[int(cell) for cell in row[1:]] for row in rows] == want.tolist()
-    head, *rows = table(run / "per_class.csv")
-    assert [(row[0], int(row[1])) for row in rows] == list(COUNTS.items())
-
-
-def test_the_page_shows_no_markup_of_a_name(run: Path):
+    assert [(row[0], int(row[1])) for row in table(run / "per_class.csv")[1:]] == list(COUNTS.items())
     assert not any("<script" in (run / name).read_text() for name in ("report.html", "report.md"))
 
 
@@ -150,12 +147,12 @@ def test_another_architecture_is_timms_or_is_refused(what: str, given, tmp_path:
     folder = given[0]
     model = frozen.classifier(tmp_path / "made", NAMES, **arguments)
     asked = [*words(folder, tmp_path / "run"), f"encoder={tmp_path}/made"]
-    if not known:
+    if known:
+        frozen.run_tool("evaluate", asked, tmp_path)
+        scores, labels, _ = answers((folder, model))
+        assert frozen.results(tmp_path / "run")["top1"] == pytest.approx(np.mean(scores.argmax(1) == labels))
+    else:
         frozen.refused("evaluate", asked, tmp_path)
-        return
-    frozen.run_tool("evaluate", asked, tmp_path)
-    scores, labels, _ = answers((folder, model))
-    assert frozen.results(tmp_path / "run")["top1"] == pytest.approx(np.mean(scores.argmax(1) == labels))
 
 
 # --- several labels an image (ImageNet-ReaL), several classes a label (ObjectNet)
@@ -239,15 +236,25 @@ BAD: dict[str, tuple[list[str], Any]] = {
 }
 
 
-@pytest.mark.parametrize("what", [*BAD, "no file", "a folder"])
-def test_label_sets_that_do_not_fit_are_refused(what: str, tmp_path: Path):
+MAPS: list[Any] = [  # a class, name or folder that is none; of a wrong form
+    *({"ball": [8]}, {"ball": ["n99999999"]}, {"ball": [-1]}, {"nothing": [0]}, {}),
+    *([], {"ball": {"n00000001": 1}}, {"ball": [1.0]}, {"ball": True}),
+]
+
+
+@pytest.mark.parametrize("what", [*BAD, "no file", "a folder", *range(len(MAPS))])
+def test_label_sets_and_class_maps_that_do_not_fit_are_refused(what: Any, tmp_path: Path):
     path, (keys, content) = tmp_path / "real.json", BAD.get(what, (NUMBERED, None))
     if what == "a folder":
         path.mkdir()
-    elif what in BAD:
+    elif what != "no file":
+        content = content if what in BAD else MAPS[what]
         path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    read: Any = partial(read_label_sets, str(path), keys, 8)
+    if isinstance(what, int):
+        read = partial(read_class_map, str(path), ["ball", "cup & saucer", "junk"], WNIDS)
     with pytest.raises(Refusal, match=r"real\.json") as said:
-        read_label_sets(str(path), keys, 8)
+        read()
     assert said.value.code == DATA
     assert "\n" not in said.value.message
     assert len(said.value.message) < 400
@@ -293,38 +300,11 @@ def test_objectnet_by_a_class_map(real, tmp_path: Path):
     assert every["top1"] != best["top1"], "the two have to differ for this to show anything"
 
 
-MAPS: dict[str, Any] = {
-    "a class that is none": {"ball": [8]},
-    "a name that no class has": {"ball": ["n99999999"]},
-    "a negative class": {"ball": [-1]},
-    "folders that are none of the data's": {"nothing": [0]},
-    "no folder": {},
-    "a list": [],
-    "an object in it": {"ball": {"n00000001": 1}},
-    "a fraction": {"ball": [1.0]},
-    "truth": {"ball": True},
-}
-
-
-@pytest.mark.parametrize("what", list(MAPS))
-def test_a_class_map_that_does_not_fit_is_refused(what: str, tmp_path: Path):
-    (tmp_path / "map.json").write_text(json.dumps(MAPS[what]))
-    with pytest.raises(Refusal, match=r"map\.json") as said:
-        read_class_map(str(tmp_path / "map.json"), ["ball", "cup & saucer", "junk"], WNIDS)
-    assert said.value.code == DATA
-
-
 def test_a_class_map_is_by_number_or_name(tmp_path: Path):
     """Also of classes whose names are numbers: a text is a name."""
     (tmp_path / "map.json").write_text(json.dumps({"ball": [0, "1"], "cup": "2", "hat": 2}))
     found = read_class_map(str(tmp_path / "map.json"), ["cup", "junk", "ball", "hat"], ["2", "1", "0"])
     assert found == [[0], [], [0, 1], [2]]
-
-
-def test_class_sets_that_differ_are_refused_without_a_map(real, tmp_path: Path):
-    frozen.draw(tmp_path / "objects", OBJECTS[::4])
-    asked = words(real[0], tmp_path / "run", tmp_path / "objects")
-    assert "class" in frozen.refused("evaluate", asked, tmp_path)
 
 
 def test_the_denominator_is_the_images_that_have_labels():

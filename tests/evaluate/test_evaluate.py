@@ -5,6 +5,7 @@ And where something is wrong, extreme, damaged, killed or shared: a line and a c
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -255,14 +256,14 @@ def test_after_an_outage_nothing_half_is_kept(given: Path, straight: dict, tmp_p
     assert frozen.numbers(tmp_path / "run") == straight
 
 
+def _away(samples: Samples, sample: int) -> tuple[bytes, int]:
+    raise Refusal(74, "the source stays away")
+
+
 def away_for_one() -> None:
     """Rank 1's source stays away."""
     if os.environ["RANK"] == "1":
         Samples.read = _away  # type: ignore[method-assign]
-
-
-def _away(samples: Samples, sample: int) -> tuple[bytes, int]:
-    raise Refusal(74, "the source stays away")
 
 
 @pytest.mark.process
@@ -301,12 +302,9 @@ def test_what_is_missing_or_unlike_is_named(given: Path, tmp_path: Path):
 def test_labels_outside_the_classes_are_counted(given: Path, tmp_path: Path):
     for split in ("train", "val"):
         shutil.copytree(given / "shards" / split, tmp_path / split)
-        content = json.loads((tmp_path / split / "manifest.json").read_text())
-        content["classes"] = ["a", "b"]
+        content = json.loads((tmp_path / split / "manifest.json").read_text()) | {"classes": ["a", "b"]}
         (tmp_path / split / "manifest.json").write_text(json.dumps(content))
-    said = refused(given, tmp_path, **on(tmp_path))
-    assert "6 " in said
-    assert "train" in said
+    assert re.search("train.*6 |6 .*train", refused(given, tmp_path, **on(tmp_path)))
 
 
 def test_an_encoder_of_other_channels_or_of_nan_is_refused(given: Path, tmp_path: Path):
@@ -318,16 +316,13 @@ def test_an_encoder_of_other_channels_or_of_nan_is_refused(given: Path, tmp_path
         assert "sick" in said or "NaN" in said or "finite" in said
 
 
-def test_features_that_never_change_are_no_error(given: Path, tmp_path: Path):
-    """A dead encoder: every image has the same features, and any class is as good as another."""
+def test_features_that_never_change_or_one_image_a_class_are_no_error(given: Path, tmp_path: Path):
+    """A dead encoder has the same features of every image; of one image a class all is made that can be."""
     dead = frozen.encoder(tmp_path / "dead", lambda made: [torch.nn.init.zeros_(p) for p in made.parameters()])
     evaluate(given, tmp_path, encoder=str(dead))
     assert frozen.results(tmp_path / "run")
-
-
-def test_one_image_a_class_is_enough_for_what_can_be_done_with_it(given: Path, tmp_path: Path):
     made = frozen.shards(tmp_path, frozen.files({"a": 1, "b": 1}, {"a": 1, "b": 1}))
-    said = evaluate(given, tmp_path, knn__k="20", **on(made))
+    said = evaluate(given, tmp_path / "few", knn__k="20", **on(made))
     left_out = [line for line in said.splitlines() if line.startswith("few_shot.shots")]
     assert len(left_out) == 2 * 1, "a line for each read-out: 2 shots are left out"
-    assert frozen.find(frozen.results(tmp_path / "run"), "samples") == 2
+    assert frozen.find(frozen.results(tmp_path / "few" / "run"), "samples") == 2
