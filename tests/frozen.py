@@ -3,6 +3,7 @@
 And what the protocols are, in numpy and float64: slow, short, and nothing of ours in it.
 """
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -62,6 +63,16 @@ def results(run: Path, name: str = "results.json") -> dict[str, Any]:
         raise ValueError(f"{word} in {name}")
 
     return json.loads((run / name).read_text(), parse_constant=strange)
+
+
+def read(path: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """The columns of predictions, and their rows by file."""
+    with path.open(newline="", encoding="utf-8") as text:
+        columns, *rows = list(csv.reader(text))
+    assert all(len(row) == len(columns) for row in rows)
+    found = {row[0]: row[1:] for row in rows}
+    assert len(found) == len(rows), "a file has one row"
+    return columns, found
 
 
 def stamps(folder: Path, pattern: str = "*") -> dict[Path, int]:

@@ -59,12 +59,9 @@ def test_imports_point_down(file: Path):
             assert LEVEL[part(name)] <= LEVEL[home], f"{file} imports {name}, which is above it"
 
 
-def test_starting_loads_nothing_heavy():
+def test_starting_loads_nothing_heavy_and_no_file_is_named_for_nothing():
     heavy = "accelerate timm torchvision webdataset tensorboard transformers deepspeed sklearn scipy torch._dynamo"
     code = f"import sys, ssl_vit, ssl_vit.recipe; print([m for m in {heavy.split()!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_no_file_is_named_for_nothing():
     assert not {file.stem for file in FILES} & {"utils", "misc", "common", "helpers", "base"}
