@@ -165,7 +165,8 @@ def test_the_tables_of_an_axial_vit_of_timm_and_of_none():
     found = embeddings.position_table(encoder)
     assert found is not None
     assert torch.equal(found, encoder.pos_embed[0])
-    without: list[Any] = [Bit(image=32), *(TimmZoo(name=name, image=32) for name in ("beit_base_patch16_224", "resnet18"))]
+    without: list[Any] = [TimmZoo(name=name, image=32) for name in ("beit_base_patch16_224", "resnet18")]
+    without.append(Bit(image=32))
     for more in ({"positions": "none"}, {"positions": "relative"}, {"positions": "relative", "positions_at": "stem"}):
         without += [Vit(**SMALL | more), Axial(**SMALL | more)]
     with torch.device("meta"):
