@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from ssl_vit import codebook, config, recipe, session
 from ssl_vit.codebook import FitClusters
@@ -42,8 +43,11 @@ def refused(code: int, data: Path, run: Path, *arguments: str, match: str | None
     assert end.value.code == code
 
 
-def test_a_collapse_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Of images on which there is nothing to see."""
+def test_a_collapse_is_told_once(tiny_run: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Of images on which there is nothing to see; of colours none is told."""
+    (log,) = (tiny_run(1).parent / "logs").iterdir()
+    assert "the same label" not in log.read_text()
+    assert all(row["top_label"] < 0.9 for row in rows(tiny_run(1)))
     (tmp_path / "images" / "all").mkdir(parents=True)
     for number in range(12):
         Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / "images" / "all" / f"{number:02d}.png")
@@ -56,12 +60,6 @@ def test_a_collapse_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [row["top_label"] for row in rows(tmp_path / "run")] == [1, 1, 1]
 
 
-def test_no_collapse_is_told_of_colours(tiny_run: Callable[[int], Path]):
-    (log,) = (tiny_run(1).parent / "logs").iterdir()
-    assert "the same label" not in log.read_text()
-    assert all(row["top_label"] < 0.9 for row in rows(tiny_run(1)))
-
-
 # fitted to shards
 
 
@@ -72,24 +70,18 @@ def fit(shards: Path, output: Path, *arguments: str) -> str:
 
 @pytest.mark.parametrize("space", ["color", "patch"])
 def test_clusters_are_fitted_to_shards(space, shards: Path, tmp_path: Path):
-    """K centres that leave less of the variance than chance would, the same for a seed; the numbers it tells hold."""
-    said = fit(shards, tmp_path / "a", f"space={space}")
-    fit(shards, tmp_path / "b", f"space={space}")
-    fit(shards, tmp_path / "c", f"space={space}", "seed=1")
-    found = {}
-    for name in "abc":
-        with safe_open(str(tmp_path / name), framework="pt") as file:
-            found[name] = file.get_tensor("centers"), file.metadata()
-    centers, about = found["a"]
-    assert torch.equal(centers, found["b"][0])
-    assert not torch.equal(centers, found["c"][0])
+    """K centres that leave less of the variance than chance would, for a seed the same file; what it tells holds."""
+    words = {"a": [], "b": [], "c": ["seed=1"]}
+    said = {name: fit(shards, tmp_path / name, f"space={space}", *more) for name, more in words.items()}
+    with safe_open(str(tmp_path / "a"), framework="pt") as file:
+        centers, about = file.get_tensor("centers"), json.loads(file.metadata()["codebook"])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert not torch.equal(centers, load_file(tmp_path / "c")["centers"])
     assert centers.shape == (5, 3 if space == "color" else 48)
-    assert centers.isfinite().all()
     assert 0 <= float(centers.min()) <= float(centers.max()) <= 1
-    about = json.loads(about["codebook"])
     assert about["data"]
     assert {key: about[key] for key in ("space", "patch", "seed")} == {"space": space, "patch": "4", "seed": "0"}
-    assert f"5 clusters of {16 * load(shards / 'train').samples:,} {space} vectors" in said
+    assert f"5 clusters of {16 * load(shards / 'train').samples:,} {space} vectors" in said["a"]
     # squares of three colours: some centre is near each
     means = centers.unflatten(1, (3, -1)).mean(2)
     for color in ((20, 40, 220), (30, 200, 60), (220, 30, 40)):
@@ -115,8 +107,6 @@ def test_centres_are_those_of_the_patches_themselves(shards: Path, tmp_path: Pat
         ("file", ["data.train=none"], USAGE, "data.train: it must be given"),
         ("file", ["patch=5"], USAGE, "patch=5 does not divide data.image_size=16,16"),
         ("file", ["clusters=5000"], DATA, "clusters=5000: "),
-        ("file", ["data.train=/nowhere"], DATA, "/nowhere: no such folder"),
-        ("/proc/none/file", [], CANNOT_CREATE, "output="),
         (".", [], CANNOT_CREATE, "output="),
     ],
 )
@@ -127,13 +117,6 @@ def test_what_cannot_be_fitted_is_one_line(output, arguments, code, message, sha
     assert message in str(end.value)
     assert "\n" not in str(end.value)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_codebook_fitted_again_is_the_same_file(tmp_path: Path):
-    said = {"space": "patch", "patch": "4", "seed": "0", "data": "abc"}
-    for number in range(6):
-        clusters.write(tmp_path / str(number), torch.ones(2, 3), said)
-    assert len({(tmp_path / str(number)).read_bytes() for number in range(6)}) == 1
 
 
 # in a run
@@ -165,7 +148,6 @@ def test_a_run_keeps_its_codebook(shards: Path, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("make_file", "message"),
     [
-        (lambda path: None, "cannot be read as a codebook"),
         (lambda path: path.write_bytes(b"nonsense"), "cannot be read as a codebook"),
         (lambda path: clusters.write(path, torch.rand(7, 192), {}), "nor of patches of 4 pixels"),
         (lambda path: clusters.write(path, torch.full((7, 48), float("nan")), {}), "nor of patches of 4 pixels"),

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import distance_transform_edt
 
 from ssl_vit.counter import words
 from ssl_vit.encoders.axial import Axial
@@ -31,15 +32,12 @@ def check(plan: Corruption, patches: int, fates: tuple[int, int, int]) -> None:
     """Exact counts, no patch twice, sources elsewhere."""
     assert plan.index.shape == plan.fate.shape == plan.source.shape == (len(plan.index), sum(fates))
     assert (plan.index.sort(1).values.diff(dim=1) > 0).all()
-    assert int(plan.index.min()) >= 0
-    assert int(plan.index.max()) < patches
     for fate, count in zip(FATES, fates, strict=True):
         assert (plan.fate == fate).sum(1).unique().tolist() == [count]
     swapped = plan.fate == SWAP
     assert (plan.source != plan.index)[swapped].all()
     assert torch.equal(plan.source[~swapped], plan.index[~swapped])
-    assert int(plan.source.min()) >= 0
-    assert int(plan.source.max()) < patches
+    assert all(0 <= int(one.min()) <= int(one.max()) < patches for one in (plan.index, plan.source))
 
 
 COUNTS = [(16, (6, 1, 1), 2), (36, (14, 2, 2), 5), (49, (20, 3, 2), 7), (64, (26, 3, 3), 10), (144, (58, 7, 7), 22)]
@@ -54,9 +52,7 @@ def test_counts_are_the_references(patches, want, at_15):
     check(draw(torch.arange(500), patches), patches, want)
 
 
-@pytest.mark.parametrize(
-    ("ratio", "grid"), [(0.4, (14, 14)), (0.5, (14, 14)), (0.9, (14, 14)), (0.5, (7, 12)), (0.5, (4, 4))]
-)
+@pytest.mark.parametrize(("ratio", "grid"), [(0.4, (14, 14)), (0.9, (14, 14)), (0.5, (7, 12)), (0.5, (4, 4))])
 def test_rectangles_cover_exactly_as_many(ratio, grid):
     check(drawn("blocks", 300, grid, ratio), grid[0] * grid[1], counts(grid[0] * grid[1], ratio, PAPER))
 
@@ -127,9 +123,7 @@ def test_rectangles_are_beits():
     """C8.2: 16 patches or more, sides from 0.3 to 1/0.3 of one another to rounding, and of many kinds."""
     shapes = block_shapes((14, 14), 98)
     areas = [height * width for height, width in shapes]
-    assert min(areas) >= 16
-    assert max(areas) <= 98 + 14  # sides are rounded
-    assert max(areas) > 90
+    assert 16 <= min(areas) < 90 < max(areas) <= 98 + 14  # sides are rounded
     for height, width in shapes:
         assert (height + 0.5) / (width - 0.5) >= 0.3
         assert (height - 0.5) / (width + 0.5) <= 1 / 0.3
@@ -174,16 +168,13 @@ def test_rectangles_have_no_favourite_side():
     assert (step[1:] - 1 / 195).abs().max() < 5 * math.sqrt(1 / 195 / (10 * count))
 
 
-DISTANCES = [("single", 0.4, 5.15, 0.3), ("single", 0.5, 5.93, 0.3), ("single", 0.6, 7.06, 0.3)]
-DISTANCES += [("units", 0.4, 11.0, 1.0), ("units", 0.5, 12.5, 1.0), ("units", 0.6, 14.9, 1.0)]
-DISTANCES += [("blocks", 0.36, 21, 4.0)]
+DISTANCES = [("single", 0.4, 5.15, 0.3), ("single", 0.6, 7.06, 0.3)]
+DISTANCES += [("units", 0.4, 11.0, 1.0), ("units", 0.6, 14.9, 1.0), ("blocks", 0.36, 21, 4.0)]
 
 
 @pytest.mark.parametrize(("way", "ratio", "want", "near"), DISTANCES)
 def test_distance_to_what_can_be_seen(way, ratio, want, near):
     """C8.7: mean distance of a masked pixel to the nearest visible one, at 224 px; of rectangles the order of it."""
-    from scipy.ndimage import distance_transform_edt
-
     plan, found = drawn(way, 40, (14, 14), ratio, (1, 0, 0)), []
     for index in plan.index.numpy():
         masked = np.zeros(196, dtype=bool)
@@ -195,10 +186,9 @@ def test_distance_to_what_can_be_seen(way, ratio, want, near):
 
 # in an encoder
 
-NO_POSITIONS = {**SIZES, "depth": 1, "positions": "none"}
 ENCODERS = {
     "vit": vit(depth=1, positions="none"),
-    "axial": Axial(**NO_POSITIONS),
+    "axial": Axial(**SIZES | {"depth": 1, "positions": "none"}),
     "hybrid": vit(depth=1, patch=16, image=64, stem="r50", positions="none"),
 }
 
@@ -206,7 +196,7 @@ ENCODERS = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("encoder", ["vit", "axial", pytest.param("hybrid", marks=pytest.mark.process)])
 def test_what_enters_the_blocks(encoder, way, tmp_path):
-    """Clean and kept patches bit for bit, the mask embedding, and clean patches from elsewhere."""
+    """C2.9: clean and kept patches bit for bit, the mask embedding, and clean patches from elsewhere."""
     given = ENCODERS[encoder]
     made, head = make("pixels", tmp_path, given, **WAYS[way])
     samples, seen = batch(3, given.image), []
@@ -216,28 +206,12 @@ def test_what_enters_the_blocks(encoder, way, tmp_path):
         clean = made.patch_embed(made.normalise(samples["image"]))
     plan, entered = head.draw(samples["seed"]), seen[0][:, made.prefix :]
     assert set(plan.fate.unique().tolist()) >= {MASK, SWAP}
+    assert plan.index.shape[1] < 16
     for b in range(3):
         want = clean[b].clone()
         for i, fate, source in zip(plan.index[b].tolist(), plan.fate[b].tolist(), plan.source[b].tolist(), strict=True):
             want[i] = {MASK: head.mask_token.detach(), SWAP: clean[b, source], KEEP: clean[b, i]}[fate]
         assert torch.equal(entered[b], want)
-        untouched = sorted(set(range(16)) - set(plan.index[b].tolist()))
-        assert untouched
-        assert torch.equal(entered[b, untouched], clean[b, untouched])
-
-
-def test_a_masked_patch_is_hidden_and_a_kept_one_is_not(tmp_path):
-    """C2.9"""
-    encoder, head = make("mean_color", tmp_path)
-    given = batch(1)
-    plan = draw(given["seed"], 16)
-    masked = next(int(i) for i in plan.index[0, :6] if i not in plan.source[0, 6:7])
-    for patch, changes in ((masked, False), (int(plan.index[0, 7]), True)):
-        image = given["image"].clone()
-        row, column = divmod(patch, 4)
-        image[:, :, row * 4 : row * 4 + 4, column * 4 : column * 4 + 4] ^= 255
-        seen = [encoder(x, edit=lambda p: plan.apply(p, head.mask_token)) for x in (given["image"], image)]
-        assert torch.equal(seen[0], seen[1]) != changes
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from ssl_vit.data.samples import Data
 from ssl_vit.encoders import classified
@@ -48,6 +50,7 @@ def test_every_head_steps_and_reports(kind, tmp_path):
     for parameter in made.head.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     given = batch()
+    assert torch.equal(made(given, tokens=True), made.encoder(given["image"]))
     whole = made(given)
     parts = [made({name: value[half] for name, value in given.items()}) for half in (slice(0, 3), slice(3, 6))]
     for name, value in whole.sums.items():
@@ -65,30 +68,27 @@ def test_every_head_steps_and_reports(kind, tmp_path):
         torch.testing.assert_close(padded.sums[name], value)
 
 
-def test_model_gives_tokens_through_its_own_call():
-    made, given = model(), batch()
-    assert torch.equal(made(given, tokens=True), made.encoder(given["image"]))
-
-
 @pytest.mark.parametrize(
     ("config", "want"),
     [
         (Transfer(), math.log(5)),
-        (Classifier(), math.log(5)),
+        (Classifier(hidden=9), math.log(5)),
         (Classifier(loss="sigmoid"), 5 * math.log(2)),  # it sums over classes
         (Classifier(bias=-10), math.log(5)),
         (Classifier(loss="sigmoid", bias=-10), 10 + 5 * math.log1p(math.exp(-10))),  # no to all: one of them is wrong
     ],
 )
 def test_a_fresh_head_guesses_uniformly(config, want):
-    """C1.4; and its last bias starts where it is told."""
+    """C1.4; its last bias starts where it is told; before that a classifier has one layer of tanh."""
     made = model(config)
     assert math.isclose(made(batch()).loss.item(), want, abs_tol=1e-6, rel_tol=0 if want < 9 else 1e-6)
-    last = made.head.layers[-1]
+    *others, last = made.head.layers
     assert last.bias.unique().tolist() == [getattr(config, "bias", 0)]
     assert not last.weight.any()
     if isinstance(config, Classifier):
-        assert made.head.layers[0].bias.abs().max() < 1
+        assert [type(layer).__name__ for layer in others] == ["Linear", "Tanh"]
+        assert others[0].out_features == config.hidden
+        assert others[0].bias.abs().max() < 1
 
 
 def test_a_zero_head_leaves_the_trunk_alone_in_its_first_step():
@@ -102,32 +102,20 @@ def test_a_zero_head_leaves_the_trunk_alone_in_its_first_step():
     assert made.head.layers[0].weight.abs().sum() > 0
 
 
-def test_top1_and_top5_count_like_a_sort():
+def test_top1_and_top5_count_like_a_sort_and_unlabelled_images_carry_no_loss():
     made, given = model(pool="mean"), batch()
     torch.nn.init.normal_(made.head.layers[0].weight)
     logits = made.head.layers(made.encoder(given["image"])[:, 1:].mean(1))
     output = made(given)
     assert output.sums["top1"] == (logits.argmax(1) == given["label"]).sum()
-    assert output.sums["top5"] == 6  # five classes
-    assert output.weight == 6
+    assert output.sums["top5"] == output.weight == 6  # five classes
+    some = made({name: value[:2] for name, value in given.items()})
+    output = made(given | {"label": given["label"].where(torch.arange(6) < 2, -1)})
+    torch.testing.assert_close(output.loss, some.loss)
+    assert output.weight == 2
     torch.nn.init.constant_(made.head.layers[0].bias, float("nan"))
     sums = made(given).sums
     assert sums["top1"] == sums["top5"] == 0  # what is no number is right for none
-
-
-def test_unlabelled_images_carry_no_loss():
-    made, given = loud(), batch(classes=3)
-    given["label"][2:] = -1
-    some = made({name: value[:2] for name, value in given.items()})
-    output = made(given)
-    torch.testing.assert_close(output.loss, some.loss)
-    assert output.weight == 2
-
-
-def test_the_classifier_has_one_tanh_layer():
-    layers = list(model(Classifier(hidden=9)).head.layers)
-    assert [type(layer).__name__ for layer in layers] == ["Linear", "Tanh", "Linear"]
-    assert layers[0].out_features == 9
 
 
 # smoothing and mixing
@@ -169,10 +157,7 @@ def test_mixed_targets_are_the_shares_of_both_images():
     torch.testing.assert_close(target[0], torch.stack([share, 0 * share, 1 - share]))
     want = given["image"][0].float() * share + given["image"][5].float() * (1 - share)
     torch.testing.assert_close(image[0], want, atol=1e-3, rtol=1e-5)
-
-
-def test_an_odd_batch_cannot_be_paired():
-    with pytest.raises(Refusal) as end:
+    with pytest.raises(Refusal) as end:  # an odd batch cannot be paired
         loud(mixup=0.8).train()(batch(5, classes=3))
     assert end.value.code == USAGE
 
@@ -182,9 +167,6 @@ def test_an_odd_batch_cannot_be_paired():
 
 def test_fine_tuning_a_timm_classifier_begins_with_timms_logits(tmp_path: Path):
     """head.keep: at step 0 the logits are those of the timm model."""
-    import timm
-    from safetensors.torch import save_file
-
     torch.manual_seed(1)
     options: Any = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5}
     theirs: Any = timm.create_model("vit_tiny_patch16_224", **options).eval()
