@@ -13,10 +13,10 @@ import timm
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from scipy import ndimage
 
 from ssl_vit import config, load_encoder, recipe
 from ssl_vit.encoders import weights
+from ssl_vit.encoders.positions import resize
 from ssl_vit.encoders.timm_zoo import TimmZoo
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.exits import DATA, Refusal
@@ -36,6 +36,25 @@ def same(ours: Any, theirs: Any, height: int = SIDE, width: int = SIDE, atol: fl
     want = theirs.forward_features(ours.normalise(one))
     assert want.std() > 0.3
     torch.testing.assert_close(ours(one), want, atol=atol, rtol=0)
+
+
+def write(path: Path) -> None:
+    """A good file, of Google's or of a plain ViT."""
+    if path.suffix == ".npz":
+        foreign.write_google(path)
+    elif path.suffix == ".pth":
+        torch.save(foreign.plain(narrow()), path)
+    else:
+        save_file(foreign.plain(narrow()), path)
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(Refusal) as end:
+        load_encoder(path)
+    assert end.value.code == DATA
+    assert path.name in str(end.value)
+    assert "\n" not in str(end.value)
+    return str(end.value)
 
 
 LARGER = ({"stem": (3, 4, 6, 3), "side": 64}, "vit_large_r50_s32_224", {"img_size": 64})
@@ -60,8 +79,8 @@ def test_googles_file_gives_what_timm_makes_of_it(tmp_path: Path, how, name, mor
     side = how.get("side", SIDE)
     same(ours, theirs, side, side)
     assert (ours.config.kind, ours.config.numbers) == ("vit", (WIDTH, DEPTH, HEADS, MLP))
-    stem = "r50" if "stem" in how else "patch"
-    assert (ours.config.pool, ours.config.mean, ours.config.stem) == ("class", (0.5,), stem)
+    settings = "class", (0.5,), "r50" if "stem" in how else "patch"
+    assert (ours.config.pool, ours.config.mean, ours.config.stem) == settings
 
 
 def test_googles_file_without_a_class_token(tmp_path: Path):
@@ -80,18 +99,14 @@ def test_googles_file_without_a_class_token(tmp_path: Path):
 
 
 @pytest.mark.parametrize("size", [24, 8, (16, 32)])
-def test_at_another_resolution_googles_positions_are_what_the_authors_zoom_makes(tmp_path: Path, size):
+def test_at_another_resolution_googles_positions_are_resized(tmp_path: Path, size):
+    """As by test_positions.py, here through the names of the file: the class token's row first."""
     arrays = foreign.write_google(tmp_path / "w.npz")
     source, tensors = weights.read(str(tmp_path / "w.npz"))
-    encoder = source.model_copy(update={"image": size}).build()
-    report = weights.fill(encoder, source, tensors, "w.npz")
-    assert report.resized == ["pos_embed"]
-    table = arrays["Transformer/posembed_input/pos_embedding"][0]
-    rows, columns = encoder.grid
-    grid = table[1:].reshape(4, 4, WIDTH)
-    zoomed = np.asarray(ndimage.zoom(grid, (rows / 4, columns / 4, 1), order=1)).reshape(rows * columns, WIDTH)
-    found = encoder.pos_embed.detach().numpy()[0]  # type: ignore[union-attr]
-    np.testing.assert_allclose(found, np.concatenate([table[:1], zoomed]), atol=1e-6)
+    encoder: Any = source.model_copy(update={"image": size}).build()
+    assert weights.fill(encoder, source, tensors, "w.npz").resized == ["pos_embed"]
+    table = torch.from_numpy(arrays["Transformer/posembed_input/pos_embedding"])
+    assert torch.equal(encoder.pos_embed, resize(table, (4, 4), encoder.grid, 1))
     theirs = vit(img_size=encoder.config.image_hw)
     theirs.load_state_dict(encoder.state_dict())
     same(encoder.eval(), theirs, *encoder.config.image_hw)
@@ -117,12 +132,15 @@ def same_as_hugging_face(ours: Any, theirs: Any, **options: Any) -> None:
 def test_hugging_faces_folder(tmp_path: Path, kind):
     model = getattr(transformers, kind)(transformers.ViTConfig(**HF, encoder_stride=PATCH))
     theirs = saved(model, tmp_path)
+    theirs = theirs if kind == "ViTModel" else theirs.vit
     ours = load_encoder(tmp_path)
-    same_as_hugging_face(ours, theirs if kind == "ViTModel" else theirs.vit)
+    same_as_hugging_face(ours, theirs)
     assert ours.config.numbers == (WIDTH, DEPTH, HEADS, MLP)  # type: ignore[union-attr]
     assert (ours.config.mean, ours.config.std) == ((0.2, 0.3, 0.4), (0.2, 0.25, 0.3))
     on_disk = load_file(tmp_path / "model.safetensors")
     assert any("encoder.layer.0.attention.attention.query.weight" in name for name in on_disk)  # transformers 5 as well
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")  # under the names that it has in memory
+    same_as_hugging_face(load_encoder(tmp_path), theirs)
 
 
 def test_hugging_faces_autoencoder(tmp_path: Path):
@@ -151,35 +169,27 @@ def test_the_hubs_old_names_in_either_file(tmp_path: Path, name, prefix):
         same(load_encoder(source), theirs)
 
 
-def test_names_that_transformers_has_in_memory(tmp_path: Path):
-    theirs = loud(transformers.ViTModel(transformers.ViTConfig(**HF)))
-    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
-    theirs.config.save_pretrained(tmp_path)
-    same_as_hugging_face(load_encoder(tmp_path), theirs)
+NOT_PLAIN: list[dict[str, Any]] = [{"hidden_act": "gelu_new"}, {"model_type": "deit"}, {"model_type": "vit_msn"}]
+NOT_PLAIN += [{"layer_norm_eps": 1e-3}, {"qkv_bias": False}]
 
 
-NOT_PLAIN: list[dict[str, Any]] = [{"hidden_act": "gelu_new"}, {"hidden_act": "quick_gelu"}, {"model_type": "deit"}]
-NOT_PLAIN += [{"model_type": "dinov2"}, {"model_type": "vit_msn"}, {"layer_norm_eps": 1e-3}, {"qkv_bias": False}]
-
-
-@pytest.mark.parametrize("change", NOT_PLAIN, ids=str)
-def test_what_is_no_plain_vit_of_hugging_faces_is_refused(tmp_path: Path, change):
+def test_hugging_faces_settings_decide(tmp_path: Path):
+    """What is no plain ViT is refused; an image processor that does not normalise, or has one number for all."""
     saved(transformers.ViTModel(transformers.ViTConfig(**HF)), tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    ((key, value),) = change.items()
-    with pytest.raises(Refusal, match=f"{key}={value}.* is another model than a plain ViT") as end:
-        load_encoder(tmp_path)
-    assert end.value.code == DATA
-
-
-def test_an_image_processor_that_does_not_normalise(tmp_path: Path):
-    saved(transformers.ViTModel(transformers.ViTConfig(**HF)), tmp_path)
-    path = tmp_path / "preprocessor_config.json"
-    path.write_text(json.dumps({"do_normalize": False, "image_mean": [0.2] * 3, "image_std": [0.2] * 3}))
-    assert (load_encoder(tmp_path).config.mean, load_encoder(tmp_path).config.std) == ((0.0,), (1.0,))
-    path.write_text(json.dumps({"image_mean": 0.3, "image_std": 0.4}))
-    assert (load_encoder(tmp_path).config.mean, load_encoder(tmp_path).config.std) == ((0.3,), (0.4,))
+    plain = json.loads((tmp_path / "config.json").read_text())
+    for change in NOT_PLAIN:
+        (tmp_path / "config.json").write_text(json.dumps(plain | change))
+        ((key, value),) = change.items()
+        assert f"{key}={value}" in (said := refused(tmp_path))
+        assert "is another model than a plain ViT" in said
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    for said, wanted in (
+        ({"do_normalize": False, "image_mean": [0.2] * 3, "image_std": [0.2] * 3}, ((0.0,), (1.0,))),
+        ({"image_mean": 0.3, "image_std": 0.4}, ((0.3,), (0.4,))),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+        found = load_encoder(tmp_path).config
+        assert (found.mean, found.std) == wanted
 
 
 NARROW: dict[str, Any] = {"embed_dim": 64, "num_heads": 1}
@@ -210,10 +220,8 @@ def test_files_of_mae_and_dino(tmp_path: Path, kind, monkeypatch: pytest.MonkeyP
 
 def test_maes_fine_tuned_file_is_another_model(tmp_path: Path):
     """Its norm follows the mean over the patches, and there is none before: tokens would be unlike anything trained."""
-    theirs = vit(global_pool="avg", num_classes=7)
-    tensors = theirs.state_dict()
-    assert "fc_norm.weight" in tensors
-    assert "norm.weight" not in tensors
+    tensors = vit(global_pool="avg", num_classes=7).state_dict()
+    assert {"fc_norm.weight", "norm.weight"} & tensors.keys() == {"fc_norm.weight"}
     torch.save({"model": tensors}, tmp_path / "w.pth")
     with pytest.raises(Refusal, match=r"2 tensors missing \(norm\.weight, norm\.bias"):
         load_encoder(tmp_path / "w.pth")
@@ -244,13 +252,11 @@ def timm_folder(folder: Path, name: str, **arguments: Any) -> Any:
 def test_timms_plain_folders_become_our_own_vit(tmp_path: Path, name, arguments):
     theirs = timm_folder(tmp_path, name, **arguments)
     for source in (str(tmp_path), f"timm:local-dir:{tmp_path}"):
-        config, tensors = weights.read(source)
-        assert isinstance(config, Vit)
-        assert config.numbers[2] == theirs.blocks[0].attn.num_heads
-        assert (config.pool == "class") == (theirs.global_pool == "token")
-        encoder = config.build().eval()
-        weights.fill(encoder, config, tensors, name)
-        same(encoder, theirs, *config.image_hw)
+        encoder: Any = load_encoder(source)
+        assert isinstance(encoder.config, Vit)
+        assert encoder.config.numbers[2] == theirs.blocks[0].attn.num_heads
+        assert (encoder.config.pool == "class") == (theirs.global_pool == "token")
+        same(encoder, theirs, *encoder.config.image_hw)
 
 
 @pytest.mark.parametrize(
@@ -270,9 +276,10 @@ def test_other_models_are_taken_as_timms(tmp_path: Path, name):
     encoder = config.build().eval()
     report = weights.fill(encoder, config, tensors, name, share=0.999)
     assert report.share == 1
+    one = image(*config.image_hw)
     with torch.no_grad():
-        want = encoder._tokens(theirs.forward_features(encoder.normalise(image(*config.image_hw))))
-        torch.testing.assert_close(encoder(image(*config.image_hw)), want, atol=1e-5 * float(want.abs().max()), rtol=0)
+        want = encoder._tokens(theirs.forward_features(encoder.normalise(one)))
+        torch.testing.assert_close(encoder(one), want, atol=1e-5 * float(want.abs().max()), rtol=0)
 
 
 BARE_TOO = [{"init_values": 0.1}, {"qk_norm": True}, {"reg_tokens": 2}, {"pre_norm": True}, {"no_embed_class": True}]
@@ -289,10 +296,7 @@ def test_arguments_that_make_another_model_are_never_taken_for_a_plain_vit(tmp_p
         content = json.loads((tmp_path / "config.json").read_text())
         content["model_args"] |= change
         (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(Refusal) as end:
-        load_encoder(tmp_path)
-    assert end.value.code == DATA
-    assert "\n" not in str(end.value)
+    refused(tmp_path)
     if change in BARE_TOO:  # nor where there are but tensors
         (tmp_path / "bare").mkdir()
         torch.save(model.state_dict(), tmp_path / "bare" / "w.pth")
@@ -335,26 +339,17 @@ def test_without_timm_its_names_that_say_it_all_are_read_and_others_named(tmp_pa
 # --- the report
 
 
-def sources(folder: Path) -> dict[str, Path]:
-    """A file of each origin."""
-    foreign.write_google(folder / "google.npz")
-    saved(transformers.ViTForImageClassification(transformers.ViTConfig(**HF)), folder / "hf")
-    return {"google": folder / "google.npz", "hf": folder / "hf"}
-
-
 def test_the_report_says_what_became_of_every_tensor(tmp_path: Path):
-    given = sources(tmp_path)
-    source, tensors = weights.read(str(given["google"]))
+    foreign.write_google(tmp_path / "google.npz")
+    source, tensors = weights.read(str(tmp_path / "google.npz"))
     del tensors["norm.bias"]
     tensors["blocks.0.mlp.fc1.bias"] = torch.zeros(3)
     encoder = source.model_copy(update={"image": 24}).build()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     with pytest.raises(Refusal) as end:
         weights.fill(encoder, source, tensors, "w.npz")
-    assert str(end.value) == (
-        "w.npz: does not fit the encoder: 1 tensors missing (norm.bias); "
-        "1 tensors of another shape (blocks.0.mlp.fc1.bias)"
-    )
+    missing, unlike = "1 tensors missing (norm.bias)", "1 tensors of another shape (blocks.0.mlp.fc1.bias)"
+    assert str(end.value) == f"w.npz: does not fit the encoder: {missing}; {unlike}"
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     total = sum(value.numel() for value in before.values())
     share = (total - WIDTH - MLP) / total
@@ -366,8 +361,8 @@ def test_the_report_says_what_became_of_every_tensor(tmp_path: Path):
         "(blocks.0.mlp.fc1.bias), 1 missing (norm.bias), "
         "4 left over (pre_logits.weight, pre_logits.bias, head.weight ...)"
     )
-    random = {name for name, value in encoder.state_dict().items() if torch.equal(value, before[name])}
-    assert random == {"norm.bias", "blocks.0.mlp.fc1.bias"}  # these alone stay as they were drawn
+    drawn = {name for name, value in encoder.state_dict().items() if torch.equal(value, before[name])}
+    assert drawn == {"norm.bias", "blocks.0.mlp.fc1.bias"}  # these alone stay as they were
 
 
 def test_parts_of_another_architecture_are_not_dropped_in_silence():
@@ -379,27 +374,21 @@ def test_parts_of_another_architecture_are_not_dropped_in_silence():
 
 @pytest.mark.parametrize("schema", [Pretrain, Finetune])
 def test_what_a_training_says_of_its_source(tmp_path: Path, schema, capsys: pytest.CaptureFixture[str]):
-    given = sources(tmp_path)
-    for origin, path in given.items():
+    foreign.write_google(tmp_path / "google.npz")
+    saved(transformers.ViTForImageClassification(transformers.ViTConfig(**HF)), tmp_path / "hf")
+    for path in (tmp_path / "google.npz", tmp_path / "hf"):
         words = [f"init={path}", "data.train=x", "data.image_size=24", "init_share=0.9"]
         parsed, tensors, source = recipe.resolve(config.parse(schema, words, recipe.FOLDER))
         model = recipe.build(parsed, 3, tensors, source, say=print)
         said = capsys.readouterr().out
-        assert said.startswith(
-            f"{path}: 100.0% of the encoder; {len(model.encoder.state_dict())} matched, 1 resized (pos_embed), "
-        )
-        assert ("left over (pre_logits.weight, pre_logits.bias" in said) == (origin == "google")
-        assert ("2 left over (classifier." in said) == (origin == "hf")
+        count = len(model.encoder.state_dict())
+        assert said.startswith(f"{path}: 100.0% of the encoder; {count} matched, 1 resized (pos_embed), ")
+        assert ("left over (pre_logits.weight, pre_logits.bias" in said) == (path.name == "google.npz")
+        assert ("2 left over (classifier." in said) == (path.name == "hf")
         assert model.encoder.grid == (6, 6)
 
 
 # --- damaged and foreign files
-
-
-def flipped(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 0x10
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", ["w.npz", "w.safetensors", "w.pth"])
@@ -419,8 +408,7 @@ def test_flipped_bits_are_refused_or_are_in_the_numbers(tmp_path: Path, name):
     places = range(100, len(whole), len(whole) // 40) if name == "w.npz" else range(0, 2000, 41)
     changed = 0
     for place in places:
-        (tmp_path / name).write_bytes(whole)
-        flipped(tmp_path / name, place)
+        (tmp_path / name).write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
         with suppress(Refusal):
             load_encoder(tmp_path / name)
             continue
@@ -436,24 +424,6 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path):
         save_file({**tensors, name: value}, tmp_path / "w.safetensors")
         with pytest.raises(Refusal, match=rf"{name} has numbers that are not finite, or whole numbers"):
             load_encoder(tmp_path / "w.safetensors")
-
-
-def write(path: Path) -> None:
-    if path.suffix == ".npz":
-        foreign.write_google(path)
-    elif path.suffix == ".pth":
-        torch.save(foreign.plain(narrow()), path)
-    else:
-        save_file(foreign.plain(narrow()), path)
-
-
-def refused(path: Path) -> str:
-    with pytest.raises(Refusal) as end:
-        load_encoder(path)
-    assert end.value.code == DATA
-    assert path.name in str(end.value)
-    assert "\n" not in str(end.value)
-    return str(end.value)
 
 
 class Evil:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -44,19 +45,12 @@ def test_parameters_and_macs_are_the_papers(size, patch, trunk, with_head, large
     assert count_parameters(small) + count_parameters(head) == with_head
     assert count_parameters(large) + count_parameters(head) == with_head_larger
     assert round(cost.encoder_macs(small.config) / 1e9, 3) == gmac
-
-
-def test_weight_decay_falls_on_the_kernels_of_the_paper():
-    with torch.device("meta"):
-        encoder = Vit(size="B").build()
-    decayed = sum(p.numel() for name, p in encoder.named_parameters() if is_kernel(name, p))
-    assert decayed == 85_524_480  # C4.3
+    decayed = sum(p.numel() for name, p in small.named_parameters() if is_kernel(name, p))
+    assert decayed == 85_524_480 or (size, patch) != ("B", 16)  # C4.3: the kernels of the paper
 
 
 def test_vit_b16_equals_timm_bit_for_bit(monkeypatch: pytest.MonkeyPatch):
     """Where both use one library; oneDNN, which ours uses on a CPU, rounds otherwise. Of twelve blocks it has two."""
-    import timm
-
     torch.manual_seed(0)
     theirs: Any = timm.create_model("vit_base_patch16_224", num_classes=0, depth=2).eval()
     ours = Vit(size="B", depth=2).build().eval()
@@ -69,14 +63,10 @@ def test_vit_b16_equals_timm_bit_for_bit(monkeypatch: pytest.MonkeyPatch):
         assert torch.equal(ours(image), want)
 
 
-def test_pixels_lie_between_minus_one_and_one():
+def test_pixels_lie_between_minus_one_and_one_and_their_convolution_is_a_linear_layer_in_raster_order():
     encoder = SMALL.build()
     edges = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 16, 24)
     assert encoder.normalise(edges).unique().tolist() == [-1.0, 1.0]
-
-
-def test_the_convolution_is_unfold_and_a_linear_layer_in_raster_order():
-    encoder = SMALL.build()
     pixels = encoder.normalise(images(SMALL))
     kernel: Any = encoder.patch_embed.proj
     flat = nn.functional.unfold(pixels, 4, stride=4).transpose(1, 2)  # C1.3
@@ -91,13 +81,10 @@ def test_dropout_sits_at_the_papers_places():
     assert places == ["pos_drop"] + [f"blocks.{i}.{at}" for i in (0, 1) for at in ("drop", "mlp.drop1", "mlp.drop2")]
 
 
-def test_heads_change_neither_parameters_nor_macs():
+def test_heads_change_neither_parameters_nor_macs_and_a_size_that_does_not_fit_is_refused():
     few, many = (SMALL.model_copy(update={"heads": heads}) for heads in (1, 8))
     assert count_parameters(few.build()) == count_parameters(many.build())
     assert cost.encoder_macs(few) == cost.encoder_macs(many)
-
-
-def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="patches of 16; 32 x 32 can"):
         Vit(image=30).build()
 
@@ -152,10 +139,9 @@ def test_rows_and_columns_do_not_mix(variant):
         expected[down, across] = True
         return expected
 
-    both = changed(encoder, image, *cell, lambda x: encoder.through(rows, encoder.embed(x)))
-    assert torch.equal(both, want(slice(None), 2))
-    both = changed(encoder, image, *cell, lambda x: encoder.through(columns, encoder.embed(x)))
-    assert torch.equal(both, want(1, slice(None)))
+    for block, expected in ((rows, want(slice(None), 2)), (columns, want(1, slice(None)))):
+        found = changed(encoder, image, *cell, lambda x, block=block: encoder.through(block, encoder.embed(x)))
+        assert torch.equal(found, expected)
     assert changed(encoder, image, *cell, encoder).all()
 
 
