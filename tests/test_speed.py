@@ -8,13 +8,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from itertools import repeat
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ attention, memory, inference, scaling, data, processes = (
 )
 
 Rows = list[dict[str, Any]]
-Screen = pytest.CaptureFixture[str]
+Patch, Screen = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 process = pytest.mark.process  # a variant of what runs by default
 
 STEP = ["recipe=mpp_demo", "data.image_size=16", "encoder.patch=4", "encoder.width=32", "encoder.depth=2", "batch=4"]
@@ -76,7 +76,7 @@ def run(folder: Path, name: str, *keys: str) -> Rows:
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_measured(
-    name: str, keys: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, keys: list[str], said: str, tmp_path: Path, monkeypatch: Patch
 ):
     monkeypatch.setattr(scaling, "built", None)
     if keys[0] == "WORLD_SIZE=2":
@@ -202,27 +202,23 @@ def test_every_way_to_attend_is_judged_and_one_that_cannot_says_so(tmp_path: Pat
     rows = attend(tmp_path, "5,17", ",".join(ways))
     table = capsys.readouterr().out
     assert [(row["tokens"], row["who"]) for row in rows] == [(tokens, way) for tokens in (5, 17) for way in ways]
-    for row in rows:
-        if row["who"] == "efficient":  # a CPU has none
-            assert "scaled_dot_product_attention" in row["refused"]
-            assert row["images_per_second"] is None
-            assert row["refused"] in table
-            continue
-        assert row["finite"]
-        assert 0 < row["output_error"] < 1e-6
-        assert 0 < row["gradient_error"] < 1e-5
-        flops = 12 * 18 * 2 * row["tokens"] ** 2 * 8
-        assert row["tflops"] * row["milliseconds"] * 1e9 == pytest.approx(flops, rel=1e-3)
     for some in (rows[:4], rows[4:]):
-        best = min((row for row in some if "refused" not in row), key=lambda row: row["milliseconds"])
-        assert [row for row in some if row["fastest"]] == [best]
+        refused = some.pop(1)  # a CPU has no such kernel
+        assert "scaled_dot_product_attention" in refused["refused"]
+        assert refused["refused"] in table
+        assert refused["images_per_second"] is None
+        for row in some:
+            assert row["finite"]
+            assert 0 < row["output_error"] < 1e-6
+            assert 0 < row["gradient_error"] < 1e-5
+            flops = 12 * 18 * 2 * row["tokens"] ** 2 * 8
+            assert row["tflops"] * row["milliseconds"] * 1e9 == pytest.approx(flops, rel=1e-3)
+        assert [row for row in some if row["fastest"]] == [min(some, key=lambda row: row["milliseconds"])]
     assert table.count("fastest") == 2
 
 
 @pytest.mark.parametrize("after", [0, 5])  # from the first, or after a check, three steps of warm-up and one of a round
-def test_gradients_that_are_not_finite_never_win(
-    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Screen
-):
+def test_gradients_that_are_not_finite_never_win(after: int, tmp_path: Path, monkeypatch: Patch, capsys: Screen):
     """Poisoned: right forward; its gradient to q is NaN from a number of calls on, as cuDNN's was."""
     real, calls = attention.race, itertools.count()
 
@@ -231,10 +227,8 @@ def test_gradients_that_are_not_finite_never_win(
             q.register_hook(lambda gradient: gradient * torch.nan)
         return attention.written(q, k, v)
 
-    def no_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.transpose(2, 3)).softmax(3) @ v
-
-    monkeypatch.setattr(attention, "pinned", {"flash": poisoned_ones, "math": no_scale}.__getitem__)
+    ways = {"flash": poisoned_ones, "math": lambda q, k, v: (q @ k.transpose(2, 3)).softmax(3) @ v}  # without a scale
+    monkeypatch.setattr(attention, "pinned", ways.__getitem__)
     monkeypatch.setattr(attention, "race", lambda *given: real(*given) | {"flash": [1e-6]})  # however fast they are
     poisoned, wrong = attend(tmp_path, "17", "flash,math")
     assert not poisoned["finite"]
@@ -260,21 +254,17 @@ def test_the_largest_that_fits_is_found(granularity: int, most: int):
 
         low, high = memory.largest(fits, memory.doubled(4, most), granularity)
         assert len(asked) == len(set(asked)) < 20
-        assert low <= there
         if high is None:
             assert low == most <= there
-            continue
-        assert there < high in asked
-        assert low in (0, *asked)
-        assert not [size for size in range(low + 1, high) if size % granularity == 0]  # nothing is left to try
+        else:
+            assert low <= there < high
+            assert {low, high} <= {0, *asked}
+            assert not [size for size in range(low + 1, high) if size % granularity == 0]  # nothing is left to try
 
 
 def test_doubling_ends_at_the_most_and_the_slope_is_of_batches_far_from_each_other():
-    assert list(memory.doubled(8, 64)) == [8, 16, 32, 64]
-    assert list(memory.doubled(8, 50)) == [8, 16, 32, 50]
-    assert list(memory.doubled(50, 50)) == [50]
-    assert list(memory.doubled(128, 100)) == [100]  # after 64
-    assert list(memory.doubled(128, 64)) == []
+    doubled = {(8, 64): [8, 16, 32, 64], (8, 50): [8, 16, 32, 50], (50, 50): [50], (128, 100): [100], (128, 64): []}
+    assert {ends: list(memory.doubled(*ends)) for ends in doubled} == doubled  # 100 is tried after 64
     peaks = {8: 18 * 10**6, 16: 26 * 10**6, 20: 10**9, 24: 34 * 10**6, 32: 58 * 10**6, 48: None}
     assert memory.slope(peaks) == 2.0  # from 16 to 32
     assert memory.slope({8: 1, 12: 2, 16: None}) is None
@@ -297,12 +287,9 @@ def test_memory_is_measured_in_processes_that_a_limit_holds(tmp_path: Path, caps
     assert line.split()[3:6] == ["no", "512", "1024"]
 
 
-def test_on_a_gpu_running_out_of_memory_is_an_answer_and_no_other_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_on_a_gpu_running_out_of_memory_is_an_answer_and_no_other_error(tmp_path: Path, monkeypatch: Patch):
     """A GPU of 80 GiB in which 700 images fit, a GiB is taken besides, and nothing is computed."""
-    fractions: set[float] = set()
-    released, trained = [], [0]
+    fractions, released, trained = Mock(), Mock(), [0]
 
     def train(made: Any, who: str, batch: int, forget_peak: Any) -> None:
         if batch > 700:
@@ -310,12 +297,9 @@ def test_on_a_gpu_running_out_of_memory_is_an_answer_and_no_other_error(
         forget_peak()
         trained.append(batch)
 
-    def broken(*_: Any) -> None:
-        raise RuntimeError("shapes cannot be multiplied")
-
-    ours: dict[str, Any] = {"device": lambda: torch.device("cpu"), "has_compiler": lambda: True, "train": train}
-    ours |= {"release": lambda: released.append(1)}
-    cuda: dict[str, Any] = {"set_per_process_memory_fraction": fractions.add, "max_memory_reserved": lambda: 0}
+    ours: dict[str, Any] = {"device": lambda: torch.device("cpu"), "has_compiler": lambda: True}
+    ours |= {"train": train, "release": released}
+    cuda: dict[str, Any] = {"set_per_process_memory_fraction": fractions, "max_memory_reserved": lambda: 0}
     cuda |= {"mem_get_info": lambda: (79 * 2**30, 80 * 2**30), "reset_peak_memory_stats": lambda: None}
     cuda |= {"max_memory_allocated": lambda: 2**30 + trained[-1] * 10**7}
     monkeypatch.setattr(memory.environment, "on_gpu", lambda: True)
@@ -328,9 +312,9 @@ def test_on_a_gpu_running_out_of_memory_is_an_answer_and_no_other_error(
         assert list(row["peak_gib"]) == ["128", "256", "512", "640", "704", "768", "1024"]
         assert (row["largest_batch"], row["fails_at"], row["mb_an_image"]) == (640, 704, 10.0)
     assert "bf16, 80.00 GiB" in rows[0]["case"]
-    assert fractions == {1.0}
-    assert len(released) == 4 * 7  # every time
-    monkeypatch.setattr(memory, "train", broken)
+    assert {call.args for call in fractions.call_args_list} == {(1.0,)}
+    assert released.call_count == 4 * 7  # every time
+    monkeypatch.setattr(memory, "train", Mock(side_effect=RuntimeError("shapes cannot be multiplied")))
     with pytest.raises(RuntimeError, match="shapes"):
         run(tmp_path, "memory", *MEMORY)
     for said in ("std::bad_alloc", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory"):
@@ -341,7 +325,7 @@ def test_on_a_gpu_running_out_of_memory_is_an_answer_and_no_other_error(
 
 
 @process
-def test_encoders_run_at_every_size_beside_timms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Screen):
+def test_encoders_run_at_every_size_beside_timms(tmp_path: Path, monkeypatch: Patch, capsys: Screen):
     monkeypatch.setattr(inference, "race", lambda steps, *_, **__: {who: [2.0] for who in steps if len(steps[who]())})
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     keys = ["encoders=Ti/16,R50x1", "sizes=16,40", "most=2", "rounds=1", "round_steps=1"]
@@ -384,7 +368,7 @@ OOM = torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize(("fits", "most", "last"), [(1000, 1000, 32), (1000, 16, 16), (5, 1000, 4), (0, 1000, 0)])
-def test_batches_double_while_that_pays(fits: int, most: int, last: int, monkeypatch: pytest.MonkeyPatch):
+def test_batches_double_while_that_pays(fits: int, most: int, last: int, monkeypatch: Patch):
     """Where all fit, two are tried beyond the best."""
     monkeypatch.setattr(inference, "race", lambda steps, *_, **__: {who: [step()] for who, step in steps.items()})
     rates = inference.sweep(Passes(fits, OOM), most, steps=1)
@@ -393,32 +377,22 @@ def test_batches_double_while_that_pays(fits: int, most: int, last: int, monkeyp
         inference.sweep(Passes(0, RuntimeError("broken")), most, steps=1)
 
 
-@pytest.mark.parametrize(
-    ("fits", "error", "found"),
-    [
+def test_the_largest_batch_says_why_the_next_fails(monkeypatch: Patch):
+    monkeypatch.setattr(inference, "release", lambda: None)
+    for fits, error, found in (
         (40, OOM, (32, 48, "memory")),
         (50, RuntimeError("integer out of range\nat line 1"), (48, 64, "integer out of range")),
         (0, OOM, (0, 1, "memory")),
         (500, OOM, (100, None, None)),
-    ],
-)
-def test_the_largest_batch_says_why_the_next_fails(
-    fits: int, error: Exception, found: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(inference, "Forward", lambda *_: Passes(fits, error))
-    monkeypatch.setattr(inference, "release", lambda: None)
-    row = inference.capacity(Vit(), inference.Options(granularity=16), 100)
-    assert (row["largest_batch"], row["fails_at"], row["fails_because"]) == found
+    ):
+        monkeypatch.setattr(inference, "Forward", lambda *_, given=(fits, error): Passes(*given))
+        row = inference.capacity(Vit(), inference.Options(granularity=16), 100)
+        assert (row["largest_batch"], row["fails_at"], row["fails_because"]) == found
 
 
-def test_an_encoder_for_which_memory_is_too_small_is_a_row_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Screen
-):
-    def none(self: Any, image: Tensor) -> Iterator[Tensor]:
-        raise OOM
-
+def test_an_encoder_for_which_memory_is_too_small_is_a_row_too(tmp_path: Path, monkeypatch: Patch, capsys: Screen):
     monkeypatch.setattr(inference, "has_timm", lambda: False)
-    monkeypatch.setattr(inference.Forward, "__call__", none)
+    monkeypatch.setattr(inference.Forward, "__call__", Mock(side_effect=OOM))
     (row,) = run(tmp_path, "inference", "encoders=ViT-Ti/16", "sizes=16", "rounds=1")
     assert (row["images_per_second"], row["batch"], row["tried"], row["largest_batch"]) == (None, None, {}, 0)
     assert "no memory" in capsys.readouterr().out
@@ -513,13 +487,9 @@ def check_formula(row: dict[str, Any], axis: str) -> None:
         assert row["tflops"][number] == pytest.approx(wanted / seconds / 1e12, rel=1e-2, abs=1e-4)
 
 
-def test_an_axis_is_measured_by_real_steps(tmp_path: Path):
-    (row,) = scaled(tmp_path, "axes=image", words_of("image"))
-    check_formula(row, "image")
-
-
-def test_every_step_is_that_of_its_value(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """What is built, and what it is given; the race is one of a clock that knows each cost."""
+def test_every_step_is_that_of_its_value(monkeypatch: Patch, tmp_path: Path):
+    """Of real steps of one axis; of all what is built and given, in a race of a clock that knows each cost."""
+    check_formula(*scaled(tmp_path, "axes=image", words_of("image")), "image")
     seen: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def ours(made: Any, model: Any, batch: Any, output: Path) -> Callable[[], object]:
@@ -544,7 +514,7 @@ def test_every_step_is_that_of_its_value(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert {seen[8, 16 // patch, 2, 16][1] for patch in (2, 8)} == {2, 8}
 
 
-def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Screen):
+def test_what_does_not_fit_is_left_out(monkeypatch: Patch, tmp_path: Path, capsys: Screen):
     def ours(made: Any, *_: Any) -> Callable[[], object]:
         if made.batch == 32:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -568,11 +538,16 @@ def test_a_set_of_any_size_is_made_and_can_be_read(samples: int, shards: int, tm
     each = samples // shards
     assert len({image.numpy().tobytes() for image in every["image"]}) == min(each, data.PICTURES)  # all that differ
     assert made.index(0)["label"].tolist() == [0] * each
+    cut = tmp_path / "set" / "0.tar"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    with pytest.raises(Refusal, match="too short") as end:  # what cannot be read is no measurement
+        data.first(options("data.image_size=16,24"), tmp_path / "set")
+    assert end.value.code == DATA
 
 
 @process
 @pytest.mark.parametrize(("axis", "key"), [("samples", "samples=1000,4000"), ("shards", "shards=1,20")])
-def test_the_axes_of_data(axis: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_axes_of_data(axis: str, key: str, tmp_path: Path, monkeypatch: Patch):
     monkeypatch.setattr(data, "PLANS", 5)
     with patch.object(data, "enlarged", wraps=data.enlarged) as enlarged:
         start, _plan, batch = rows = scaled(tmp_path, f"axes={axis}", key)
@@ -585,17 +560,8 @@ def test_the_axes_of_data(axis: str, key: str, tmp_path: Path, monkeypatch: pyte
     assert (start["images_per_second"], len(batch["images_per_second"])) == (None, 2)
 
 
-def test_a_set_that_cannot_be_read_is_no_measurement(tmp_path: Path):
-    folder = data.enlarged(data.pictures(tmp_path, (16, 16)), tmp_path / "set", 100, 2)
-    whole = (folder / "0.tar").read_bytes()
-    (folder / "0.tar").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(Refusal, match="too short") as end:
-        data.first(options(), folder)
-    assert end.value.code == DATA
-
-
 @process
-def test_workers_are_fitted_up_to_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: Path):
+def test_workers_are_fitted_up_to_the_cores(tmp_path: Path, monkeypatch: Patch, shards: Path):
     monkeypatch.setattr(data, "OPENING", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
     loaded: list[int] = []
@@ -624,7 +590,7 @@ def test_two_processes_by_a_real_launch(tmp_path: Path):
     assert row["images_per_second"][0] == pytest.approx(2 * BATCH / row["milliseconds"][0] * 1e3, rel=1e-2)
 
 
-def test_processes_are_launched_with_as_many_images_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_processes_are_launched_with_as_many_images_each(monkeypatch: Patch, tmp_path: Path):
     """The command of a launch, by a launcher that answers at once, two processes in twice the time; or that fails."""
     asked: dict[int, Any] = {}
 
@@ -651,9 +617,7 @@ def test_processes_are_launched_with_as_many_images_each(monkeypatch: pytest.Mon
 
 @process
 @pytest.mark.parametrize("where", [None, "the loop", "a worker"])
-def test_memory_of_a_training_is_watched(
-    where: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Screen
-):
+def test_memory_of_a_training_is_watched(where: str | None, tmp_path: Path, monkeypatch: Patch, capsys: Screen):
     """Flat, or 50 kB a step that nobody gives back; before other axes, whose freed memory would hide growth."""
     kept: list[bytes] = []
     place, name = (loop, "update") if where == "the loop" else (Samples, "batch")

@@ -1,7 +1,6 @@
 """Weights files as others write them, tiny, with loud random numbers: no released one can be had here."""
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,25 +140,3 @@ def dino(timm_model: nn.Module, other: nn.Module) -> dict[str, Any]:
     made = {"student": both(other, "module."), "teacher": both(timm_model, "")}
     state = {"optimizer": {"state": {}, "param_groups": []}, "epoch": 100, "args": args}
     return made | state | {"dino_loss": {"center": torch.zeros(1, 128)}, "fp16_scaler": {"scale": 65536.0}}
-
-
-def old_hub_names(weights: dict[str, Tensor], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """timm's ViT under the names that Hugging Face's hub has had since 2021: q, k and v apart."""
-    names = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
-    names |= {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
-    parts = {"attn.proj": "attention.output.dense", "norm1": "layernorm_before", "norm2": "layernorm_after"}
-    parts |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
-    for name, value in weights.items():
-        stem, _, leaf = name.rpartition(".")
-        if name in names:
-            yield prefix + names[name], value
-        elif stem in names:
-            yield f"{prefix}{names[stem]}.{leaf}", value
-        else:
-            _, number, part = stem.split(".", 2)
-            layer = f"{prefix}encoder.layer.{number}"
-            if part == "attn.qkv":
-                for word, piece in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                    yield f"{layer}.attention.attention.{word}.{leaf}", piece.clone()
-            else:
-                yield f"{layer}.{parts[part]}.{leaf}", value

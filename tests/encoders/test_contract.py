@@ -45,25 +45,31 @@ def test_every_kind_is_here():
 
 
 @pytest.mark.parametrize("name", LIGHT)
-def test_tokens_are_prefix_and_grid(name):
+def test_tokens_are_prefix_and_grid_and_the_last_of_the_layers(name):
     given = CONFIGS[name]
-    encoder = made(given).eval()
-    height, width = given.image_hw
+    encoder, image = made(given).eval(), images(given)
     rows, columns = encoder.grid
-    assert (rows * encoder.stride, columns * encoder.stride) == (height, width)
+    assert (rows * encoder.stride, columns * encoder.stride) == given.image_hw
     assert encoder.prefix == PREFIX[name]
-    image = images(given)
+    seen: list[Tensor] = []
+    select = torch.tensor([[0, 1, rows * columns - 1], [1, 1, 0]])
     with torch.no_grad():
         tokens = encoder(image)
         assert tokens.shape == (2, encoder.prefix + rows * columns, encoder.width)
         assert tokens.isfinite().all()
         assert torch.equal(encoder(image), tokens)
-        select = torch.tensor([[0, 1, rows * columns - 1], [1, 1, 0]])
-        some = encoder(image, select=select)
-        torch.testing.assert_close(some, gathered(tokens, select), atol=1e-6, rtol=1e-6)
-        vectors = read_out(tokens, given.pool, encoder.prefix)
-        patches = tokens[:, encoder.prefix :].mean(1)
-        assert torch.equal(vectors, tokens[:, 0] if given.pool == "class" else patches)
+        torch.testing.assert_close(encoder(image, select=select), gathered(tokens, select), atol=1e-6, rtol=1e-6)
+        for block in encoder.blocks[:1]:
+            block.register_forward_hook(lambda _m, _given, out: seen.append(out))
+        layers = encoder.layers(image, {1, encoder.depth})
+    vectors = read_out(tokens, given.pool, encoder.prefix)
+    assert torch.equal(vectors, tokens[:, 0] if given.pool == "class" else tokens[:, encoder.prefix :].mean(1))
+    assert layers.keys() == {1, encoder.depth}
+    assert torch.equal(layers[encoder.depth], tokens)
+    assert all(one.shape == tokens.shape for one in layers.values())
+    assert encoder.depth == 1 or not torch.allclose(layers[1], tokens)
+    if name in TRANSFORMERS and not name.startswith("axial"):
+        assert torch.equal(layers[1], encoder.norm(seen[0]))
     with pytest.raises(ValueError, match="the encoder takes"):
         encoder(image.transpose(2, 3))
 
@@ -144,23 +150,6 @@ def test_recomputation_changes_no_gradient(name):
             if mine is not None and other is not None:
                 torch.testing.assert_close(other, mine, atol=0 if ours else 1e-5, rtol=0 if ours else 1.3e-6)
     assert calls.count(True) == 2 * calls.count(False) >= (4 if ours else 0)
-
-
-@pytest.mark.parametrize("name", LIGHT)
-def test_layers_end_with_the_tokens(name):
-    encoder, image = made(CONFIGS[name]).eval(), images(CONFIGS[name])
-    numbers, seen = {1, encoder.depth}, []
-    for block in encoder.blocks[:1]:
-        block.register_forward_hook(lambda _m, _given, out: seen.append(out))
-    with torch.no_grad():
-        found, tokens = encoder.layers(image, numbers), encoder(image)
-    assert found.keys() == numbers
-    assert torch.equal(found[encoder.depth], tokens)
-    assert all(one.shape == tokens.shape for one in found.values())
-    if encoder.depth > 1:
-        assert not torch.allclose(found[1], tokens)
-    if name in TRANSFORMERS and not name.startswith("axial"):
-        assert torch.equal(found[1], encoder.norm(seen[0]))
 
 
 @pytest.mark.parametrize("name", LIGHT)

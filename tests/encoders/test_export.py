@@ -7,6 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -168,17 +169,6 @@ def test_our_folder_takes_what_timm_cannot_express(tmp_path: Path, capsys: pytes
     same(resized(encoder, (height, width)), again)
 
 
-def test_two_dimensional_positions_become_a_table_for_others_and_stay_in_our_folder(tmp_path: Path):
-    encoder = source(tmp_path, KINDS["2d"])
-    for form, positions in (("timm", "1d"), ("safetensors", "2d")):
-        tool(f"encoder={tmp_path}/run", f"output={tmp_path}/{form}", f"format={form}")
-        again: Any = load_encoder(tmp_path / form)
-        assert again.config.positions == positions
-    assert load_file(tmp_path / "timm" / "model.safetensors")["pos_embed"].shape == (1, 17, 48)
-    assert again.config == encoder.config
-    same(encoder, again)
-
-
 def test_an_export_loads_back_from_every_name_is_readable_by_all_and_replaces_what_was_there(tmp_path: Path):
     encoder = source(tmp_path, KINDS["oblong"])
     run = tmp_path / "run"
@@ -242,14 +232,22 @@ def runner(path: Path) -> Any:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run
 
 
-def check_onnx(folder: Path, given: dict[str, Any], classes: int) -> None:
+QUICK = {("relative, shared", 0): (), ("vit", 5): pytest.mark.process, ("axial, relative", 3): pytest.mark.process}
+CASES = [*QUICK, *((kind, classes) for kind in ONNX | LONG for classes in (0, 3) if (kind, classes) not in QUICK)]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter, of its own making
+@pytest.mark.parametrize(
+    ("kind", "classes"), [pytest.param(*case, marks=QUICK.get(case, pytest.mark.long)) for case in CASES]
+)
+def test_onnxruntime_computes_the_same_at_any_batch(tmp_path: Path, kind, classes):
     logging.disable(logging.WARNING)
-    encoder = made(given)
+    encoder = made((ONNX | LONG)[kind])
     head = None
     if classes:
         head = Classifier(torch.randn(classes, encoder.width), torch.randn(classes), [str(i) for i in range(classes)])
-    export.onnx(encoder, folder / "model.onnx", head)
-    run = runner(folder / "model.onnx")
+    export.onnx(encoder, tmp_path / "model.onnx", head)
+    run = runner(tmp_path / "model.onnx")
     for count in (1, 3):
         one = image(*encoder.config.image_hw, count=count, channels=encoder.channels)
         tokens, result = run(["tokens", "logits" if classes else "features"], {"image": one.numpy()})
@@ -259,29 +257,8 @@ def check_onnx(folder: Path, given: dict[str, Any], classes: int) -> None:
         right = features @ head.weight.T + head.bias if head else features
         for found, value in ((tokens, want), (result, right)):
             np.testing.assert_allclose(np.asarray(found), value, atol=5e-4 * float(value.abs().max()), rtol=0)
-    assert (folder / "model.onnx").stat().st_size > 4 * sum(one.numel() for one in encoder.parameters())
+    assert (tmp_path / "model.onnx").stat().st_size > 4 * sum(one.numel() for one in encoder.parameters())
     logging.disable(logging.NOTSET)
-
-
-@pytest.mark.filterwarnings("ignore")  # of the exporter, of its own making
-@pytest.mark.parametrize(
-    ("kind", "classes"),
-    [
-        ("relative, shared", 0),
-        pytest.param("vit", 5, marks=pytest.mark.process),
-        pytest.param("axial, relative", 3, marks=pytest.mark.process),
-    ],
-)
-def test_onnxruntime_computes_the_same_at_any_batch(tmp_path: Path, kind, classes):
-    check_onnx(tmp_path, ONNX[kind], classes)
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("classes", [0, 3])
-@pytest.mark.parametrize("kind", ONNX | LONG)
-def test_onnxruntime_computes_the_same_of_every_kind(tmp_path: Path, kind, classes):
-    check_onnx(tmp_path, (ONNX | LONG)[kind], classes)
 
 
 def test_without_the_extra_onnx_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -336,10 +313,12 @@ def test_timm_opens_a_classifier(tmp_path: Path, kind):
     assert (its.names, its.crop) == (head.names, 0.9)
 
 
-def test_a_classifier_of_any_encoder_goes_into_our_own_folder(tmp_path: Path):
-    encoder, head = run_with_classifier(tmp_path, AXIAL)
+@pytest.mark.parametrize("given", [AXIAL, KINDS["2d"]])
+def test_a_classifier_of_any_encoder_goes_into_our_own_folder(tmp_path: Path, given):
+    encoder, head = run_with_classifier(tmp_path, given)
     tool(f"encoder={tmp_path}/run", f"output={tmp_path}/out", "classifier=true", "format=safetensors")
     again, its = classified.read_classifier(str(tmp_path / "out"))
+    assert again.config == encoder.config  # positions of rows and columns as well, which timm has as a table
     same(encoder, again)
     assert torch.equal(its.bias, head.bias)
 
@@ -431,11 +410,7 @@ def test_less_than_all_of_it_only_where_that_is_said(tmp_path: Path, capsys: pyt
 
 def test_a_disk_that_is_full_ends_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source(tmp_path, {})
-
-    def full(*_given: Any, **_more: Any) -> None:
-        raise OSError(28, "No space left on device", "x")
-
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(export, "save_file", Mock(side_effect=OSError(28, "No space left on device", "x")))
     with pytest.raises(OSError, match="No space left") as end:
         tool(f"encoder={tmp_path}/run", f"output={tmp_path}/out")
     assert exits.verdict(end.value).code == exits.DISK

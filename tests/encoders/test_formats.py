@@ -1,11 +1,16 @@
-"""Weights of every known origin come in: what their own programs compute from a file is what load_encoder computes."""
+"""Weights of every known origin come in: what their own programs compute from a file is what load_encoder computes.
+
+They are fine-tuned, judged and predicted with by the tools; damaged and foreign files are refused.
+"""
 
 import json
 import os
 import pickle
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,13 +21,16 @@ from safetensors.torch import load_file, save_file
 
 from ssl_vit import config, load_encoder, recipe
 from ssl_vit.encoders import weights
-from ssl_vit.encoders.positions import resize
+from ssl_vit.encoders.export import export
 from ssl_vit.encoders.timm_zoo import TimmZoo
 from ssl_vit.encoders.vit import Vit
-from ssl_vit.exits import DATA, Refusal
+from ssl_vit.exits import DATA, USAGE, Refusal
 from ssl_vit.recipe import Finetune, Pretrain
 from tests.encoders import foreign_weights as foreign
 from tests.encoders.foreign_weights import DEPTH, HEADS, HF, MLP, PATCH, SIDE, TIMM, WIDTH, image, loud
+from tests.evaluate.test_predict import read
+from tests.frozen import find, results
+from tests.starts import call
 
 
 def vit(name: str = "vit_base_patch16_224", seed: int = 0, **arguments: Any) -> Any:
@@ -98,20 +106,6 @@ def test_googles_file_without_a_class_token(tmp_path: Path):
     assert (ours.prefix, ours.config.pool, ours(image()).shape) == (0, "mean", (2, 16, WIDTH))
 
 
-@pytest.mark.parametrize("size", [24, 8, (16, 32)])
-def test_at_another_resolution_googles_positions_are_resized(tmp_path: Path, size):
-    """As by test_positions.py, here through the names of the file: the class token's row first."""
-    arrays = foreign.write_google(tmp_path / "w.npz")
-    source, tensors = weights.read(str(tmp_path / "w.npz"))
-    encoder: Any = source.model_copy(update={"image": size}).build()
-    assert weights.fill(encoder, source, tensors, "w.npz").resized == ["pos_embed"]
-    table = torch.from_numpy(arrays["Transformer/posembed_input/pos_embedding"])
-    assert torch.equal(encoder.pos_embed, resize(table, (4, 4), encoder.grid, 1))
-    theirs = vit(img_size=encoder.config.image_hw)
-    theirs.load_state_dict(encoder.state_dict())
-    same(encoder.eval(), theirs, *encoder.config.image_hw)
-
-
 def saved(model: Any, folder: Path, mean: Any = (0.2, 0.3, 0.4)) -> Any:
     """A model of Hugging Face's in a folder, with the preparation of its images."""
     loud(model).save_pretrained(folder)
@@ -137,10 +131,17 @@ def test_hugging_faces_folder(tmp_path: Path, kind):
     same_as_hugging_face(ours, theirs)
     assert ours.config.numbers == (WIDTH, DEPTH, HEADS, MLP)  # type: ignore[union-attr]
     assert (ours.config.mean, ours.config.std) == ((0.2, 0.3, 0.4), (0.2, 0.25, 0.3))
-    on_disk = load_file(tmp_path / "model.safetensors")
+    file, old = tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin"
+    on_disk = load_file(file)
     assert any("encoder.layer.0.attention.attention.query.weight" in name for name in on_disk)  # transformers 5 as well
-    save_file(theirs.state_dict(), tmp_path / "model.safetensors")  # under the names that it has in memory
+    save_file(theirs.state_dict(), file)  # under the names that it has in memory
     same_as_hugging_face(load_encoder(tmp_path), theirs)
+    file.unlink()  # as the hub has them since 2021: another file, a config that says less
+    torch.save(on_disk, old)
+    config = {"model_type": "vit", "hidden_act": "gelu", "image_size": SIDE, "num_attention_heads": HEADS}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for source in (tmp_path, old):
+        same_as_hugging_face(load_encoder(source), theirs)
 
 
 def test_hugging_faces_autoencoder(tmp_path: Path):
@@ -150,23 +151,6 @@ def test_hugging_faces_autoencoder(tmp_path: Path):
     theirs = saved(transformers.ViTMAEForPreTraining(made), tmp_path)
     order = torch.arange(16, dtype=torch.float32).expand(2, 16)  # of patches: none is left out or moved
     same_as_hugging_face(load_encoder(tmp_path), theirs.vit, noise=order)
-
-
-@pytest.mark.parametrize("prefix", ["", "vit."])
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_the_hubs_old_names_in_either_file(tmp_path: Path, name, prefix):
-    theirs = vit()
-    tensors = dict(foreign.old_hub_names(foreign.plain(theirs), prefix))
-    tensors[f"{prefix}pooler.dense.weight"] = torch.ones(WIDTH, WIDTH)
-    tensors[f"{prefix}pooler.dense.bias"] = torch.ones(WIDTH)
-    config = {"model_type": "vit", "hidden_act": "gelu", "image_size": SIDE, "num_attention_heads": HEADS}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    if name.endswith("bin"):
-        torch.save(tensors, tmp_path / name)
-    else:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / name)
-    for source in (tmp_path, tmp_path / name):
-        same(load_encoder(source), theirs)
 
 
 NOT_PLAIN: list[dict[str, Any]] = [{"hidden_act": "gelu_new"}, {"model_type": "deit"}, {"model_type": "vit_msn"}]
@@ -218,13 +202,21 @@ def test_files_of_mae_and_dino(tmp_path: Path, kind, monkeypatch: pytest.MonkeyP
     assert {name.split(".")[0].split("_")[0] for name in report.left} == left
 
 
-def test_maes_fine_tuned_file_is_another_model(tmp_path: Path):
-    """Its norm follows the mean over the patches, and there is none before: tokens would be unlike anything trained."""
+def test_what_would_be_another_model_or_no_numbers_is_refused(tmp_path: Path):
+    """MAE's fine-tuned file: its norm follows the mean over the patches, and before there is none; a scaled layer."""
     tensors = vit(global_pool="avg", num_classes=7).state_dict()
     assert {"fc_norm.weight", "norm.weight"} & tensors.keys() == {"fc_norm.weight"}
     torch.save({"model": tensors}, tmp_path / "w.pth")
-    with pytest.raises(Refusal, match=r"2 tensors missing \(norm\.weight, norm\.bias"):
-        load_encoder(tmp_path / "w.pth")
+    assert "2 tensors missing (norm.weight, norm.bias" in refused(tmp_path / "w.pth")
+    plain = foreign.plain(narrow())
+    for name, value in {"norm.bias": torch.full((64,), torch.nan), "norm.weight": torch.ones(64).int()}.items():
+        save_file({**plain, name: value}, tmp_path / "w.safetensors")
+        said = f"{name} has numbers that are not finite, or whole numbers"
+        assert said in refused(tmp_path / "w.safetensors")
+    encoder = Vit.model_validate({"width": 64, "depth": 1, "patch": 4, "image": 8}).build()
+    parts = {"head.weight": torch.ones(1), "blocks.0.ls1.gamma": torch.ones(64)}
+    with pytest.raises(Refusal, match=r"1 tensors that it has no place for \(blocks\.0\.ls1\.gamma"):
+        weights.fill(encoder, encoder.config, encoder.state_dict() | parts, "here")
 
 
 def timm_folder(folder: Path, name: str, **arguments: Any) -> Any:
@@ -317,21 +309,16 @@ def test_a_bare_file_tells_its_architecture_but_for_heads(tmp_path: Path):
     assert (config.numbers[2], config.mean, config.std) == (4, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
 
 
-def test_a_timm_model_whose_weights_cannot_be_had(monkeypatch: pytest.MonkeyPatch):
-    def offline(*_given: Any, **_more: Any) -> None:
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(Refusal, match=r"cannot be had .*Network is unreachable.*give a local file") as end:
-        weights.read("timm:vit_tiny_patch16_224.augreg_in21k")
+def test_what_timm_or_its_hub_would_be_needed_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as offline:
+        offline.setattr(timm, "create_model", Mock(side_effect=OSError("Network is unreachable")))
+        with pytest.raises(Refusal, match=r"cannot be had .*Network is unreachable.*give a local file") as end:
+            weights.read("timm:vit_tiny_patch16_224.augreg_in21k")
     assert end.value.code == DATA
-
-
-def test_without_timm_its_names_that_say_it_all_are_read_and_others_named(tmp_path: Path, monkeypatch):
     theirs = timm_folder(tmp_path / "plain", "vit_tiny_patch16_224", **TIMM)
     timm_folder(tmp_path / "other", "test_vit", img_size=32)
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    same(load_encoder(tmp_path / "plain"), theirs)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    same(load_encoder(tmp_path / "plain"), theirs)  # its name says it all
     with pytest.raises(Refusal, match=r"only timm knows what test_vit is; pip install"):
         load_encoder(tmp_path / "other")
 
@@ -363,13 +350,6 @@ def test_the_report_says_what_became_of_every_tensor(tmp_path: Path):
     )
     drawn = {name for name, value in encoder.state_dict().items() if torch.equal(value, before[name])}
     assert drawn == {"norm.bias", "blocks.0.mlp.fc1.bias"}  # these alone stay as they were
-
-
-def test_parts_of_another_architecture_are_not_dropped_in_silence():
-    encoder = Vit.model_validate({"width": 64, "depth": 1, "patch": 4, "image": 8}).build()
-    tensors = encoder.state_dict() | {"head.weight": torch.ones(1), "blocks.0.ls1.gamma": torch.ones(64)}
-    with pytest.raises(Refusal, match=r"1 tensors that it has no place for \(blocks\.0\.ls1\.gamma"):
-        weights.fill(encoder, encoder.config, tensors, "here")
 
 
 @pytest.mark.parametrize("schema", [Pretrain, Finetune])
@@ -417,15 +397,6 @@ def test_flipped_bits_are_refused_or_are_in_the_numbers(tmp_path: Path, name):
     assert changed > 0.8 * len(places)  # the rest hit what nobody reads, such as a time in the zip
 
 
-def test_numbers_that_are_none_are_refused(tmp_path: Path):
-    tensors = foreign.plain(narrow())
-    bad = {"norm.bias": torch.full((64,), float("nan")), "norm.weight": torch.ones(64, dtype=torch.int32)}
-    for name, value in bad.items():
-        save_file({**tensors, name: value}, tmp_path / "w.safetensors")
-        with pytest.raises(Refusal, match=rf"{name} has numbers that are not finite, or whole numbers"):
-            load_encoder(tmp_path / "w.safetensors")
-
-
 class Evil:
     def __reduce__(self):
         return os.system, ("touch canary",)
@@ -456,3 +427,73 @@ def test_nothing_is_executed_and_nothing_foreign_is_believed(tmp_path: Path, mon
     (tmp_path / "config.json").write_text(json.dumps({"ssl_vit": {"size": "XXL"}}))
     with pytest.raises(Refusal, match=r"config\.json"):
         load_encoder(tmp_path / "other.safetensors")
+
+
+# --- in the tools
+
+QUIET = ["data.workers=0", "batch=4", "micro_batch=4", "tracker=none", "steps=2", "log_every=1", "save_every=2"]
+QUIET += ["optim.warmup_steps=0", "optim.lr=0.001", "seed=0"]
+
+
+def run_tool(tool: str, words: list[str], codes: tuple[int, ...] = (0,)) -> str:
+    ended = call(tool, words)
+    assert ended.code in codes, ended.said
+    return ended.said
+
+
+def on(shards: Path, run: Path) -> list[str]:
+    return [*QUIET, f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}"]
+
+
+def test_googles_file_is_fine_tuned_at_another_size(shards: Path, tmp_path: Path):
+    foreign.write_google(tmp_path / "w.npz")
+    words = [*on(shards, tmp_path / "run"), f"init={tmp_path}/w.npz", "data.image_size=24"]
+    said = run_tool("finetune", words)
+    left = "4 left over (pre_logits.weight, pre_logits.bias, head.weight ...)"
+    assert f"w.npz: 100.0% of the encoder; 30 matched, 1 resized (pos_embed), {left}\n" in said
+    tuned = load_encoder(tmp_path / "run")
+    assert tuned.grid == (6, 6)
+    start = load_encoder(tmp_path / "w.npz").state_dict()["blocks.0.mlp.fc1.weight"]
+    moved = (tuned.state_dict()["blocks.0.mlp.fc1.weight"] - start).abs().max()
+    assert 0 < moved < 0.1  # from where the file left it, two steps on
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "w.npz").read_bytes()[:-100])
+    cut = [*on(shards, tmp_path / "other"), f"init={tmp_path}/cut.npz", "data.image_size=24"]
+    assert "cut.npz" in run_tool("finetune", cut, (USAGE, DATA))
+
+
+def test_hugging_faces_folder_is_judged_frozen(shards: Path, tmp_path: Path):
+    loud(transformers.ViTModel(transformers.ViTConfig(**HF))).save_pretrained(tmp_path / "hf")
+    words = [f"encoder={tmp_path}/hf", f"data.train={shards}/train", f"data.val={shards}/val", f"run={tmp_path}/run"]
+    words += ["few_shot.shots=1,2", "linear.l2=0.01", "metrics.bootstrap=20", "random=false", "batch=3"]
+    run_tool("evaluate", [*words, "data.workers=0"])
+    found = results(tmp_path / "run")
+    assert found["encoder"] == f"{tmp_path}/hf"
+    assert find(found, "classes") == ["blue", "green", "red"]
+
+
+@pytest.mark.long
+def test_a_bit_is_pretrained_fine_tuned_and_predicts(squares: Path, shards: Path, tmp_path: Path):
+    words = [*on(shards, tmp_path / "pre"), "encoder.kind=bit", "encoder.pool=mean", "head.kind=classifier"]
+    run_tool("pretrain", [*words, "data.image_size=32"])
+    content = json.loads((tmp_path / "pre" / "encoder" / "config.json").read_text())
+    assert content["architecture"] == "resnetv2_50x1_bit"
+    tune = [*on(shards, tmp_path / "fine"), f"init={tmp_path}/pre", "data.image_size=32"]
+    said = run_tool("finetune", tune)
+    assert "100.0% of the encoder" in said
+    run_tool("predict", [f"encoder={tmp_path}/fine", f"input={squares}", f"output={tmp_path}/out.csv"])
+    columns, rows = read(tmp_path / "out.csv")
+    assert columns == ["file"] + [f"{what}{i}" for i in (1, 2, 3) for what in ("top", "score")]
+    assert len(rows) == 36
+    assert all(row[0] in ("blue", "green", "red") for row in rows.values())
+    masked = [*on(shards, tmp_path / "masked"), f"init={tmp_path}/pre", "data.image_size=32"]
+    assert "replaces patch embeddings" in run_tool("pretrain", masked, (USAGE, DATA))
+    assert not torch.isnan(load_encoder(tmp_path / "fine").state_dict()["model.stem.conv.weight"]).any()
+
+
+def test_a_class_token_that_the_source_lacks_is_not_read_out(tmp_path: Path):
+    """The first patch would be taken for it."""
+    export(Vit(size="Ti", depth=1, patch=8, image=16, class_token=False, pool="mean").build(), tmp_path)
+    words = [f"init={tmp_path}", "data.image_size=16", "encoder.pool=class"]
+    with pytest.raises(Refusal, match=r"no class token to read out; set encoder\.pool=mean") as end:
+        recipe.resolve(config.parse(recipe.Finetune, words, recipe.FOLDER))
+    assert end.value.code == USAGE

@@ -1,5 +1,6 @@
 """The masked objectives, their losses and pictures, against plain loops (C2.x, C8.x), over every kind and encoder."""
 
+import copy
 import math
 from typing import Any, get_args
 
@@ -166,19 +167,13 @@ def test_overfits_one_batch(tmp_path):
 # in every encoder
 
 
-class Everything(nn.Module):
-    """An encoder that computes all tokens and gathers."""
-
-    def __init__(self, encoder: Any):
-        super().__init__()
-        self.encoder = encoder
-
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name) if name == "encoder" else getattr(self.encoder, name)
-
-    def forward(self, image: Tensor, edit: Any = None, select: Tensor | None = None) -> Tensor:
-        tokens = self.encoder(image, edit=edit)
-        return tokens if select is None else gathered(tokens, select)
+def everything(encoder: Any) -> Any:
+    """The encoder, which computes all tokens and gathers."""
+    made = copy.copy(encoder)
+    made.forward = lambda image, edit=None, select=None: (
+        encoder(image, edit=edit) if select is None else gathered(encoder(image, edit=edit), select)
+    )
+    return made
 
 
 ENCODERS: dict[str, Any] = {
@@ -198,7 +193,7 @@ def test_every_objective_learns_the_same_of_selected_tokens(kind: str, name: str
     nn.init.normal_(head.linear.weight, std=0.1)
     given = batch()
     parameters = [*encoder.parameters(), *head.parameters()]
-    some, every = head(encoder, given), head(Everything(encoder), given)
+    some, every = head(encoder, given), head(everything(encoder), given)
     mine, wanted = (torch.autograd.grad(one.loss, parameters, allow_unused=True) for one in (some, every))
     torch.testing.assert_close(some.loss, every.loss, atol=1e-6, rtol=1e-6)
     whole = max(float(want.norm()) for want in wanted if want is not None)
@@ -206,7 +201,7 @@ def test_every_objective_learns_the_same_of_selected_tokens(kind: str, name: str
         assert (got is None) == (want is None)
         if got is not None and want is not None:
             assert (got - want).norm() <= 1e-5 * (want.norm() + 0.1 * whole)
-    assert torch.equal(head.panel(encoder, given), head.panel(Everything(encoder), given))
+    assert torch.equal(head.panel(encoder, given), head.panel(everything(encoder), given))
 
 
 NAMES = [kind.model_fields["kind"].default for kind in get_args(get_args(Head)[0]) if issubclass(kind, Masked)]
@@ -233,25 +228,15 @@ def test_masked_objectives_refuse_what_has_no_patches(head, encoder):
 # pictures
 
 
-def columns(panel: Tensor, count: int, side: int = SIDE) -> list[Tensor]:
-    """Input, corrupted input, guess, truth and error, each uint8 [count, 3, side, side]."""
-    assert panel.dtype == torch.uint8
-    cell = side * (LEGIBLE // side) + 2
-    assert panel.shape == (3, count * cell, 5 * cell)
-    cells = panel.unflatten(2, (5, cell)).unflatten(1, (count, cell))[:, :, 2:, :, 2:]
-    small = cells[:, :, :: LEGIBLE // side, :, :: LEGIBLE // side]
-    again = small.repeat_interleave(LEGIBLE // side, 2).repeat_interleave(LEGIBLE // side, 4)
-    assert torch.equal(again, cells)  # each pixel is a square
-    return list(small.permute(3, 1, 0, 2, 4))
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_panel_shows_what_it_says(kind, way, tmp_path):
     encoder, head = make(kind, tmp_path, **WAYS[way])
     nn.init.normal_(head.linear.weight, std=0.1)
     given = batch(3)
-    image, seen, guess, truth, error = columns(head.panel(encoder, given), 3)
+    panel = head.panel(encoder, given)
+    assert panel.dtype == torch.uint8
+    image, seen, guess, truth, error = cells(panel, SIDE, SIDE).unbind(1)
     assert torch.equal(image, given["image"])
     cut = [torch.from_numpy(patches_of(one, PATCH)) for one in (image, seen, truth, guess)]
     target = by_hand(kind, head, image)
@@ -292,6 +277,8 @@ def test_what_was_put_side_by_side_comes_apart_again(height: int, width: int):
     times = max(1, LEGIBLE // max(height, width))
     assert picture.shape == (3, 2 * (2 + times * height), 3 * (2 + times * width))
     assert torch.equal(cells(picture, height, width), torch.stack(columns, dim=1))
+    first = columns[0][0].repeat_interleave(times, 1).repeat_interleave(times, 2)  # each pixel is a square
+    assert torch.equal(picture[:, 2 : 2 + times * height, 2 : 2 + times * width], first)
 
 
 # the baseline that copies
