@@ -19,8 +19,6 @@ from unittest.mock import Mock, patch
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from ssl_vit import config, cost, recipe
@@ -427,11 +425,6 @@ def scaled(folder: Path, *words: str) -> Rows:
 
 def options(*words: str) -> Any:
     return config.parse(scaling.Options, [*SCALING, *words], recipe.FOLDER)
-
-
-@given(st.lists(st.integers(1, 10**7), min_size=2, max_size=6, unique=True), st.floats(-3, 3), st.floats(1e-6, 1e3))
-def test_the_exponent_of_a_power_is_found(values: list[int], power: float, factor: float):
-    assert exponents.exponent(values, [factor * value**power for value in values]) == pytest.approx(power, abs=1e-6)
 
 
 def test_a_line_has_numpys_slope_and_standard_error_and_a_row_a_fit_a_round():

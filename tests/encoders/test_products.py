@@ -67,22 +67,16 @@ def step(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, part: str, bia
     return [made.detach(), *torch.autograd.grad(made, [*given, *rest], back)]
 
 
-def close(found: list[Tensor], wanted: list[Tensor]) -> None:
-    for mine, theirs in zip(found, wanted, strict=True):
-        assert mine.shape == theirs.shape
-        assert (mine - theirs).norm() <= 2e-6 * theirs.norm()
-        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("part", WEIGHTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_output_and_gradients_are_torchs(shape: str, part: str, bias: bool):
     weight = drawn(64, 96, seed=1)
-    with torch.enable_grad():
-        mine = step(linear, SHAPES[shape](), weight, part, bias)
-        theirs = step(F.linear, SHAPES[shape](), weight, part, bias)
-    close(mine, theirs)
+    found, wanted = (step(layer, SHAPES[shape](), weight, part, bias) for layer in (linear, F.linear))
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.shape == theirs.shape
+        assert (mine - theirs).norm() <= 2e-6 * theirs.norm()
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -113,15 +107,11 @@ def convolutions(run: Callable[[], object]) -> int:
 
 
 @needs_onednn
-def test_large_fp32_products_are_convolutions():
+def test_large_fp32_products_are_convolutions_and_small_ones_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):
     layer = Linear(96, 64)
     assert convolutions(lambda: layer(drawn(LARGE, 96))) == 1
-    kept = layer(drawn(LARGE, 96).requires_grad_())
-    assert "Permute" in str(kept.grad_fn) or "View" in str(kept.grad_fn) or "Reshape" in str(kept.grad_fn)
-
-
-@needs_onednn
-def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):
+    kept = str(layer(drawn(LARGE, 96).requires_grad_()).grad_fn)
+    assert any(word in kept for word in ("Permute", "View", "Reshape"))
     monkeypatch.undo()
 
     def product(rows: int, width: int, out: int) -> int:
