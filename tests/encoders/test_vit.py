@@ -293,15 +293,6 @@ def test_no_part_of_timms_head_is_left_to_train(name, part):
     assert missed == set(), part
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_vit4"])
-def test_timms_vits_with_patches_as_a_map_are_maskable(name):
-    encoder = made(TimmZoo(name=name, image=(32, 48))).eval()
-    assert encoder.maskable
-    assert encoder.depth > 1
-    blank = encoder(images(encoder.config), edit=torch.zeros_like)
-    assert torch.equal(blank[0], blank[1])
-
-
 def test_a_size_that_timm_cannot_cut_is_refused():
     given = ["encoder.kind=timm", "encoder.name=test_vit", "data.image_size=56", "head.kind=classifier"]
     with pytest.raises(Refusal) as end:
