@@ -532,7 +532,7 @@ def test_a_set_of_any_size_is_made_and_can_be_read(samples: int, shards: int, tm
     assert len({image.numpy().tobytes() for image in every["image"]}) == min(each, data.PICTURES)  # all that differ
     assert made.index(0)["label"].tolist() == [0] * each
     cut = tmp_path / "set" / "0.tar"
-    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    cut.write_bytes(cut.read_bytes()[:512])
     with pytest.raises(Refusal, match="too short") as end:  # what cannot be read is no measurement
         data.first(options("data.image_size=16,24"), tmp_path / "set")
     assert end.value.code == DATA

@@ -87,7 +87,7 @@ def test_a_fresh_head_guesses_uniformly(config, want):
     assert not last.weight.any()
     if isinstance(config, Classifier):
         assert [type(layer).__name__ for layer in others] == ["Linear", "Tanh"]
-        assert others[0].out_features == config.hidden
+        assert others[0].out_features == (config.hidden or made.encoder.width)
         assert others[0].bias.abs().max() < 1
 
 
