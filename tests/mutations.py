@@ -55,7 +55,7 @@ TABLE = r"""
 = split-depends-on-other-images: ssl_vit/data/folder.py, tests/data/test_shards.py
 -key("split", name) < limit
 +key("split", names.index(name)) < limit
-= held-out-part-is-trained-on: ssl_vit/data/stream.py, tests/data/test_hold_out.py
+= held-out-part-is-trained-on: ssl_vit/data/stream.py, tests/data/test_stream.py
 -return np.sort(chosen[: len(chosen) - held]),
 +return np.sort(chosen),
 = workers-outlive-their-process: ssl_vit/family.py, tests/data/test_scale.py

@@ -41,7 +41,8 @@ attention, memory, inference, scaling, data, processes = (
 )
 
 Rows = list[dict[str, Any]]
-Patch, Screen = pytest.MonkeyPatch, pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+Screen = pytest.CaptureFixture[str]
 process = pytest.mark.process  # a variant of what runs by default
 
 STEP = ["recipe=mpp_demo", "data.image_size=16", "encoder.patch=4", "encoder.width=32", "encoder.depth=2", "batch=4"]
@@ -482,7 +483,8 @@ def check_formula(row: dict[str, Any], axis: str) -> None:
 
 def test_every_step_is_that_of_its_value(monkeypatch: Patch, tmp_path: Path):
     """Of real steps of one axis; of all what is built and given, in a race of a clock that knows each cost."""
-    check_formula(*scaled(tmp_path, "axes=image", words_of("image")), "image")
+    (row,) = scaled(tmp_path, "axes=image", words_of("image"))
+    check_formula(row, "image")
     seen: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def ours(made: Any, model: Any, batch: Any, output: Path) -> Callable[[], object]:

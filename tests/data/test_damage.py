@@ -226,7 +226,7 @@ def test_where_nothing_is_left_batches_keep_their_shape(made: Manifest):
 
 def test_substitutes_come_from_the_same_shuffle_window_first(whole: Manifest):
     """So that a node which holds its own shards only need not fetch another for each bad sample."""
-    stream = TrainingStream(whole, Data(**SMALL | {"lanes": 4}), seed=5, batch=TOTAL)  # a shard is a lane and a window
+    stream = TrainingStream(whole, Data(**dict(SMALL, lanes=4)), seed=5, batch=TOTAL)  # a shard is a lane and a window
     everywhere = set()
     for sample, epoch in itertools.product(range(TOTAL), (0, 1, 7)):
         others = list(stream.substitutes(epoch, sample))
@@ -287,7 +287,7 @@ def test_a_fault_of_the_machine_is_no_bad_sample(whole: Manifest, error: type[Ex
 @pytest.mark.parametrize("kind", ["gone", "replaced"])
 def test_shards_that_change_while_they_are_read_cost_what_was_not_open(whole: Manifest, made: Manifest, kind: str):
     share = Share(0, 1, 4)
-    before, stream = (TrainingStream(part, Data(**SMALL | {"lanes": 1}), seed=5, batch=4) for part in (whole, made))
+    before, stream = (TrainingStream(part, Data(**dict(SMALL, lanes=1)), seed=5, batch=4) for part in (whole, made))
     wanted = cells(list(itertools.islice(before.batches(0, share, CPU), 6)))
     keys = [sample for batch in itertools.islice(stream.keys(0, share), 6) for _, sample in batch]
     opened = {sample // SAMPLES for sample in keys[:8]}

@@ -28,8 +28,7 @@ from ssl_vit.exits import DATA, USAGE, Refusal
 from ssl_vit.recipe import Finetune, Pretrain
 from tests.encoders import foreign_weights as foreign
 from tests.encoders.foreign_weights import DEPTH, HEADS, HF, MLP, PATCH, SIDE, TIMM, WIDTH, image, loud
-from tests.evaluate.test_predict import read
-from tests.frozen import find, results
+from tests.frozen import find, read, results
 from tests.starts import call
 
 

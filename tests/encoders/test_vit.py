@@ -226,7 +226,7 @@ def test_an_image_does_not_see_the_others(name):
         torch.testing.assert_close(encoder(image)[:1], encoder(image[:1]), atol=1e-9, rtol=1e-9)
 
 
-RESNETS = [(50, 2, [3, 4, 6, 3]), (101, 1, [3, 4, 23, 3]), (152, 1, [3, 8, 36, 3]), (200, 3, [3, 24, 36, 3])]
+RESNETS: list[Any] = [(50, 2, [3, 4, 6, 3]), (101, 1, [3, 4, 23, 3]), (152, 1, [3, 8, 36, 3]), (200, 3, [3, 24, 36, 3])]
 
 
 def test_resnets_are_the_papers_with_strides_on_the_3x3():

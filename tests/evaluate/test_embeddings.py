@@ -168,7 +168,7 @@ def test_the_tables_of_an_axial_vit_of_timm_and_of_none():
     without: list[Any] = [TimmZoo(name=name, image=32) for name in ("beit_base_patch16_224", "resnet18")]
     without.append(Bit(image=32))
     for more in ({"positions": "none"}, {"positions": "relative"}, {"positions": "relative", "positions_at": "stem"}):
-        without += [Vit(**SMALL | more), Axial(**SMALL | more)]
+        without += [Vit(**dict(SMALL, **more)), Axial(**dict(SMALL, **more))]
     with torch.device("meta"):
         assert [embeddings.position_table(config.build()) for config in without] == [None] * 9
         for name, image, prefix in (("vit_tiny_patch16_224", (32, 64), 1), ("vit_small_patch14_reg4_dinov2", 28, 0)):

@@ -127,7 +127,7 @@ class Scenario:
     elsewhere: bool = False  # the others are on other machines, as far as they know
 
 
-SCENARIOS = {  # beside those of whole trainings in test_sick_ranks.py
+SCENARIOS = {  # beside those of whole trainings in test_signals.py
     "stopped": Scenario(stopped, timeout=1.5, pulse=watchdog.PULSE),
     "one of three stopped": Scenario(stopped, ranks=3),
     "rank 0 stopped elsewhere": Scenario(stopped, victim=0, rank_0_holds_the_store=True, elsewhere=True),
