@@ -242,8 +242,8 @@ def test_system_calls_that_fail(origin: Path, calls: list[tuple[str, int]], tmp_
 
 PLACES = ["start", "claimed", "batch:step=1", "save.begin:step=7", "save.mid:step=7", "save.written:step=7"]
 PLACES += ["save.published:step=7", "resume.chosen", "resume.loaded", "save.mid:step=14", "eval.batch:step=20"]  # B15
-PLACES += ["row:step=21", "save.pruned:step=28", "loss:step=29", "weights:step=29", "update:step=29", "row:step=30"]
-PLACES += ["save.begin:step=30", "eval.batch:step=30", "finish"]
+PLACES += ["row:step=21", "save.pruned:step=28", "loss:step=29", "weights:step=29", "update:step=29"]
+PLACES += ["save.begin:step=30", "row:step=30", "eval.batch:step=30", "finish"]
 SAVES = ("steps=20", "save_every=2")
 KILLS = {1: 80, 2: 50}  # at random times, in `make test-long`
 SPAN = {1: 2.5, 2: 4.0}  # seconds from the start on in which they come
