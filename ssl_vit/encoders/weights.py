@@ -63,7 +63,7 @@ def read(source: str, classifier: bool = False) -> tuple[Encoder, Weights]:
             return infer(weights, str(path), said | _said_by_hugging_face(content, beside)), weights
         name = content.get("architecture")
         if name is None or (PLAIN.fullmatch(name) and not set(content.get("model_args", {})) - SHAPES):
-            return infer(weights, str(path), said | _said_by_timm(content)), weights
+            return infer(weights, str(path), said | _said_by_timm(content, beside)), weights
         return _asked_of_timm(content, weights, beside), weights
     except (ValidationError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise Refusal(DATA, f"{beside}: not an encoder's config ({' '.join(str(error).split())[:200]})") from error
@@ -84,13 +84,13 @@ def _inside(path: Path, classifier: bool) -> Path:
     raise Refusal(DATA, f"{path}: no {kind}/model.safetensors in it ({cure})")
 
 
-def _said_by_timm(content: dict[str, Any]) -> dict[str, Any]:
+def _said_by_timm(content: dict[str, Any], beside: Path) -> dict[str, Any]:
     """What timm's config.json says that shapes do not: heads, image size, read-out, mean and deviation."""
     arguments, preparation = content.get("model_args", {}), content.get("pretrained_cfg", {})
     said = {name: preparation[name] for name in ("mean", "std") if name in preparation}
     pool = arguments.get("global_pool", content.get("global_pool"))
     if pool not in (None, "", "token", "avg"):
-        raise Refusal(DATA, f"global_pool={pool} makes it another model than a plain ViT")
+        raise Refusal(DATA, f"{beside}: global_pool={pool} makes it another model than a plain ViT")
     if pool:
         said["pool"] = "class" if pool == "token" else "mean"
     name = PLAIN.fullmatch(content.get("architecture", ""))
