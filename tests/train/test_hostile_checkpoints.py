@@ -117,6 +117,11 @@ def cut(size: int) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
+    "gone": Path.unlink,
+    "empty": cut(0),
+    "a byte": cut(1),
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "the last byte": lambda path: os.truncate(path, path.stat().st_size - 1),
     "a byte more": lambda path: os.truncate(path, path.stat().st_size + 1),
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "a terabyte": cut(1 << 40),
@@ -125,6 +130,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "a link to the like": lambda path: (path.rename(path.parent.parent / "moved"), path.symlink_to("../moved")),
     "a link to itself": lambda path: (path.unlink(), path.symlink_to(path.name)),
+    "a link to a pipe": lambda path: (path.unlink(), os.mkfifo(path.parents[2] / "p"), path.symlink_to("../../p")),
+    "a link to nowhere": lambda path: (path.unlink(), path.symlink_to("/nowhere/at/all")),
     "a link to zeros": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
 }
 
@@ -181,13 +188,23 @@ def reseal(folder: Path, **changes: Any) -> None:
 
 
 CHANGED_FILES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "none": lambda files: {},
     "null": lambda files: None,
+    "a list": lambda files: list(files),
     "one less": lambda files: {name: files[name] for name in list(files)[1:]},
     "a path up": lambda files: files | {f"../{OLD}/state.json": files["state.json"]},
+    "a path from the root": lambda files: files | {"/etc/passwd": files["state.json"]},
+    "no name": lambda files: files | {"": files["state.json"]},
+    "a point": lambda files: files | {".": files["state.json"]},
+    "a zero in a name": lambda files: files | {"state\0.json": files["state.json"]},
+    "a name of a megabyte": lambda files: files | {"x" * MB: files["state.json"]},
     "itself": lambda files: files | {MANIFEST: files["state.json"]},
     "sizes below zero": lambda files: {name: entry | {"bytes": -1} for name, entry in files.items()},
+    "sizes of an exabyte": lambda files: {name: entry | {"bytes": 1 << 60} for name, entry in files.items()},
+    "sizes as text": lambda files: {name: entry | {"bytes": "9"} for name, entry in files.items()},
     "no digest": lambda files: {name: {"bytes": entry["bytes"]} for name, entry in files.items()},
     "another digest": lambda files: {name: entry | {"sha256": "0" * 64} for name, entry in files.items()},
+    "digests that are lists": lambda files: {name: entry | {"sha256": [[]]} for name, entry in files.items()},
     "entries that are text": lambda files: dict.fromkeys(files, "x"),
 }
 
@@ -202,19 +219,26 @@ def test_a_manifest_that_lies_about_its_files(parent: Path, change: str):
 
 TEXTS: dict[str, bytes] = {
     "nothing": b"",
+    "no JSON": b"hello",
     "null": b"null",
+    "a number": b"2",
+    "a list": b"[]",
+    "an empty one": b"{}",
     "only a version": b'{"version": %d}' % VERSION,
     "a newer version, not sealed": b'{"version": 999, "files": {}, "digest": "0"}',
+    "deep": b"[" * 1_000_000,
     "deep and closed": b"[" * 100_000 + b"]" * 100_000,
+    "deep in a value": b'{"version": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "a number of many digits": b'{"version": ' + b"9" * 1_000_000 + b"}",
     "not UTF-8": b'{"version": "\xff\xfe"}',
     "UTF-16": '{"version": 2}'.encode("utf-16"),
+    "zeros": bytes(700),
     "a million objects": b"[" + b"{}," * (5 * MB) + b"{}]",
     "a key of 15 MB": b'{"' + b"x" * (15 * MB) + b'": 1}',
 }
 
 
-@pytest.mark.parametrize("version", [0, VERSION - 1, VERSION + 1, -1, None, f"{VERSION}", []])
+@pytest.mark.parametrize("version", [0, VERSION - 1, VERSION + 1, 10**9, -1, None, "", f"{VERSION}", [], {}])
 def test_a_manifest_of_another_version_is_not_called_damaged(parent: Path, version: Any):
     """76 with the version, and everything stays as it is."""
     reseal(parent / NEW, version=version)
@@ -227,7 +251,7 @@ def test_a_manifest_of_another_version_is_not_called_damaged(parent: Path, versi
 
 
 def header(content: bytes, data: bytes = b"", size: int | None = None) -> bytes:
-    return struct.pack("<Q", size or len(content)) + content + data
+    return struct.pack("<Q", len(content) if size is None else size % (1 << 64)) + content + data
 
 
 def one(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8), name: str = "weight") -> bytes:
@@ -236,21 +260,33 @@ def one(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8), name: str 
 
 TENSORS: dict[str, bytes] = {
     "nothing": b"",
+    "half a size": b"\0\0\0",
     "a header of 2^63": header(b"{}", size=1 << 63),
+    "a header of 2^64 - 1": header(b"{}", size=-1),
     "a header of 90 MB that is not there": header(b"{}", size=90 * MB),
     "a header of 15 MB of blanks": header(b" " * (15 * MB)),
+    "an empty name": header(b""),
+    "no JSON": header(b"hello, you"),
     "deep": header(b"[" * 100_000),
+    "deep in a name": header(b'{"a":' * 100_000),
+    "offsets below zero": header(one(offsets=(-8, 0)), bytes(8)),
+    "offsets backwards": header(one(offsets=(8, 0)), bytes(8)),
     "offsets of an exabyte": header(one(offsets=(0, 1 << 60)), bytes(8)),
+    "a shape of an exabyte": header(one(shape=(1 << 30, 1 << 28)), bytes(8)),
     "a shape that overflows": header(one(shape=(1 << 62, 1 << 62)), bytes(8)),
+    "a shape below zero": header(one(shape=(-2,)), bytes(8)),
     "overlapping": header(one()[:-1] + b", " + one(name="bias")[1:], bytes(8)),
+    "a gap": header(one(offsets=(8, 16)), bytes(16)),
     "the same name twice": header(one()[:-1] + b", " + one(offsets=(8, 16))[1:], bytes(16)),
     "a type that is none": header(one(dtype="NaN"), bytes(8)),
+    "a type NaN": header(one().replace(b'"F32"', b"NaN"), bytes(8)),
     "more than it says": header(one(), bytes(80)),
+    "less than it says": header(one(), bytes(4)),
     "not UTF-8": header(b'{"\xff": 1}'),
 }
 
 
-VALUES = {"only a version", "a newer version, not sealed", "UTF-16"}  # are values
+VALUES = {"an empty one", "only a version", "a newer version, not sealed", "UTF-16"}  # are values
 HOSTILE = {f"{MANIFEST}, {name}": (MANIFEST, content) for name, content in TEXTS.items()}
 HOSTILE |= {f"tensors, {name}": ("model.safetensors", content) for name, content in TENSORS.items()}
 HOSTILE |= {f"values, {name}": ("state.json", content) for name, content in TEXTS.items() if name not in VALUES}
@@ -298,10 +334,15 @@ def test_the_same_step_may_be_bad_again_and_again(parent: Path):
 
 HINTS: dict[str, Callable[[Path], object]] = {
     "gone": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "to nothing": lambda path: path.write_text("step-00000077\n"),
+    "to the older": lambda path: path.write_text(OLD),
     "up and out": lambda path: path.write_text("../../x"),
+    "to the root": lambda path: path.write_text("/etc"),
     "not text": lambda path: path.write_bytes(bytes(range(256))),
     "a link out": lambda path: (path.unlink(), path.symlink_to("../victim")),
     "a link to a checkpoint": lambda path: (path.unlink(), path.symlink_to(OLD)),
+    "a link to itself": lambda path: (path.unlink(), path.symlink_to("latest")),
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "a terabyte": cut(1 << 40),
