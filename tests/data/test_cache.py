@@ -346,6 +346,14 @@ def test_a_stream_from_s3_and_from_both_is_that_from_the_disk(buckets: Buckets, 
     assert trained(both, 4, lanes=2) == trained(twice, 4, lanes=2)
 
 
+def test_a_cache_smaller_than_the_set_is_enough_for_several_workers(
+    disk: Path, site: Site, tmp_path: Path, alone: None
+):
+    size = max(shard.bytes for shard in manifest.load(disk).shards)
+    assert trained(at(site.url, tmp_path, 8 * size), 20, workers=2) == trained(manifest.load(disk), 20)
+    assert sum(held(tmp_path / "cache").values()) <= 8 * size
+
+
 def test_a_cache_smaller_than_the_set_is_enough(disk: Path, site: Site, tmp_path: Path, alone: None):
     """The cap is for the disk: a deleted file takes its room until the last process closes it, which is soon."""
     size = max(shard.bytes for shard in manifest.load(disk).shards)

@@ -245,6 +245,19 @@ def test_the_last_block_of_b16_works_for_98_rows_only():
     assert whole - less == 2 * left * (2 * d * d + 2 * d * 3072 + 2 * t * d)  # q, projection, MLP; both of attention
 
 
+def test_the_last_block_asks_for_the_selected_tokens_only_and_no_mask_is_passed(monkeypatch: pytest.MonkeyPatch):
+    attend, asked = F.scaled_dot_product_attention, []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+        asked.append((q.shape[2], k.shape[2], v.shape[2], len(rest) + len(options)))
+        return attend(q, k, v, *rest, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    encoder = made(Vit(**SQUARE))
+    encoder(images(encoder.config), select=torch.tensor([[1, 2, 5]] * 2))
+    assert asked == [(17, 17, 17, 0), (3, 17, 17, 0)]
+
+
 # what blocks add to
 
 

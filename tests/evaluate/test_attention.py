@@ -440,12 +440,15 @@ def test_none_of_this_runs_where_nobody_watches(name, zoo):
     assert passes() == []
 
 
-def test_a_training_that_is_watched_draws_the_same_random_numbers():
-    encoder = loud(Vit(**SMALL, dropout=0.2, drop_path=0.2).build()).train()
+@pytest.mark.parametrize("kind", ["ours", "vit"])
+def test_a_training_that_is_watched_draws_the_same_random_numbers(kind: str, zoo):
+    encoder = loud(Vit(**SMALL, dropout=0.2, drop_path=0.2).build()) if kind == "ours" else zoo("vit")
     image, made = image_for(encoder), []
+    encoder.train()
     for watching in (False, True):
         torch.manual_seed(5)
         made.append(watch(encoder, image)[0] if watching else plainly(encoder, image))
+    encoder.eval()
     assert torch.equal(*made)
 
 
