@@ -323,7 +323,7 @@ def test_s3_fails_for_a_while_and_for_good(buckets: Buckets, tmp_path: Path, mon
 def test_a_set_at_a_url_is_found_by_its_split_and_bad_shards_are_named_at_once(
     kind: str, web: Site, buckets: Buckets, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    servers.hurry(monkeypatch, patience=5)
+    servers.hurry(monkeypatch, patience=20)
     url, store = f"{web.url if kind == 'http' else buckets.bucket()}/x", Store(tmp_path / "cache")
     shutil.copytree(disk, web.folder / "x") if kind == "http" else buckets.upload(disk, url)
     for split in ("val", "train"):
