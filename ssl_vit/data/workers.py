@@ -4,6 +4,7 @@ Workers keep no state, so one that dies costs no sample: the run ends, and the s
 """
 
 import atexit
+import multiprocessing
 import os
 import re
 import shutil
@@ -95,8 +96,12 @@ def _bounded(iterator: Any, timeout: float) -> Iterator[Any]:
             asked.append(time.monotonic())
             try:
                 batch = next(iterator, over)
-            except (ConnectionError, EOFError) as error:
-                raise _worker_error(iterator, error) from error
+            except Exception as error:
+                if isinstance(error, ConnectionError | EOFError) and (gone := _ended(iterator)):
+                    raise RuntimeError(f"DataLoader worker (pid(s) {gone}) exited unexpectedly") from error
+                if not _of_workers(error):
+                    iterator._shutdown_workers()  # torch's traceback refers to itself and would keep them long
+                raise
             asked.clear()
             if batch is over:
                 return
@@ -105,14 +110,18 @@ def _bounded(iterator: Any, timeout: float) -> Iterator[Any]:
         over.set()
 
 
-def _worker_error(iterator: Any, error: Exception) -> Exception:
-    """torch's own error where a worker ended while it handed over a batch: its socket may break before torch sees it.
-
-    An error of the data set, which a living worker passed on, stays as it is.
-    """
+def _ended(iterator: Any) -> str:
+    """The workers that ended while they handed over a batch: their socket may break before torch sees their end."""
     ended = connection.wait([worker.sentinel for worker in iterator._workers], timeout=1.0)
-    gone = ", ".join(str(worker.pid) for worker in iterator._workers if worker.sentinel in ended)
-    return RuntimeError(f"DataLoader worker (pid(s) {gone}) exited unexpectedly") if ended else error
+    gone = [worker for worker in iterator._workers if worker.sentinel in ended]
+    for worker in gone:
+        worker.join()  # so that torch's SIGCHLD handler speaks here and now, if at all, not while this is explained
+    return ", ".join(str(worker.pid) for worker in gone)
+
+
+def _of_workers(error: BaseException) -> bool:
+    """torch's error of a worker that died or hangs, not one of the data set that a worker passed on."""
+    return isinstance(error, RuntimeError) and "DataLoader" in str(error)
 
 
 def now_at(sample: int) -> None:
@@ -127,9 +136,9 @@ def explain(error: BaseException) -> Refusal | None:
 
     torch raises it wherever the main thread is when the worker dies.
     """
-    text = str(error)
-    if not isinstance(error, RuntimeError) or "DataLoader" not in text:
+    if not _of_workers(error):
         return None
+    text = str(error)
     hangs = "timed out" in text
     named = set() if hangs else {int(number) for number in re.findall(r"\d+", text)}
     found = []
@@ -168,8 +177,9 @@ def _dismiss() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for iterator in list(_working):
         iterator._shutdown_workers()
-        for worker in iterator._workers:
-            worker.kill()  # one that hangs; the others have gone
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()  # one that hangs, or whose iterator was collected without telling it
 
 
 def _as_is(batch: Any) -> Any:

@@ -454,7 +454,6 @@ class Source(Dataset):
         return f"sample {sample}"
 
 
-@pytest.mark.skip(reason="torch raises once more from SIGCHLD while the first error is caught (issue 17)")
 def test_a_worker_that_ends_while_it_hands_over_is_named_and_an_error_of_the_data_stays_what_it_is():
     load = lambda fails: next(workers.loaded(Source(fails), 1, timeout=60, size=1, device=CPU))  # noqa: E731
     with pytest.raises(RuntimeError, match="exited unexpectedly") as caught:
