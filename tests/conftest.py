@@ -45,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """The suite is the CPU's, in fp32, wherever it runs; `pytest -m gpu` is the GPU's."""
     if config.option.markexpr != "gpu":
         os.environ["ACCELERATE_USE_CPU"] = "1"
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else whatever imports DeepSpeed first prints a warning
     config.pluginmanager.register(StartCounter())
 
 
