@@ -1,5 +1,6 @@
 """What the tests of the data path share: a small class folder, a web server without patience, moto's S3."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +28,16 @@ def in_process() -> Iterator[None]:
         for module in (duplicates, foreign, shards):
             patch.setattr(module, "do", do)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_old_connections() -> Iterator[None]:
+    """Close what a test has open: a forked child waits a second for each session that it inherits and cannot close."""
+    yield
+    for name in ("fsspec.implementations.http.HTTPFileSystem", "s3fs.core.S3FileSystem"):
+        module, _, kind = name.rpartition(".")
+        if module in sys.modules:
+            getattr(sys.modules[module], kind).clear_instance_cache()
 
 
 @pytest.fixture
