@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.errors import USAGE, Refusal
 
 Tree = dict[str, Any]
 MAX_BYTES = 1 << 20  # a recipe is a page of text; more is a mistake or an attack

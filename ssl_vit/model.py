@@ -5,7 +5,7 @@ registers), T = P + N tokens, D width, K corrupted patches. `image` is uint8 [B,
 normalised floats; `patches` [B, N, D] are patch embeddings before positions; `tokens` are encoder output.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -93,3 +93,17 @@ def read_out(tokens: Tensor, pool: str, prefix: int) -> Tensor:
 def count_parameters(module: nn.Module) -> int:
     """How many numbers a module learns."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+Sums = dict[str, Tensor]
+
+
+class Evaluator(Protocol):
+    """Judges a model, wrapped or not, that is in eval mode."""
+
+    def run(self, model: nn.Module, between: Callable[[], None]) -> Iterator[tuple[str, float]]:
+        """What was measured, name by name; the same on every process.
+
+        All processes call `between` after every batch; it raises where they are to leave.
+        """
+        ...

@@ -20,10 +20,10 @@ from random import Random
 from pydantic import Field
 
 from ssl_vit import config
-from ssl_vit.data.shards import MakeShards, convert
-from ssl_vit.exits import CANNOT_CREATE, DISK, INTEGRITY, INTERNAL, PREEMPTED
+from ssl_vit.convert.make_shards import MakeShards, convert
+from ssl_vit.errors import CANNOT_CREATE, DISK, INTEGRITY, INTERNAL, PREEMPTED
 from ssl_vit.train import checkpoint
-from tests import runs
+from tests import tiny_runs
 from tests.conftest import draw_squares
 from tests.starts import Start
 
@@ -56,7 +56,7 @@ class Life:
         self.random = Random(f"{seed}-{number}")
         self.shards, self.folder = root / "shards", root / f"life-{number}"
         self.run = self.folder / "run"
-        self.words = runs.words(self.shards, self.run, *WORDS)
+        self.words = tiny_runs.words(self.shards, self.run, *WORDS)
         self.resumed = 0  # the step that the last start went on from
         self.starts = self.orphans = 0
         self.steps = 0  # done in all starts together, as far as rows and exit.json tell
@@ -78,7 +78,7 @@ class Life:
 
     def meet(self) -> bool:
         """Until the ranks hold the folder; see `runs.holds`."""
-        return self.until(lambda: runs.holds(self.start, self.run))
+        return self.until(lambda: tiny_runs.holds(self.start, self.run))
 
     def sleep(self, met: bool = False) -> bool:
         """Until a random moment of the start, or of the time after they have met."""
@@ -93,7 +93,7 @@ class Life:
         path = self.run / "metrics.jsonl"
         lines = path.read_bytes().splitlines() if path.exists() else []
         rows = [json.loads(line) for line in lines[-1:] if line.endswith(b"}")]
-        told = runs.told(self.run)["step"] if (self.run / "exit.json").exists() else 0
+        told = tiny_runs.told(self.run)["step"] if (self.run / "exit.json").exists() else 0
         return max([told, *(row["step"] for row in rows)])
 
     def go(self, fault: "Fault", before: str = "") -> list[int]:
@@ -244,10 +244,10 @@ def live(life: Life, reference: dict[str, bytes]) -> dict[str, int]:
     while set(codes := life.go(FAULTS[0])) != {DONE}:
         manual += 1
         assert manual < 2, f"a start in peace ended with {codes}"
-    found = runs.differing(reference, runs.results(life.run))
+    found = tiny_runs.differing(reference, tiny_runs.results(life.run))
     hidden = sorted(path.name for path in (life.run / "checkpoints").glob(".*"))
     assert not hidden, f"left behind: {hidden}"
-    lost = runs.lost_samples(life.run, life.shards, STEPS)
+    lost = tiny_runs.lost_samples(life.run, life.shards, STEPS)
     return {"bits differing": sum(found.values()), "manual actions": manual, "good samples lost": lost}
 
 
@@ -259,7 +259,9 @@ def soak(asked: Soak, folder: Path) -> int:
     reference, peace = {}, {}
     for world in (1, 2):
         began = time.monotonic()
-        reference[world] = runs.results(runs.straight(folder / "shards", world, folder / f"straight-{world}", *WORDS))
+        reference[world] = tiny_runs.results(
+            tiny_runs.straight(folder / "shards", world, folder / f"straight-{world}", *WORDS)
+        )
         peace[world] = time.monotonic() - began
     sums, lives = Counter[str](), list[Life]()
     bad, end = "", time.monotonic() + 60 * asked.minutes

@@ -16,10 +16,12 @@ from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
 
-from ssl_vit.data.shards import MakeShards, convert
+from ssl_vit.convert.make_shards import MakeShards, convert
 from tests.count_starts import StartCounter
 
 COLORS = {"blue": (20, 40, 220), "green": (30, 200, 60), "red": (220, 30, 40)}
+pytest_plugins = ("tests.data.fixtures", "tests.evaluate.fixtures")
+
 TINY = [
     *("encoder.size=Ti", "encoder.width=16", "encoder.depth=2", "encoder.heads=2", "encoder.patch=4"),
     *("data.image_size=16", "data.workers=0", "batch=8", "quiet=true"),
@@ -141,10 +143,10 @@ def shards(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """The finished run of tests/runs.py on so many ranks, which others are compared with; tests only read it."""
-    from tests import runs
+    from tests import tiny_runs
 
     def get(world: int) -> Path:
-        make = partial(runs.straight, shards, world)
+        make = partial(tiny_runs.straight, shards, world)
         return once(tmp_path_factory, f"tiny-run-{world}", make) / "run"
 
     return get

@@ -15,8 +15,8 @@ import timm
 import torch
 from PIL import Image
 
+from ssl_vit.convert.make_shards import MakeShards, convert
 from ssl_vit.data import manifest
-from ssl_vit.data.shards import MakeShards, convert
 from ssl_vit.encoders import export
 from ssl_vit.encoders.vit import Vit
 from tests.starts import Start, call

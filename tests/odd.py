@@ -70,6 +70,6 @@ def offline() -> None:
 
 def killed_before_it_tells() -> None:
     """Have the process killed when a fine-tuning is trained and is to write what came of it."""
-    from ssl_vit import tuning
+    from ssl_vit.commands import finetune
 
-    tuning.write_tuned = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    finetune.write_tuned = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

@@ -23,11 +23,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from ssl_vit import exits, inject
+from ssl_vit import errors, fault_injection
 
 GRACE = 2.0  # seconds for workers to end after their rank
 BASE = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-PRELOAD = ["tests.starts", "tests.odd", "ssl_vit.recipe", "accelerate", "torch._dynamo", "torch.distributed.fsdp"]
+PRELOAD = [
+    "tests.starts",
+    "tests.odd",
+    "ssl_vit.commands.setup",
+    "accelerate",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+]
 PRELOAD += ["PIL.PngImagePlugin", "matplotlib.figure", "matplotlib.backends.backend_agg", "markdown"]
 
 _context = multiprocessing.get_context("forkserver")
@@ -86,15 +93,15 @@ def call(tool: str, words: Sequence[str], **environment: str) -> Ended:
     """
     module = runpy.run_path(str(TOOLS / f"{tool}.py"), run_name=tool)
     screen, code = io.StringIO(), 0
-    own_signals = patch.object(exits, "_answer_signals", lambda: None)  # they are answered for a whole process
+    own_signals = patch.object(errors, "_answer_signals", lambda: None)  # they are answered for a whole process
     with patch.dict(os.environ, environment), patch.object(sys, "argv", [f"{tool}.py", *words]), own_signals:
         with redirect_stdout(screen), redirect_stderr(screen):
             try:
-                exits.run(module["main"])
+                errors.run(module["main"])
             except SystemExit as end:
                 code = int(end.code or 0)
             finally:
-                inject.arm("")  # what comes next in this process asked for no fault
+                fault_injection.arm("")  # what comes next in this process asked for no fault
         if "accelerate.state" in sys.modules:
             from accelerate.state import AcceleratorState, GradientState
 

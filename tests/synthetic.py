@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssl_vit.data.shards import MakeShards, convert
+from ssl_vit.convert.make_shards import MakeShards, convert
 
 SIDE = 6  # pixels
 

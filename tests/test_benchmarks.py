@@ -16,13 +16,13 @@ import torch
 import yaml
 from PIL import Image
 
-from ssl_vit import config, recipe
+from ssl_vit import config, recipes
+from ssl_vit.convert.make_shards import MakeShards, convert
 from ssl_vit.data import augment, manifest
+from ssl_vit.data.dataset import Data, Samples
 from ssl_vit.data.decode import decode
-from ssl_vit.data.samples import Data, Samples
-from ssl_vit.data.shards import MakeShards, convert
-from ssl_vit.evaluate import metrics, sweep
-from ssl_vit.recipe import Finetune
+from ssl_vit.evaluate import metrics, protocol
+from ssl_vit.recipes import Finetune
 from tests import frozen, odd, synthetic
 from tests.conftest import TINY, once
 from tests.test_recipes import opening, read
@@ -259,7 +259,7 @@ def test_the_papers_rows_give_the_papers_means():
     tasks = read("vtab").tasks
     scores = np.array([[float(text) for text in task.paper.split("/")] for task in tasks])
     assert scores.shape == (19, 3)
-    suites = [sweep.suite(tasks, {t.name: {"top1": x} for t, x in zip(tasks, row, strict=True)}) for row in scores.T]
+    suites = [protocol.suite(tasks, {t.name: {"top1": x} for t, x in zip(tasks, row, strict=True)}) for row in scores.T]
     printed = [[77.63, 86.69, 87.00, 65.03], [76.29, 85.56, 86.73, 62.96], [72.71, 83.27, 84.65, 57.50]]
     assert [round(found["mean"], 2) for found in suites] == [row[0] for row in printed]  # of the tasks, not the groups
     groups = [dict(zip(GROUPS, row[1:], strict=True)) for row in printed]
@@ -345,7 +345,7 @@ def test_data_that_is_not_there_is_named_with_the_way_to_get_it(name: str, image
     said = finished([f"recipe={name}", *source, f"run={tmp_path}/run"], tool, code=65)
     (line,) = frozen.closing(tool, said)
     assert re.match(rf"{tool}\.py: (\d+ folders are not there \()?shards/", line)
-    written = yaml.safe_load((recipe.FOLDER / f"{name}.yaml").read_text())
+    written = yaml.safe_load((recipes.FOLDER / f"{name}.yaml").read_text())
     assert written["benchmark"]["get"] in line
 
 
@@ -361,7 +361,7 @@ def vtab(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
             images, labels = folder / "images" / task / split, [i * 3 % classes for i in range(count)]
             synthetic.draw(images, labels, synthetic.names(classes), seed=number, wide=2)
             synthetic.shards(images, folder / "shards" / task / split, synthetic.names(classes))
-    written = yaml.load((recipe.FOLDER / "vtab.yaml").read_text(), config.Plain)
+    written = yaml.load((recipes.FOLDER / "vtab.yaml").read_text(), config.Plain)
     written["tasks"] = [task for task in written["tasks"] if task["name"] in tasks]
     (folder / "vtab.yaml").write_text(yaml.safe_dump(written))
     finished([f"recipe={folder}/vtab.yaml", *SMALL, f"tasks_root={folder}/shards", f"run={folder}/run"])

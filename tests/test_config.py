@@ -6,15 +6,15 @@ from typing import Literal
 import pytest
 import yaml
 
-from ssl_vit import config, recipe
+from ssl_vit import config, recipes
 from ssl_vit.encoders.vit import Vit
-from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.errors import USAGE, Refusal
 from ssl_vit.heads.classifier import Classifier
-from ssl_vit.recipe import Finetune, Pretrain
+from ssl_vit.recipes import Finetune, Pretrain
 
 
 def pretrain(*arguments: str) -> Pretrain:
-    return config.parse(Pretrain, list(arguments), recipe.FOLDER)
+    return config.parse(Pretrain, list(arguments), recipes.FOLDER)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_overrides_win_over_the_recipe_and_the_recipe_over_its_base(tmp_path: Pa
 
 def test_a_dump_reads_back_to_the_same_object(tmp_path: Path):
     for schema, name in [(Pretrain, "mpp_vit_b16"), (Finetune, "finetune_flowers")]:
-        made = config.parse(schema, [f"recipe={name}", "optim.clip=none", "data.image_size=32,64"], recipe.FOLDER)
+        made = config.parse(schema, [f"recipe={name}", "optim.clip=none", "data.image_size=32,64"], recipes.FOLDER)
         (tmp_path / "again.yaml").write_text(config.dump(made))
         assert config.parse(schema, ["recipe=again"], tmp_path) == made
 

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_vit import config, recipe, session
+from ssl_vit import config, recipes
+from ssl_vit.commands import setup, train
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.model import Model
-from ssl_vit.recipe import Pretrain
-from ssl_vit.train.attention import check_gradients, pin
+from ssl_vit.recipes import Pretrain
+from ssl_vit.train.config import Loop
 from ssl_vit.train.engine import prepare
 from ssl_vit.train.launch import start
-from ssl_vit.train.loop import Task, Window, update
-from ssl_vit.train.outfit import outfit
-from ssl_vit.train.pace import Loop
+from ssl_vit.train.loop import Task, update
+from ssl_vit.train.metrics import Window
+from ssl_vit.train.prepare import check_gradients, outfit, pin
 from tests.train.engines import BIN, ENGINES, launched
 from tests.train.engines import rows as training_rows
 from tests.train.test_loop import stopped
@@ -35,7 +36,7 @@ pytestmark = [
 def vit_b16(shards: Path, run: Path) -> int:
     data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", "data.workers=4"]
     sizes = ["steps=200", "batch=64", "micro_batch=32", "log_every=50", "save_every=100", "optim.warmup_steps=20"]
-    return session.run(config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes, "quiet=true"], recipe.FOLDER))
+    return train.run(config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes, "quiet=true"], recipes.FOLDER))
 
 
 def test_vit_b16_trains_in_bf16_with_compile_stops_and_resumes(shards: Path, tmp_path: Path):
@@ -85,7 +86,7 @@ def test_compiled_blocks_learn_as_eager_ones_do(shards: Path, tmp_path: Path):
     for name, words in {"eager": ["compile=false"], "compiled": [], "residual": ["precision=bf16_residual"]}.items():
         data = [f"data.train={shards}/train", f"run={tmp_path / name}", "data.workers=2", "quiet=true"]
         sizes = ["encoder.size=Ti", "steps=60", "batch=32", "log_every=10", "optim.warmup_steps=10"]
-        assert session.run(config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes, *words], recipe.FOLDER)) == 0
+        assert train.run(config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes, *words], recipes.FOLDER)) == 0
         found[name] = [row["loss"] for row in training_rows(tmp_path / name)]
     assert found["compiled"] == pytest.approx(found["eager"], rel=0.01)
     assert found["residual"] == pytest.approx(found["eager"], rel=0.02)
@@ -104,7 +105,7 @@ def test_every_kernel_of_attention_gives_finite_gradients(name):
 def test_rows_tell_the_time_on_the_devices_own_clock(shards: Path, tmp_path: Path):
     data = [f"data.train={shards}/train", f"run={tmp_path}", "data.workers=2", "profile=true", "quiet=true"]
     sizes = ["encoder.size=Ti", "steps=20", "batch=32", "log_every=10", "save_every=20"]
-    assert session.run(config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes], recipe.FOLDER)) == 0
+    assert train.run(config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes], recipes.FOLDER)) == 0
     for row in training_rows(tmp_path):
         shares = [value for name, value in row.items() if name.startswith("time_")]
         assert sum(shares) == pytest.approx(1, abs=1e-3)
@@ -117,9 +118,11 @@ def test_rows_tell_the_time_on_the_devices_own_clock(shards: Path, tmp_path: Pat
 def test_2048_images_of_vit_b16_fit():
     if torch.cuda.mem_get_info()[1] < 130 * 2**30:
         pytest.skip("needs a GPU with 139 GiB, as an H200")
-    made, tensors, source = recipe.resolve(config.parse(Pretrain, ["recipe=mpp_vit_b16", "batch=2048"], recipe.FOLDER))
+    made, tensors, source = recipes.resolve(
+        config.parse(Pretrain, ["recipe=mpp_vit_b16", "batch=2048"], recipes.FOLDER)
+    )
     accelerator = start(made.asked(made.optim.clip, world=1), "none", Path())
-    model = recipe.build(made, 0, tensors, source).cuda()
+    model = setup.build(made, 0, tensors, source).cuda()
     outfit(model, accelerator, made.precision, made.compile, made.activation_checkpointing)
     engine = prepare(accelerator, model, made.optim, {})
     image = torch.randint(0, 256, (2048, 3, 224, 224), dtype=torch.uint8, device="cuda")
@@ -133,10 +136,10 @@ def test_2048_images_of_vit_b16_fit():
 
 
 def test_a_step_never_waits_for_the_device(tmp_path: Path):
-    made = config.parse(Pretrain, ["recipe=mpp_demo"], recipe.FOLDER)
+    made = config.parse(Pretrain, ["recipe=mpp_demo"], recipes.FOLDER)
     accelerator = start(made.asked(made.optim.clip, world=1), "none", tmp_path)
-    made, _, _ = recipe.resolve(made)
-    model: Model = recipe.build(made, 0).cuda()
+    made, _, _ = recipes.resolve(made)
+    model: Model = setup.build(made, 0).cuda()
     outfit(model, accelerator, made.precision, made.compile, made.activation_checkpointing)
     engine = prepare(accelerator, model, made.optim, {})
     batch = {
@@ -161,12 +164,12 @@ def test_a_dry_run_foretells_memory_and_time(shards: Path, tmp_path: Path, words
     data = [f"data.train={shards}/train", "data.val=none", f"run={tmp_path}", "data.workers=8"]
     sizes = ["recipe=mpp_vit_b16", "batch=128", "steps=60", "log_every=20", "save_every=1000", "tracker=none"]
     recipe_of = [*sizes, *data, "quiet=true", "fresh=true", *words]
-    assert session.run(config.parse(Pretrain, [*recipe_of, "dry_run=true"], recipe.FOLDER)) == 0
+    assert train.run(config.parse(Pretrain, [*recipe_of, "dry_run=true"], recipes.FOLDER)) == 0
     here = json.loads((tmp_path / "dry_run.json").read_text())["here"]
     gc.collect()  # the model that was tried
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    assert session.run(config.parse(Pretrain, recipe_of, recipe.FOLDER)) == 0
+    assert train.run(config.parse(Pretrain, recipe_of, recipes.FOLDER)) == 0
     peak, last = torch.cuda.max_memory_allocated(), training_rows(tmp_path)[-1]
     assert here["peak"] == pytest.approx(peak, rel=0.15)
     if "compile=false" in words:

@@ -10,20 +10,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "ssl_vit").rglob("*.py"))
 
-# a part may import the parts on its own level and below
+# a part may import the parts on its own level and below; train and evaluate do not import each other
 LEVELS = [
-    {"exits", "counter", "durable", "family", "config", "inject", "gpus"},
-    {"model", "traced"},
+    {"errors", "rng", "runtime"},
+    {"config", "distributed", "files", "fault_injection"},
+    {"model"},
+    {"report"},
     {"encoders"},
     {"heads"},
-    {"cost", "scaling"},
     {"data"},
-    {"evaluate"},
-    {"train"},
-    {"recipe", "advice", "pages", "outcome", "training", "tuning", "session", "codebook"}
-    | {"preview", "forecast", "rehearsal", "sketch", "wording"},
-    {"runs", "standing", "scores", "board", "overlay"},
-    {"bench", "frozen", "judging", "comparison", "evaluation", "prediction", "converted", "analysis", "portrait"},
+    {"convert"},
+    {"train", "evaluate"},
+    {"recipes"},
+    {"estimate", "analyze", "runs"},
+    {"commands"},
 ]
 LEVEL = {part: i for i, parts in enumerate(LEVELS) for part in parts}
 HOMES = {"accelerate": {"train"}, "deepspeed": {"train"}, "webdataset": {"data"}, "timm": {"encoders", "heads", "data"}}
@@ -57,11 +57,19 @@ def test_imports_point_down(file: Path):
             assert not top, f"{file} imports {package} before it is needed"
         if package == "ssl_vit" and home != "__init__":
             assert LEVEL[part(name)] <= LEVEL[home], f"{file} imports {name}, which is above it"
+            assert {part(name), home} != {"train", "evaluate"}, f"{file} imports {name}"
 
 
 def test_starting_loads_nothing_heavy_and_no_file_is_named_for_nothing():
     heavy = "accelerate timm torchvision webdataset tensorboard transformers deepspeed sklearn scipy torch._dynamo"
-    code = f"import sys, ssl_vit, ssl_vit.recipe; print([m for m in {heavy.split()!r} if m in sys.modules])"
+    code = f"import sys, ssl_vit, ssl_vit.commands.setup; print([m for m in {heavy.split()!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert not {file.stem for file in FILES} & {"utils", "misc", "common", "helpers", "base"}
+
+
+def test_the_root_holds_what_the_design_says():
+    root = {path.stem for path in (ROOT / "ssl_vit").glob("*.py")} - {"__init__", "__main__"}
+    assert root == {"model", "config", "recipes", "errors", "rng", "files", "runtime", "distributed", "fault_injection"}
+    folders = {path.parent.name for path in (ROOT / "ssl_vit").glob("*/__init__.py")}
+    assert folders == LEVEL.keys() - root

@@ -1,19 +1,16 @@
 """Parameters and FLOPs of every encoder in one table: the paper's, its exaFLOPs, timm's, by the benchmark's code."""
 
 import json
-import sys
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ssl_vit import cost
-from ssl_vit.encoders import Axial, Bit, TimmZoo, Vit
+from ssl_vit.encoders.axial import Axial
+from ssl_vit.encoders.timm_encoder import Bit, TimmZoo
+from ssl_vit.encoders.vit import Vit
+from ssl_vit.estimate import cost
 from tests.starts import call
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-models: Any = import_module("benchmark_models")
+from tools.benchmarks import models
 
 # reference 1.2 (C1.1): parameters without head; reference 6.1: GMAC with all taps, and with those inside of the image
 # alone; of AxialResNet-50 as torch counts them

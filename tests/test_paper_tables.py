@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from ssl_vit import config, recipe
+from ssl_vit import config, recipes
 from tests import test_recipes
 from tests.test_recipes import read
 
@@ -289,7 +289,7 @@ def test_fine_tuning_of_resnets_is_bits(name: str):
 
 def test_a_page_lists_every_recipe():
     """docs/recipes.md: each once in its tables, and nothing else; with the numbers above, which are all."""
-    page = (recipe.FOLDER.parent / "docs" / "recipes.md").read_text()
+    page = (recipes.FOLDER.parent / "docs" / "recipes.md").read_text()
     row = {line.split("`")[1]: line for line in page.splitlines() if re.match(r"\| `\w+` \|", line)}
     listed = re.findall(r"^\| `(\w+)` \|", page, re.M)
     assert sorted(listed) == test_recipes.NAMES
@@ -307,9 +307,9 @@ def test_a_page_lists_every_recipe():
 @pytest.mark.parametrize("name", test_recipes.NAMES)
 def test_a_base_stands_by_itself(name: str):
     """One level deep; and a recipe says what is other than its base, no more."""
-    tree = yaml.load((recipe.FOLDER / f"{name}.yaml").read_text(), config.Plain)
+    tree = yaml.load((recipes.FOLDER / f"{name}.yaml").read_text(), config.Plain)
     if "base" in tree:
-        below = yaml.load((recipe.FOLDER / f"{tree['base']}.yaml").read_text(), config.Plain)
+        below = yaml.load((recipes.FOLDER / f"{tree['base']}.yaml").read_text(), config.Plain)
         assert "base" not in below
         kinds = {part for part, keys in tree.items() if isinstance(keys, dict) and "kind" in keys}
         mine, known = config.leaves(tree), dict(config.leaves(below))

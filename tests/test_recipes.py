@@ -9,21 +9,23 @@ import pytest
 import torch
 import yaml
 
-from ssl_vit import config, cost, recipe
-from ssl_vit.bench import Evaluate
-from ssl_vit.codebook import FitClusters
-from ssl_vit.data.shards import MakeShards
-from ssl_vit.encoders import timm_zoo
+from ssl_vit import config, recipes
+from ssl_vit.commands import setup
+from ssl_vit.commands.fit_clusters import FitClusters
+from ssl_vit.convert.make_shards import MakeShards
+from ssl_vit.encoders import timm_encoder
+from ssl_vit.estimate import cost
+from ssl_vit.evaluate.config import Evaluate
 from ssl_vit.heads import clusters
 from ssl_vit.heads.classifier import Classifier
-from ssl_vit.heads.masked import Masked
+from ssl_vit.heads.masked_prediction import Masked
 from ssl_vit.model import count_parameters
-from ssl_vit.recipe import Finetune, Pretrain
+from ssl_vit.recipes import Finetune, Pretrain
 from ssl_vit.train.optim import set_rate
 from tests.test_models import TABLE
 
 ROOT = Path(__file__).parent.parent
-NAMES = sorted(path.stem for path in recipe.FOLDER.glob("*.yaml"))
+NAMES = sorted(path.stem for path in recipes.FOLDER.glob("*.yaml"))
 JUDGING = [name for name in NAMES if name.startswith("evaluate")]
 TRAINING = [name for name in NAMES if name not in JUDGING]
 STUDIES = ("supervised_", "shape_", "positions_", "optimizer_", "datasize_", "axial_", "finetune_bit", "mpp_")
@@ -42,7 +44,7 @@ def schema(name: str) -> type[Pretrain] | type[Finetune]:
 
 def opening(name: str) -> str:
     """The comment that a recipe opens with, without its signs."""
-    lines = (recipe.FOLDER / f"{name}.yaml").read_text().splitlines()
+    lines = (recipes.FOLDER / f"{name}.yaml").read_text().splitlines()
     end = next(number for number, line in enumerate(lines) if not line.startswith("#"))
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:end])
 
@@ -59,7 +61,7 @@ def codebook(name: str, folder: Path, words: list[str]) -> list[str]:
 
 
 def read(name: str, *more: str) -> Any:
-    return config.parse(schema(name), [f"recipe={name}", *more], recipe.FOLDER)
+    return config.parse(schema(name), [f"recipe={name}", *more], recipes.FOLDER)
 
 
 def small(name: str) -> list[str]:
@@ -91,7 +93,7 @@ def test_a_recipe_builds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     given = read(name, *codebook(name, tmp_path, []))
     build = type(given.head).build
     monkeypatch.setattr(type(given.head), "build", lambda *what, **more: built.append(build(*what, **more)))
-    made, _, _ = recipe.resolve(given)
+    made, _, _ = recipes.resolve(given)
     (tmp_path / "again.yaml").write_text(config.dump(given))  # a resume compares the two
     assert config.parse(schema(name), ["recipe=again", f"run={given.run}"], tmp_path) == given
     assert count_parameters(built[0]) > 0
@@ -104,10 +106,10 @@ def test_a_recipe_builds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", TIERED)
 def test_a_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Two steps, because the first moves nothing below a layer that starts at zero."""
-    monkeypatch.setitem(timm_zoo.LAYERS, 50, (1, 1, 1, 1))
+    monkeypatch.setitem(timm_encoder.LAYERS, 50, (1, 1, 1, 1))
     words = [*small(name), "seed=1", "precision=fp32"]
-    made, _, _ = recipe.resolve(read(name, *words, *codebook(name, tmp_path, words)))
-    model = recipe.build(made, CLASSES).train()
+    made, _, _ = recipes.resolve(read(name, *words, *codebook(name, tmp_path, words)))
+    model = setup.build(made, CLASSES).train()
     before = {value: value.detach().clone() for value in model.parameters()}
     optimizer = made.optim.build(model)
     set_rate(optimizer.param_groups, made.optim.rate(made.optim.warmup_steps, made.steps))
@@ -135,7 +137,7 @@ def test_a_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", JUDGING)
 def test_a_recipe_judges(name: str):
-    made = config.parse(Evaluate, [f"recipe={name}"], recipe.FOLDER)
+    made = config.parse(Evaluate, [f"recipe={name}"], recipes.FOLDER)
     assert made.methods == ("classifier",)
     assert made.metrics.label_sets or made.metrics.class_map
     assert (made.run, made.data.image_size, made.data.eval_crop) == (f"runs/{name}", 384, 0.8572)
@@ -151,7 +153,7 @@ def test_the_commands_of_a_recipe_are_taken(name: str):
     quoted = [" ".join(words.split()) for words in re.findall(r"`([^`]+)`", text)]
     for tool, rest in [*re.findall(r"tools/(\w+)\.py (.*)", "\n".join(quoted)), *commands]:
         words = [word for word in rest.split() if re.match(r"[\w.]+=.", word)]
-        made = config.parse(SCHEMAS[tool], words, recipe.FOLDER)
+        made = config.parse(SCHEMAS[tool], words, recipes.FOLDER)
         if isinstance(made, Finetune) and made.init == f"runs/{name}" and made.encoder.kind == "vit":
             read(name).encoder.model_copy(update={"image": made.data.image_size}).check()  # patches tile its images
     for words in quoted:
@@ -159,7 +161,7 @@ def test_the_commands_of_a_recipe_are_taken(name: str):
             other = read(name, *words.split())
             assert other != read(name)
             if "encoder." in words:
-                recipe.resolve(other)
+                recipes.resolve(other)
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -185,7 +187,7 @@ def test_a_recipe_of_the_paper_says_what_it_costs_and_what_to_expect(name: str):
     assert hours == pytest.approx(wanted * 1e18 / (8 * 400e12) / 3600, rel=0.03)
 
 
-@pytest.mark.parametrize("path", [ROOT / "accelerate_config.yaml", *sorted((recipe.FOLDER / "launch").glob("*.yaml"))])
+@pytest.mark.parametrize("path", [ROOT / "accelerate_config.yaml", *sorted((recipes.FOLDER / "launch").glob("*.yaml"))])
 def test_a_launch_file_is_what_accelerate_reads(path: Path):
     from accelerate.commands.config.config_args import ClusterConfig
 

@@ -7,13 +7,11 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock, patch
 
 import numpy as np
@@ -21,24 +19,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssl_vit import config, cost, recipe
+from ssl_vit import config, recipes
+from ssl_vit.commands import setup
 from ssl_vit.data import manifest
-from ssl_vit.data.samples import Samples
-from ssl_vit.encoders import Bit, Vit
-from ssl_vit.exits import DATA, USAGE, Refusal
+from ssl_vit.data.dataset import Samples
+from ssl_vit.encoders.timm_encoder import Bit
+from ssl_vit.encoders.vit import Vit
+from ssl_vit.errors import DATA, USAGE, Refusal
+from ssl_vit.estimate import cost
 from ssl_vit.model import Model
-from ssl_vit.recipe import Pretrain
+from ssl_vit.recipes import Pretrain
 from ssl_vit.train import loop
 from tests.conftest import TINY
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-benchmark, contestants, levers, products, racing, exponents = map(
-    import_module, ("benchmark", "contestants", "levers", "products", "racing", "exponents")
-)
-attention, memory, inference, scaling, data, processes = (
-    import_module(f"benchmark_{name}")
-    for name in ("attention", "memory", "inference", "scaling", "scaling_data", "scaling_processes")
-)
+from tools.benchmarks import __main__ as benchmark
+from tools.benchmarks import attention, contestants, inference, memory, racing, scaling
 
 Rows = list[dict[str, Any]]
 Patch = pytest.MonkeyPatch
@@ -106,9 +100,9 @@ def test_contestants_take_turns_each_begins_a_round_and_speed_is_a_median_of_rat
 # the step and the loop
 
 
-def built() -> tuple[recipe.Recipe, Model, dict[str, Tensor]]:
-    made, tensors, source = recipe.resolve(config.parse(Pretrain, STEP, recipe.FOLDER))
-    model = recipe.build(made, 1000, tensors, source)
+def built() -> tuple[recipes.Recipe, Model, dict[str, Tensor]]:
+    made, tensors, source = recipes.resolve(config.parse(Pretrain, STEP, recipes.FOLDER))
+    model = setup.build(made, 1000, tensors, source)
     torch.nn.init.normal_(model.head.linear.weight, std=0.02)
     return made, model, racing.images(made.batch, made.encoder, torch.device("cpu"))
 
@@ -131,10 +125,10 @@ def test_a_step_is_measured_beside_rivals_levers_and_bare_products(tmp_path: Pat
 
 def test_without_a_lever_a_step_is_the_same_step(tmp_path: Path):
     made, model, batch = built()
-    step = contestants.ours(made, model, batch, tmp_path)
+    step: Any = contestants.ours(made, model, batch, tmp_path)
     wanted = [float(step()[0]) for _ in range(3)]
     assert wanted[0] != wanted[1] != wanted[2]
-    steps = levers.levers(made, built()[1], batch, tmp_path)
+    steps: dict[str, Any] = contestants.without_levers(made, built()[1], batch, tmp_path)
     assert len(steps) >= 7
     for who, build in steps.items():
         step = build()
@@ -146,11 +140,11 @@ def test_without_a_lever_a_step_is_the_same_step(tmp_path: Path):
 def test_rivals_take_the_same_steps():
     """timm's: the same losses as ours, step by step; both in the plain loop, where AdamW decays alike."""
     made, model, batch = built()
-    theirs = contestants.rivals(made, model, batch)
+    theirs: dict[str, Any] = contestants.rivals(made, model, batch)
     assert theirs.keys() == {"timm", "timm, fused AdamW", "Hugging Face", "Hugging Face, fused AdamW"}
     optimizer = torch.optim.AdamW(model.parameters(), lr=made.optim.lr)
-    cast = contestants.autocast(made, torch.device("cpu"))
-    ours = contestants.simple(contestants.Loss(model), repeat(batch), optimizer, cast)
+    autocast = contestants.autocast(made, torch.device("cpu"))
+    ours: Any = contestants.simple(contestants.Loss(model), repeat(batch), optimizer, autocast)
     slow, fast = theirs["timm"](), theirs["timm, fused AdamW"]()
     for _ in range(3):
         wanted = float(ours())
@@ -161,15 +155,15 @@ def test_rivals_take_the_same_steps():
 def test_the_products_are_the_steps():
     """Their FLOPs are the formula's, but for the gradient of the pixels, which only the products compute."""
     made, model, _ = built()
-    counted = sum(6 * rows * given * out * count for rows, given, out, count in products.layers(made))
-    heads, tokens, width = products.attention(made)
+    counted = sum(6 * rows * given * out * count for rows, given, out, count in contestants.linear_shapes(made))
+    heads, tokens, width = contestants.attention_shape(made)
     counted += made.encoder.numbers[1] * 12 * heads * tokens**2 * width  # type: ignore[union-attr]
     pixels = 2 * made.batch * 16 * 48 * 32
-    assert counted - pixels == made.batch * recipe.flops(model)
-    ways = products.products(made, torch.device("cpu"), half=False)
+    assert counted - pixels == made.batch * setup.flops(model)
+    ways = contestants.matrix_products(made, torch.device("cpu"), half=False)
     with patch.object(torch, "mm", wraps=torch.mm) as mm:
         ways["products"]()
-    assert mm.call_count == 3 * sum(count for *_, count in products.layers(made))
+    assert mm.call_count == 3 * sum(count for *_, count in contestants.linear_shapes(made))
 
 
 def test_the_loop_is_measured_beside_the_bare_step_and_from_shards(shards: Path, tmp_path: Path):
@@ -301,7 +295,7 @@ def test_on_a_gpu_running_out_of_memory_is_an_answer_and_no_other_error(tmp_path
     cuda: dict[str, Any] = {"set_per_process_memory_fraction": fractions, "max_memory_reserved": lambda: 0}
     cuda |= {"mem_get_info": lambda: (79 * 2**30, 80 * 2**30), "reset_peak_memory_stats": lambda: None}
     cuda |= {"max_memory_allocated": lambda: 2**30 + trained[-1] * 10**7}
-    monkeypatch.setattr(memory.environment, "on_gpu", lambda: True)
+    monkeypatch.setattr(memory.runtime, "on_gpu", lambda: True)
     for place, fakes in ((memory, ours), (torch.cuda, cuda)):
         for name, fake in fakes.items():
             monkeypatch.setattr(place, name, fake)
@@ -370,10 +364,10 @@ OOM = torch.OutOfMemoryError("CUDA out of memory")
 def test_batches_double_while_that_pays(fits: int, most: int, last: int, monkeypatch: Patch):
     """Where all fit, two are tried beyond the best."""
     monkeypatch.setattr(inference, "race", lambda steps, *_, **__: {who: [step()] for who, step in steps.items()})
-    rates = inference.sweep(Passes(fits, OOM), most, steps=1)
+    rates = inference.sweep(cast(Any, Passes)(fits, OOM), most, steps=1)
     assert rates == {batch: min(batch, 8) for batch in (1, 2, 4, 8, 16, 32) if batch <= last}
     with pytest.raises(RuntimeError, match="broken"):
-        inference.sweep(Passes(0, RuntimeError("broken")), most, steps=1)
+        inference.sweep(cast(Any, Passes)(0, RuntimeError("broken")), most, steps=1)
 
 
 def test_the_largest_batch_says_why_the_next_fails(monkeypatch: Patch):
@@ -425,27 +419,27 @@ def scaled(folder: Path, *words: str) -> Rows:
 
 
 def options(*words: str) -> Any:
-    return config.parse(scaling.Options, [*SCALING, *words], recipe.FOLDER)
+    return config.parse(scaling.Options, [*SCALING, *words], recipes.FOLDER)
 
 
 def test_a_line_has_numpys_slope_and_standard_error_and_a_row_a_fit_a_round():
     """Rounds in which the cost grows with power 2, 1 and 4; by the formula it is 3."""
     x, y = [0, 1, 2, 4, 7], [1.0, 2.5, 2.0, 5.5, 7.0]
     coefficients, covariance = np.polyfit(x, y, 1, cov=True)
-    assert exponents.line(x, y) == pytest.approx((coefficients[0], np.sqrt(covariance[0, 0])))
-    assert exponents.line([1, 3], [2, 8]) == (3.0, None)
-    assert exponents.exponent([5], [1.0]) is None
+    assert scaling.fit_line(x, y) == pytest.approx((coefficients[0], np.sqrt(covariance[0, 0])))
+    assert scaling.fit_line([1, 3], [2, 8]) == (3.0, None)
+    assert scaling.exponent([5], [1.0]) is None
     seconds = {value: [value**2.0, value**1.0, value**4.0] for value in (2, 4, 8)} | {16: [1.0, 1.0, 1.0]}
-    row = exponents.growth("size", "x", seconds, lambda v: 7.0 * v**3, lambda v: 10 * v, {16: "too large", 32: "gone"})
+    row = scaling.growth("size", "x", seconds, lambda v: 7.0 * v**3, lambda v: 10 * v, {16: "too large", 32: "gone"})
     assert (row["exponent"], row["exponent_spread"], row["formula"]) == (2, [1, 4], 3)
     assert (row["ratio"], row["ratio_spread"]) == (0.25, [round(4 / 64, 3), 4])  # from 2 to 8: 16 times, not 64
     assert row["values"] == [2, 4, 8, 16]
     assert row["milliseconds"] == [4e3, 16e3, 64e3, 1e3]  # medians
     assert row["images_per_second"] == [5, 2.5, 1.25, 160]
     assert row["left_out"] == {"16": "too large", "32": "gone"}
-    ends = exponents.growth("size", "x", {2: [3.0], 4: [3.0], 8: [24.0]}, lambda v: v + 8.0)
+    ends = scaling.growth("size", "x", {2: [3.0], 4: [3.0], 8: [24.0]}, lambda v: v + 8.0)
     assert (ends["last_two"], ends["last_two_formula"]) == (3, round(float(np.log2(16 / 12)), 3))
-    row = exponents.growth("size", "x", {2: [1.0, 2.0]}, lambda v: v)
+    row = scaling.growth("size", "x", {2: [1.0, 2.0]}, lambda v: v)
     assert (row["exponent"], row["formula"], row["ratio"], row["milliseconds"]) == (None, None, None, [1500])
 
 
@@ -524,27 +518,27 @@ def test_what_does_not_fit_is_left_out(monkeypatch: Patch, tmp_path: Path, capsy
 
 @pytest.mark.parametrize(("samples", "shards"), [(5, 1), (640, 3), (2000, 50)])
 def test_a_set_of_any_size_is_made_and_can_be_read(samples: int, shards: int, tmp_path: Path):
-    made = manifest.load(data.enlarged(data.pictures(tmp_path, (16, 24)), tmp_path / "set", samples, shards))
+    made = manifest.load(scaling.enlarged(scaling.pictures(tmp_path, (16, 24)), tmp_path / "set", samples, shards))
     made.check()
     assert (made.samples, len(made.shards)) == (samples // shards * shards, shards)
-    stream = data.stream_of(options("data.image_size=16,24"), made, 0)
+    stream = scaling.stream_of(options("data.image_size=16,24"), made, 0)
     every, faults = Samples(made, stream.config, 0, training=False).batch([(0, i) for i in range(made.samples)])
     assert not faults
     each = samples // shards
-    assert len({image.numpy().tobytes() for image in every["image"]}) == min(each, data.PICTURES)  # all that differ
+    assert len({image.numpy().tobytes() for image in every["image"]}) == min(each, scaling.PICTURES)  # all that differ
     assert made.index(0)["label"].tolist() == [0] * each
     cut = tmp_path / "set" / "0.tar"
     cut.write_bytes(cut.read_bytes()[:512])
     with pytest.raises(Refusal, match="too short") as end:  # what cannot be read is no measurement
-        data.first(options("data.image_size=16,24"), tmp_path / "set")
+        scaling.first(options("data.image_size=16,24"), tmp_path / "set")
     assert end.value.code == DATA
 
 
 @process
 @pytest.mark.parametrize(("axis", "key"), [("samples", "samples=1000,4000"), ("shards", "shards=1,20")])
 def test_the_axes_of_data(axis: str, key: str, tmp_path: Path, monkeypatch: Patch):
-    monkeypatch.setattr(data, "PLANS", 5)
-    with patch.object(data, "enlarged", wraps=data.enlarged) as enlarged:
+    monkeypatch.setattr(scaling, "PLANS", 5)
+    with patch.object(scaling, "enlarged", wraps=scaling.enlarged) as enlarged:
         start, _plan, batch = rows = scaled(tmp_path, f"axes={axis}", key)
     sizes = [call.args[2:] for call in enlarged.call_args_list]
     assert sizes == ([(1000, 1), (4000, 4)] if axis == "samples" else [(2000, 1), (2000, 20)])
@@ -557,10 +551,10 @@ def test_the_axes_of_data(axis: str, key: str, tmp_path: Path, monkeypatch: Patc
 
 @process
 def test_workers_are_fitted_up_to_the_cores(tmp_path: Path, monkeypatch: Patch, shards: Path):
-    monkeypatch.setattr(data, "OPENING", 0)
+    monkeypatch.setattr(scaling, "OPENING", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
     loaded: list[int] = []
-    real = data.loading
+    real = scaling.loading
 
     def loading(made: Any, given: Any, count: int) -> float:
         loaded.append(count)
@@ -568,7 +562,7 @@ def test_workers_are_fitted_up_to_the_cores(tmp_path: Path, monkeypatch: Patch, 
         assert real(made, given, count) > 0
         return 0.6 / (count or 0.5)
 
-    monkeypatch.setattr(data, "loading", loading)
+    monkeypatch.setattr(scaling, "loading", loading)
     (row,) = scaled(tmp_path, "axes=workers", "workers=0,1,2,3", f"data.train={shards}/train")
     assert loaded == [0, 1, 2, 3] * 2
     assert row["left_out"] == {"3": "more than the 2 cores", "0": "in the training's own process"}
@@ -591,21 +585,21 @@ def test_processes_are_launched_with_as_many_images_each(monkeypatch: Patch, tmp
 
     def launch(command: list[str], env: dict[str, str], **_: Any) -> Any:
         count = int(command[command.index("--nproc_per_node") + 1])
-        made = config.parse(processes.engines.Options, [f"recipe={command[-2]}"], recipe.FOLDER)
-        recipe.resolve(made)
+        made: Any = config.parse(scaling.engines.Options, [f"recipe={command[-2]}"], recipes.FOLDER)
+        recipes.resolve(made)
         asked[count] = made.batch, made.encoder.width, made.encoder.image_hw, made.rounds, env["OMP_NUM_THREADS"]
         Path(command[-1]).write_text(json.dumps([0.5 * count] * made.rounds))
-        return processes.subprocess.CompletedProcess(command, 0)
+        return scaling.subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(processes.subprocess, "run", launch)
+    monkeypatch.setattr(scaling.subprocess, "run", launch)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
     (row,) = scaled(tmp_path, "axes=processes", "processes=1,2,4")
     assert asked == {count: (BATCH * count, WIDTH, (IMAGE, IMAGE), 2, "1") for count in (1, 2, 4)}
     assert (row["exponent"], row["formula"], row["efficiency"]) == (1, 0, [1, 0.5, 0.25])
     assert row["left_out"] == {"4": "more than the 2 cores"}
     assert row["images_per_second"] == [BATCH / 0.5] * 3
-    failed = processes.subprocess.CompletedProcess([], 1, stderr="what went wrong")
-    monkeypatch.setattr(processes.subprocess, "run", lambda *_, **__: failed)
+    failed = scaling.subprocess.CompletedProcess([], 1, stderr="what went wrong")
+    monkeypatch.setattr(scaling.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(Refusal, match="a launch of 1 ended with 1"):
         scaled(tmp_path, "axes=processes", "processes=1")
 

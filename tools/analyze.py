@@ -6,15 +6,17 @@ features and neighbours; the pictures as PNG, the numbers as JSON and CSV.
 
 import sys
 
-from ssl_vit import analysis, config, exits, recipe
+from ssl_vit import config, errors, recipes
+from ssl_vit.analyze import sections
+from ssl_vit.commands import analyze
 
 
 def main(arguments: list[str]) -> int:
     if config.usage(arguments):
-        print(f"{__doc__}\n{config.describe(analysis.Analyze)}")
+        print(f"{__doc__}\n{config.describe(sections.Analyze)}")
         return 0
-    return analysis.run(config.parse(analysis.Analyze, arguments, recipe.FOLDER))
+    return analyze.run(config.parse(sections.Analyze, arguments, recipes.FOLDER))
 
 
 if __name__ == "__main__":
-    sys.exit(exits.run(main))
+    sys.exit(errors.run(main))

@@ -2,15 +2,16 @@
 
 import sys
 
-from ssl_vit import config, evaluation, exits, recipe
+from ssl_vit import config, errors, recipes
+from ssl_vit.commands import evaluate
 
 
 def main(arguments: list[str]) -> int:
     if config.usage(arguments):
-        print(f"{__doc__}\n\n{config.describe(evaluation.Evaluate)}")
+        print(f"{__doc__}\n\n{config.describe(evaluate.Evaluate)}")
         return 0
-    return evaluation.run(config.parse(evaluation.Evaluate, arguments, recipe.FOLDER))
+    return evaluate.run(config.parse(evaluate.Evaluate, arguments, recipes.FOLDER))
 
 
 if __name__ == "__main__":
-    sys.exit(exits.run(main))
+    sys.exit(errors.run(main))

@@ -7,16 +7,17 @@ or H,W positions are interpolated to that size by the paper's rule and baked in.
 import sys
 from pathlib import Path
 
-from ssl_vit import config, converted, exits
+from ssl_vit import config, errors
+from ssl_vit.commands import export
 
 
 def main(arguments: list[str]) -> int:
     if config.usage(arguments):
-        print(f"{__doc__}\n\n{config.describe(converted.Export)}")
+        print(f"{__doc__}\n\n{config.describe(export.Export)}")
         return 0
-    print(converted.run(config.parse(converted.Export, arguments, Path("recipes"))))
+    print(export.run(config.parse(export.Export, arguments, Path("recipes"))))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(exits.run(main))
+    sys.exit(errors.run(main))

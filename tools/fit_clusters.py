@@ -7,16 +7,17 @@ Then: tools/pretrain.py recipe=mpp_clusters head.codebook=FILE
 import sys
 from pathlib import Path
 
-from ssl_vit import codebook, config, exits
+from ssl_vit import config, errors
+from ssl_vit.commands import fit_clusters
 
 
 def main(arguments: list[str]) -> int:
     if config.usage(arguments):
-        print(f"{__doc__}\n\n{config.describe(codebook.FitClusters)}")
+        print(f"{__doc__}\n\n{config.describe(fit_clusters.FitClusters)}")
         return 0
-    print(codebook.fit(config.parse(codebook.FitClusters, arguments, Path("recipes"))))
+    print(fit_clusters.fit(config.parse(fit_clusters.FitClusters, arguments, Path("recipes"))))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(exits.run(main))
+    sys.exit(errors.run(main))

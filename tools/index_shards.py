@@ -7,8 +7,8 @@ cannot use. Afterwards data.train= takes the folder as any other.
 import sys
 from pathlib import Path
 
-from ssl_vit import config, exits
-from ssl_vit.data.foreign import IndexShards, index
+from ssl_vit import config, errors
+from ssl_vit.convert.index_shards import IndexShards, index
 
 
 def main(arguments: list[str]) -> int:
@@ -20,4 +20,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exits.run(main))
+    sys.exit(errors.run(main))

@@ -8,8 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from ssl_vit import config, exits
-from ssl_vit.data.shards import REJECTS, MakeShards, convert
+from ssl_vit import config, errors
+from ssl_vit.convert.make_shards import REJECTS, MakeShards, convert
 
 
 def main(arguments: list[str]) -> int:
@@ -36,4 +36,4 @@ def launched() -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(exits.run(main))
+    sys.exit(errors.run(main))

@@ -3,15 +3,16 @@
 import sys
 from pathlib import Path
 
-from ssl_vit import config, exits, prediction
+from ssl_vit import config, errors
+from ssl_vit.commands import predict
 
 
 def main(arguments: list[str]) -> int:
     if config.usage(arguments):
-        print(f"{__doc__}\n\n{config.describe(prediction.Predict)}")
+        print(f"{__doc__}\n\n{config.describe(predict.Predict)}")
         return 0
-    return prediction.run(config.parse(prediction.Predict, arguments, Path()))
+    return predict.run(config.parse(predict.Predict, arguments, Path()))
 
 
 if __name__ == "__main__":
-    sys.exit(exits.run(main))
+    sys.exit(errors.run(main))

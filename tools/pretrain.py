@@ -2,15 +2,16 @@
 
 import sys
 
-from ssl_vit import config, exits, recipe, session
+from ssl_vit import config, errors, recipes
+from ssl_vit.commands import train
 
 
 def main(arguments: list[str]) -> int:
     if config.usage(arguments):
-        print(f"{__doc__}\n\n{config.describe(recipe.Pretrain)}")
+        print(f"{__doc__}\n\n{config.describe(recipes.Pretrain)}")
         return 0
-    return session.run(config.parse(recipe.Pretrain, arguments, recipe.FOLDER))
+    return train.run(config.parse(recipes.Pretrain, arguments, recipes.FOLDER))
 
 
 if __name__ == "__main__":
-    sys.exit(exits.run(main))
+    sys.exit(errors.run(main))

@@ -12,8 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from ssl_vit import config, exits
-from ssl_vit.runs import Runs, report
+from ssl_vit import config, errors
+from ssl_vit.commands.runs import Runs, report
 
 
 def main(arguments: list[str]) -> int:
@@ -34,4 +34,4 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a folder may have any name
-    sys.exit(exits.run(main))
+    sys.exit(errors.run(main))

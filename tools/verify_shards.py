@@ -7,9 +7,9 @@ there is one.
 import sys
 from pathlib import Path
 
-from ssl_vit import config, exits
-from ssl_vit.data.verify import VerifyShards, verify
-from ssl_vit.exits import DATA, Refusal
+from ssl_vit import config, errors
+from ssl_vit.convert.index_shards import VerifyShards, verify
+from ssl_vit.errors import DATA, Refusal
 
 
 def main(arguments: list[str]) -> int:
@@ -33,4 +33,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exits.run(main))
+    sys.exit(errors.run(main))

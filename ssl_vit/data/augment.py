@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ssl_vit.counter import key, uniforms
+from ssl_vit.rng import key, uniforms
 
 RATIO = (3 / 4, 4 / 3)  # width to height of a random crop
 TRIES = 10

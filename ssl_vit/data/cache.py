@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ssl_vit.counter import key
 from ssl_vit.data import remote
-from ssl_vit.exits import CANNOT_CREATE, DISK, Refusal
-from ssl_vit.family import serve_parent
+from ssl_vit.errors import CANNOT_CREATE, DISK, Refusal
+from ssl_vit.rng import key
+from ssl_vit.runtime import serve_parent
 
 LOCKS = 64  # files of locks: two that fall on the same one are fetched one after the other
 AT_ONCE = 4  # downloads of the process that fetches ahead

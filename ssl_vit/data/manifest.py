@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ssl_vit.data import remote
 from ssl_vit.data.cache import Cache, Store
-from ssl_vit.durable import sha256, write_bytes
-from ssl_vit.exits import DATA, Refusal
+from ssl_vit.errors import DATA, Refusal
+from ssl_vit.files import sha256, write_bytes
 
 FILE = "manifest.json"
 FORMAT = "ssl_vit.shards"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssl_vit.counter import key, permutation
+from ssl_vit.rng import key, permutation
 
 
 @dataclass(frozen=True)

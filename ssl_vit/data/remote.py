@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
 
-from ssl_vit.durable import sha256 as digest_of
-from ssl_vit.exits import CANNOT_CREATE, DISK, USAGE, Refusal
+from ssl_vit.errors import CANNOT_CREATE, DISK, USAGE, Refusal
+from ssl_vit.files import sha256 as digest_of
 
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 EXTRAS = {"gs": "gs", "hf": "hf"}  # of ours, which install these; the rest is in `remote`

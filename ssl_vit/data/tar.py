@@ -1,14 +1,15 @@
-"""The members of a tar file, damaged or not: where they are, and what is wrong in between.
-
-The standard library (and so webdataset) takes a damaged header for the end of the archive and loses the rest without a
-word. This walk goes on at the next header that is whole, and says where it had to.
-"""
+"""Tar files without trust: members by a walk over the headers, and which shards a path or pattern means."""
 
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+
+from ssl_vit.data import remote
+from ssl_vit.errors import DATA, USAGE, Refusal
 
 BLOCK = 512
 LONGEST = 1 << 16  # bytes of an extended header that are read; a longer one is an attack
@@ -130,3 +131,79 @@ def _extended(data: bytes, name: str | None) -> tuple[str | None, int | None]:
             size = int(value)
         data = data[int(length) :]
     return name, size
+
+
+IMAGES = {"jpg", "jpeg", "png", "webp"}
+
+
+def find(shards: str) -> tuple[str, list[str]]:
+    """The folder or URL that shards have in common, and their names in it, sorted."""
+    folder, url = os.path.isdir(shards), remote.is_url(shards)  # unlike Path's is_dir, isdir takes any text
+    if url:
+        remote.check(shards)
+    if url and not shards.endswith(".tar"):
+        root = shards.rstrip("/")
+        found = [f"{root}/{name}" for name in remote.sizes(shards) if name.endswith(".tar")]
+    elif folder:
+        root = os.path.normpath(shards)
+        found = [str(path) for path in Path(shards).rglob("*.tar")]
+    else:
+        found = expand(shards)
+        scheme = f"{shards.partition('://')[0]}://" if url else ""
+        root = scheme + (os.path.commonpath([os.path.dirname(n.removeprefix(scheme)) or "." for n in found]) or ".")
+    if not found:
+        raise Refusal(DATA, f"{shards}: has no .tar files")
+    strange = [name for name in found if not name.endswith(".tar")]
+    if strange:
+        raise Refusal(DATA, f"{strange[0]}: is no .tar file (compressed ones cannot be read in any order: unpack them)")
+    return root, sorted({name[len(root) + 1 :] if url else os.path.relpath(name, root) for name in found})
+
+
+def cut(name: str, first: bool) -> tuple[str, str]:
+    """Key and lower-case suffix of a member: cut at the first or at the last dot of its file name."""
+    folder, _, file = name.rpartition("/")
+    stem, _, suffix = file.partition(".") if first else file.rpartition(".")
+    return f"{folder}/{stem}" if folder else stem, suffix.lower()
+
+
+MOST = 1_000_000  # names that a pattern may stand for
+
+
+def expand(pattern: str) -> list[str]:
+    """The names that a pattern with `{000..999}`, `{a,b}` and, among local files, `*` stands for.
+
+    Raises Refusal(USAGE) where they are too many, Refusal(DATA) where `*` finds nothing.
+    """
+    pieces: list[list[str]] = []
+    count = 1
+    for text in re.split(r"(\{[^{}]*\})", pattern):
+        options = _options(text)
+        count *= max(1, len(options))
+        if count > MOST:
+            raise Refusal(USAGE, f"{pattern}: stands for more than {MOST:,} names")
+        pieces.append(options)
+    names = ["".join(parts) for parts in product(*pieces)]
+    if remote.is_url(pattern) or not re.search(r"[*?]", pattern):
+        return names
+    found = [
+        str(path)
+        for name in names
+        for path in sorted(Path().glob(name) if not name.startswith("/") else Path("/").glob(name[1:]))
+    ]
+    if not found:
+        raise Refusal(DATA, f"{pattern}: finds no files")
+    return found
+
+
+def _options(text: str) -> list[str]:
+    numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", text)
+    if numbers:
+        first, last = numbers.groups()
+        if abs(int(last) - int(first)) >= MOST:
+            raise Refusal(USAGE, f"{text}: stands for more than {MOST:,} names")
+        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+        step = 1 if int(last) >= int(first) else -1
+        return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
+    if text.startswith("{") and "," in text:
+        return text[1:-1].split(",")
+    return [text]

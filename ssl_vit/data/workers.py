@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from ssl_vit import inject
-from ssl_vit.exits import INTERNAL, Refusal
-from ssl_vit.family import serve_parent
+from ssl_vit import fault_injection
+from ssl_vit.errors import INTERNAL, Refusal
+from ssl_vit.runtime import serve_parent
 
 PREFETCH = 4  # batches that a worker is ahead
 SHARED = Path("/dev/shm")  # where torch puts what workers hand over
@@ -128,7 +128,7 @@ def now_at(sample: int) -> None:
     """A worker comes to a sample."""
     if _mine is not None:
         _mine[0][_mine[1]] = sample
-        inject.point("sample", sample)
+        fault_injection.point("sample", sample)
 
 
 def explain(error: BaseException) -> Refusal | None:

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ssl_vit.encoders.axial import Axial, AxialResnet
-from ssl_vit.encoders.timm_zoo import Bit, TimmZoo
+from ssl_vit.encoders.timm_encoder import Bit, TimmZoo
 from ssl_vit.encoders.vit import Vit
 
 Encoder = Annotated[Vit | Axial | AxialResnet | Bit | TimmZoo, Field(discriminator="kind")]

@@ -5,9 +5,9 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssl_vit.encoders import positions
-from ssl_vit.encoders.pixels import Pixels, Pool
-from ssl_vit.encoders.timm_zoo import Bit, TimmEncoder
+from ssl_vit.encoders import layers
+from ssl_vit.encoders.inputs import Pixels, Pool
+from ssl_vit.encoders.timm_encoder import Bit, TimmEncoder
 from ssl_vit.encoders.vit import Attention, Transformer, VitEncoder, at
 
 
@@ -118,7 +118,7 @@ class AxialConv(nn.Module):
     def __init__(self, width: int, heads: int, grid: tuple[int, int], stride: int):
         super().__init__()
         lines = grid[1], grid[0]
-        tables = [positions.learned(2 * line - 1, width // heads) for line in lines]
+        tables = [layers.learned(2 * line - 1, width // heads) for line in lines]
         self.rows = AxialAttention(width, heads, 0, tables[0])
         self.columns = AxialAttention(width, heads, 0, tables[1])
         for attention, columns in ((self.rows, False), (self.columns, True)):

@@ -14,12 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssl_vit.encoders import Encoder
-from ssl_vit.encoders.classified import Classifier
-from ssl_vit.encoders.formats import Weights
-from ssl_vit.encoders.timm_zoo import Bit, TimmZoo
+from ssl_vit.encoders.checkpoint_formats import Weights
+from ssl_vit.encoders.timm_encoder import Bit, TimmZoo
 from ssl_vit.encoders.vit import Vit, VitEncoder
-from ssl_vit.encoders.weights import AnyEncoder
-from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.encoders.weights import AnyEncoder, Classifier
+from ssl_vit.errors import USAGE, Refusal
 from ssl_vit.model import read_out
 
 ARCHITECTURES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}

@@ -13,9 +13,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ssl_vit.encoders import positions
-from ssl_vit.encoders.linear import Linear, convolve_in_fp32_on_cpu, linear
-from ssl_vit.encoders.pixels import NO_CLASS_TOKEN, Normalised, Pixels
+from ssl_vit.encoders import layers
+from ssl_vit.encoders.inputs import NO_CLASS_TOKEN, Normalised, Pixels
+from ssl_vit.encoders.layers import Axes, Linear, Table, convolve_in_fp32_on_cpu, learned, linear
 from ssl_vit.model import Edit
 
 # width, depth, heads, MLP width: paper Table 1 for B, L, H; the authors' released code for Ti and S
@@ -194,7 +194,7 @@ class Attention(nn.Module):
         """What each token takes from each, float [B, heads, T, T]; every row adds up to 1."""
         logits = q @ k.transpose(2, 3)
         if offsets is not None:
-            logits = logits + positions.relative_logits(q, offsets, self.prefix)
+            logits = logits + layers.relative_logits(q, offsets, self.prefix)
         return (logits.float() / math.sqrt(q.shape[3])).softmax(3)
 
     def maps(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
@@ -321,7 +321,7 @@ class VitEncoder(Normalised):
 
     def _patches(self) -> nn.Module:
         if isinstance(self.config, Vit) and self.config.stem == "r50":
-            from ssl_vit.encoders.timm_zoo import hybrid
+            from ssl_vit.encoders.timm_encoder import hybrid
 
             return hybrid(self.config.channels, self.config.patch, self.width, self.config.image_hw)
         return PatchEmbed(self.config.channels, self.config.patch, self.width)
@@ -329,14 +329,14 @@ class VitEncoder(Normalised):
     def _table(self) -> nn.Parameter | nn.Module | None:
         """What is added at the stem, or by all blocks: under timm's name, as a plain tensor, where it is 1-D."""
         if self.config.positions == "1d":
-            return positions.learned(1, self.prefix + self.grid[0] * self.grid[1], self.width)
-        return positions.Axes(self.grid, self.width, self.prefix) if self.config.positions == "2d" else None
+            return learned(1, self.prefix + self.grid[0] * self.grid[1], self.width)
+        return Axes(self.grid, self.width, self.prefix) if self.config.positions == "2d" else None
 
     def _offsets(self, grid: tuple[int, int]) -> nn.Parameter | None:
         """Relative positions of the patches of a grid."""
         if self.config.positions != "relative":
             return None
-        return positions.learned(2 * grid[0] * grid[1] - 1, self.width // self.config.numbers[2])
+        return learned(2 * grid[0] * grid[1] - 1, self.width // self.config.numbers[2])
 
     def lines(self, name: str, grid: tuple[int, int]) -> tuple[int, int]:
         """The grid that a tensor of relative positions stands for, in an image of this grid."""
@@ -359,9 +359,9 @@ class VitEncoder(Normalised):
             rate = config.drop_path * number / max(1, depth - 1)  # growing with depth, from 0
             own: nn.Module | None = None
             if config.where == "every" and config.positions == "1d":
-                own = positions.Table(tokens, self.width)
+                own = Table(tokens, self.width)
             elif config.where == "every" and config.positions == "2d":
-                own = positions.Axes(self.grid, self.width, self.prefix)
+                own = Axes(self.grid, self.width, self.prefix)
             yield Block(self._attention(number), self.width, mlp, config.dropout, rate, own)
 
     def _initialise(self) -> None:

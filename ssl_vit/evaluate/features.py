@@ -17,9 +17,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_vit.config import Config
-from ssl_vit.data.stream import EvaluationStream, Share
-from ssl_vit.durable import sha256, sync_folder, write_bytes
-from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.data.loader import EvaluationStream, Share
+from ssl_vit.errors import USAGE, Refusal
+from ssl_vit.files import sha256, sync_folder, write_bytes
 from ssl_vit.model import read_out
 
 ReadOut = Literal["mean", "class"]

@@ -12,8 +12,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from ssl_vit.config import Config
-from ssl_vit.counter import key, permutation
-from ssl_vit.exits import DATA, Refusal
+from ssl_vit.errors import DATA, Refusal
+from ssl_vit.rng import key, permutation
 
 CONSTANT = 100.0  # a feature that is always this: l2 hardly touches its weight
 

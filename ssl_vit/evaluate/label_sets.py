@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ssl_vit.exits import DATA, Refusal
+from ssl_vit.errors import DATA, Refusal
 
 NUMBERED = re.compile(r"_val_(\d{8})\b")  # how ImageNet numbers its validation images, from 1
 

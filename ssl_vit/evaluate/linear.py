@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ssl_vit.config import Config
-from ssl_vit.counter import key, permutation
+from ssl_vit.rng import key, permutation
 
 CHUNK = 1 << 26  # numbers of features that are worked on at once
 

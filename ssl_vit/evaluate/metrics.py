@@ -11,8 +11,11 @@ import numpy as np
 from pydantic import Field
 
 from ssl_vit.config import Config
-from ssl_vit.durable import write_bytes
-from ssl_vit.exits import DATA, USAGE, Refusal
+from ssl_vit.convert.sample_names import names
+from ssl_vit.data.manifest import Manifest
+from ssl_vit.errors import DATA, USAGE, Refusal
+from ssl_vit.evaluate.label_sets import read_label_sets
+from ssl_vit.files import write_bytes
 
 TOP = 5  # predictions that are kept for an image
 Accepted = np.ndarray | Sequence[Any]
@@ -166,3 +169,28 @@ def check_labels(labels: np.ndarray, classes: list[str], name: str, every: bool)
         number = int((counts == 0).sum())
         cure = "a classifier cannot learn them: add images, or leave them out of the classes"
         raise Refusal(DATA, f"{name}: {number} of {len(classes)} classes have no image ({', '.join(empty)}); {cure}")
+
+
+def measure(
+    found: Predictions, split: Manifest, classes: Sequence[str], config: Metrics, folder: Path
+) -> dict[str, Any]:
+    """All that predictions for a split say; writes predictions, per_class.csv and confusion.csv beside it."""
+    keys = names(split)
+    write_predictions(found, keys, classes, folder / f"predictions.{config.predictions}")
+    results: dict[str, Any] = {}
+    if (found.labels >= 0).any():
+        measured = accuracy(found, len(classes))
+        right = hits(found.top[:, :1], found.labels)[found.labels >= 0]
+        results["mean_per_class"] = measured["mean_per_class"]
+        results["top1_interval"] = interval(right, resamples=config.bootstrap)
+        matrix = confusion(found.labels, found.top[:, 0], len(classes))
+        rows = per_class(matrix)
+        table = [[name, *row.values()] for name, row in zip(classes, rows, strict=True)]
+        write_table(["class", *rows[0]], table, folder / "per_class.csv")
+        write_table(
+            ["", *classes], [[n, *r] for n, r in zip(classes, matrix.tolist(), strict=True)], folder / "confusion.csv"
+        )
+    if config.label_sets is not None:
+        accepted = read_label_sets(config.label_sets, [keys[i] for i in found.samples], len(classes))
+        results["label_sets"] = accuracy(found, len(classes), accepted)
+    return results

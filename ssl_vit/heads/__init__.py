@@ -10,11 +10,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ssl_vit.heads.classifier import Classifier
+from ssl_vit.heads.classifier import Classifier, Transfer
 from ssl_vit.heads.clusters import Clusters
-from ssl_vit.heads.mean_color import MeanColor
-from ssl_vit.heads.patch_colors import PatchColors
+from ssl_vit.heads.mean_color import MeanColor, PatchColors
 from ssl_vit.heads.patch_pixels import PatchPixels
-from ssl_vit.heads.transfer import Transfer
 
 Head = Annotated[MeanColor | PatchColors | PatchPixels | Clusters | Classifier | Transfer, Field(discriminator="kind")]

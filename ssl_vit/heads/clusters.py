@@ -14,8 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit.durable import write_bytes
-from ssl_vit.heads.masked import ColorHead, Masked
+from ssl_vit.files import write_bytes
+from ssl_vit.heads.masked_prediction import ColorHead, Masked
 from ssl_vit.model import Encoder
 
 Space = Literal["color", "patch"]

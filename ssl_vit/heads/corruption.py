@@ -11,7 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ssl_vit.counter import device_words
+from ssl_vit.rng import device_words
 
 MASK, SWAP, KEEP = 0, 1, 2
 BLOCKS = 24  # rectangles drawn an image; what they leave uncovered is filled at random

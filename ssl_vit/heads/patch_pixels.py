@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ssl_vit.heads.masked import Masked, MaskedHead, Sums
+from ssl_vit.heads.masked_prediction import Masked, MaskedHead, Sums
 from ssl_vit.model import Encoder
 
 EPSILON = 1e-6  # added to a patch's variance, of pixels from -1 to 1

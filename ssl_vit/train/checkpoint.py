@@ -1,9 +1,4 @@
-"""Checkpoints that are there whole or not at all, and that execute nothing when they are read.
-
-A checkpoint is written to a hidden folder, every file flushed and digested, MANIFEST.json last, and published by one
-rename. Reading starts from the newest that verifies; a bad one is put aside under a name that says so. Tensors are
-safetensors, all else is JSON.
-"""
+"""Checkpoints: written to be whole or not there, found, judged, pruned; and a run resumed from one."""
 
 import hashlib
 import json
@@ -11,19 +6,30 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ssl_vit import inject
-from ssl_vit.durable import sha256, sweep, sync_folder, write_bytes
-from ssl_vit.exits import DISK, INTEGRITY, Refusal
+from ssl_vit import fault_injection
+from ssl_vit.distributed import from_main, together
+from ssl_vit.errors import DISK, INTEGRITY, MISMATCH, Refusal
+from ssl_vit.files import sha256, sweep, sync_folder, write_bytes
+from ssl_vit.model import Model
+from ssl_vit.train.anomalies import NOTHING, LeftOut
+from ssl_vit.train.logger import best_row, rewind, row_of
+from ssl_vit.train.metrics import Window
+from ssl_vit.train.run_folder import Run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 MANIFEST = "MANIFEST.json"
 VERSION = 2
@@ -56,7 +62,7 @@ def publish(target: Path, write: Callable[[Path], object], **facts: Any) -> None
         libraries = {name: version(name) for name in LIBRARIES}
         content = {"version": VERSION, **facts, "libraries": libraries, "files": files}
         write_bytes(draft / MANIFEST, _sealed(content).encode())
-        inject.point("save.written", step)
+        fault_injection.point("save.written", step)
         if target.exists():
             shutil.rmtree(target)
         os.rename(draft, target)
@@ -224,21 +230,21 @@ def save(
     def write(folder: Path) -> None:
         for name, content in (("model", model), ("optimizer", optimizer), ("state", tensors)):
             save_file({key: value.contiguous() for key, value in content.items()}, folder / f"{name}.safetensors")
-            inject.point("save.mid", step) if name == "model" else None
+            fault_injection.point("save.mid", step) if name == "model" else None
         (folder / "state.json").write_text(json.dumps(values, indent=1))
 
     try:
         parent.mkdir(parents=True, exist_ok=True)
         check_space(parent, size)
         publish(target, write, step=step, world=world)
-        inject.point("save.published", step)
+        fault_injection.point("save.published", step)
     except (OSError, Refusal) as error:
         why = str(error) if isinstance(error, Refusal) else f"{target}: {error.strerror}: {error.filename}"
         there = _kept(parent)
         raise Refusal(DISK, why if why.endswith(there) else f"{why}; {there}") from error
     _hint(target)
     prune(parent, keep, spare)
-    inject.point("save.pruned", step)
+    fault_injection.point("save.pruned", step)
     _judge_speed(target, size, time.monotonic() - began)
     return target
 
@@ -281,3 +287,61 @@ def _tensors(path: Path) -> Tensors:
         return load_file(path)
     except SafetensorError as error:
         raise Refusal(INTEGRITY, f"{path}: not a file of tensors: {error}") from error
+
+
+def on_main(accelerator: "Accelerator", tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
+    """The tensors, on the main process's CPU; the others take part and keep none."""
+    kept = accelerator.is_main_process
+    return {name: value.cpu() for name, value in tensors if kept}
+
+
+@dataclass
+class State:
+    """What a checkpoint says beside weights and moments, or what a run begins with."""
+
+    window: Window
+    owed: bool = False
+    bad_samples: Sequence[int] = (0, 0)  # of the epoch, of the run
+    left_out: LeftOut = NOTHING
+    losses: Sequence[float] = ()
+    skipped: Sequence[int] = ()
+    average: Tensors = field(default_factory=dict)
+
+
+def resume(
+    run: Run, accelerator: "Accelerator", keep: int, model: Model, data: str, best: str | None = None
+) -> tuple[Tensors, State]:
+    """Put the newest checkpoint's weights in place, and its step into the run; returns moments, and all else it says.
+
+    Where there is none they are empty, and the step is 0. Where one process cannot read it, all raise the same Refusal.
+    """
+
+    def choose() -> tuple[Path | None, bool]:
+        folder = newest(run.checkpoints)
+        step = step_of(folder) if folder else 0
+        rewind(run.folder, step)
+        row = best_row(run.folder, best)
+        tidy(run.checkpoints, keep, row["step"] if row else None)
+        return folder, row_of(run.folder, step) is not None
+
+    folder, told = from_main(accelerator, choose)
+    fault_injection.point("resume.chosen")
+    if folder is None:
+        run.step = 0
+        return {}, State(Window())
+    weights, moments, state = together(accelerator, lambda: load(folder))
+    if state["data"] != data:
+        text = f"run={run.folder}: was started on other data than data.train holds now"
+        raise Refusal(MISMATCH, text, shared=True)
+    model.load_state_dict(weights)
+    run.step = state["step"]
+    fault_injection.point("resume.loaded", run.step)
+    owed = state["owed"] and not told
+    sums = {name.removeprefix("window."): value for name, value in state.items() if name.startswith("window.")}
+    paid = state["owed"] and not owed
+    main = accelerator.is_main_process  # of sums over all, one process keeps them
+    mine = {} if paid else {name: value if main else torch.zeros_like(value) for name, value in sums.items()}
+    window = Window({name: value.to(accelerator.device) for name, value in mine.items()})
+    left_out = LeftOut(tuple(state["left_out"]), state["rollbacks"])
+    average = {name: value for name, value in state.items() if name.startswith(AVERAGE)}
+    return moments, State(window, owed, state["bad_samples"], left_out, state["losses"], state["skipped"], average)

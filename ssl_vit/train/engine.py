@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit.train.checkpoint import Tensors
-from ssl_vit.train.norms import local, squares
+from ssl_vit.train.metrics import local, squares
 from ssl_vit.train.optim import Optim
 
 if TYPE_CHECKING:

@@ -11,31 +11,26 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from ssl_vit import inject
-from ssl_vit.counter import key
-from ssl_vit.data.sequential import SequentialStream
-from ssl_vit.data.stream import Share, TrainingStream
-from ssl_vit.evaluate.accuracy import Evaluator
-from ssl_vit.exits import DISK, INTEGRITY, PREEMPTED, USAGE, Refusal
-from ssl_vit.model import Batch, Model
+from ssl_vit import fault_injection
+from ssl_vit.data.loader import Share, TrainingStream
+from ssl_vit.data.webdataset_stream import SequentialStream
+from ssl_vit.distributed import Beat, StopSignal, from_main, silent, together, total
+from ssl_vit.errors import DISK, INTEGRITY, PREEMPTED, USAGE, Refusal
+from ssl_vit.model import Batch, Evaluator, Model
+from ssl_vit.rng import key
+from ssl_vit.runtime import age, on_gpu, uses_bf16
 from ssl_vit.train import checkpoint, optim
-from ssl_vit.train.average import Average
-from ssl_vit.train.distributed import Beat, StopSignal, from_main, silent, together, total
+from ssl_vit.train.anomalies import NOTHING, DataWatch, LeftOut, NumberWatch, RollBack, check_replicas, unrepeatable
+from ssl_vit.train.checkpoint import on_main, resume
+from ssl_vit.train.config import Loop, drawn, judged, shared, told
+from ssl_vit.train.ema import Average
 from ssl_vit.train.engine import Engine, prepare
-from ssl_vit.train.environment import age, on_gpu, uses_bf16
-from ssl_vit.train.health import Health
-from ssl_vit.train.numbers import NOTHING, LeftOut, NumberWatch, RollBack, check_replicas, unrepeatable
+from ssl_vit.train.logger import Profile, Tracker, best_row, row_of
+from ssl_vit.train.metrics import Health, Peak, Window
 from ssl_vit.train.optim import Optim, set_rate
-from ssl_vit.train.outfit import cuts_layers, outfit, pin_attention
-from ssl_vit.train.pace import Loop, drawn, judged, shared, told
-from ssl_vit.train.peak import Peak
 from ssl_vit.train.precision import compare_with_fp32
-from ssl_vit.train.profile import Profile
-from ssl_vit.train.run import Run
-from ssl_vit.train.state import on_main, resume
-from ssl_vit.train.tracker import Tracker, best_row, row_of
-from ssl_vit.train.watch import DataWatch
-from ssl_vit.train.window import Window
+from ssl_vit.train.prepare import cuts_layers, outfit, pin_attention
+from ssl_vit.train.run_folder import Run
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # 2.7 s, which --help does not wait for
@@ -221,7 +216,7 @@ def advance(live: Live, batches: Iterator[Batch]) -> None:
     live.tracker.advance()
     if live.profile is not None:
         live.profile.advance()
-    inject.point("update", run.step)
+    fault_injection.point("update", run.step)
     final = run.step == loop.steps
     live.owed = told(loop, run.step)
     stopping = live.stop.agreed()
@@ -275,7 +270,7 @@ def tell(live: Live, left: float) -> dict[str, Any]:
         if live.saved != run.step:
             save(live, must=True)
         raise preempted(live) from None
-    inject.point("row", run.step)
+    fault_injection.point("row", run.step)
     from_main(live.accelerator, lambda: live.tracker.row(row, live.window.labels, left), live.beat)
     live.window, live.owed = Window(), False
     return row
@@ -299,7 +294,7 @@ def update(
     """
     losses, norm, phase = [], torch.zeros(()), window.clock.phase
     task.model.head.told = told
-    inject.point("batch", step + 1)
+    fault_injection.point("batch", step + 1)
     for micro in range(accelerator.gradient_accumulation_steps):
         beat(f"the data of step {step + 1}")
         asked = time.monotonic()
@@ -311,13 +306,13 @@ def update(
         with accelerator.accumulate(engine.model):
             with phase("forward"):
                 output = engine.model(batch)
-            loss = inject.point("loss", number + 1, output.loss)
+            loss = fault_injection.point("loss", number + 1, output.loss)
             with phase("backward"):
                 accelerator.backward(loss)
             losses.append(loss.detach())
             window.add({**output.sums, "_weight": output.weight, "_digest": batch["seed"].sum()})
             if accelerator.sync_gradients:
-                inject.point("weights", step + 1, engine.parameters)
+                fault_injection.point("weights", step + 1, engine.parameters)
                 with phase("update"):
                     if told:
                         window.add({f"_gradient/{layer}": value for layer, value in engine.gradient_squares().items()})
@@ -347,7 +342,7 @@ def evaluate(live: Live) -> dict[str, float]:
     """
 
     def between() -> None:
-        inject.point("eval.batch", live.run.step)
+        fault_injection.point("eval.batch", live.run.step)
         if live.stop.agreed():
             raise Interrupted
 
@@ -378,7 +373,7 @@ def save(live: Live, must: bool) -> None:
 def _save(live: Live, must: bool) -> None:
     run, accelerator, step = live.run, live.accelerator, live.run.step
     live.beat(f"the checkpoint of step {step}")
-    inject.point("save.begin", step)
+    fault_injection.point("save.begin", step)
     state: dict[str, Any] = {f"window.{name}": value for name, value in total(accelerator, live.window.sums).items()}
     state |= {
         "step": step,

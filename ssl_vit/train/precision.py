@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.distributed import together, total
+from ssl_vit.errors import USAGE, Refusal
 from ssl_vit.model import Batch, Model
-from ssl_vit.train.distributed import together, total
 from ssl_vit.train.engine import Engine
-from ssl_vit.train.outfit import in_fp32
+from ssl_vit.train.prepare import in_fp32
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from ssl_vit.exits import INTERNAL, PREEMPTED, Refusal, Silent, leave
-from ssl_vit.train.distributed import everyone, from_main
+from ssl_vit.distributed import everyone, from_main
+from ssl_vit.errors import INTERNAL, PREEMPTED, Refusal, Silent, leave
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

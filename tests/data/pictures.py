@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ssl_vit.convert.make_shards import MakeShards, convert
 from ssl_vit.data.manifest import Manifest
-from ssl_vit.data.shards import MakeShards, convert
 
 CLASSES = ["animals/cat", "animals/dog", "plants"]
 NAMES = [f"{c}/{i}.{kind}" for c in CLASSES for i, kind in enumerate(("jpg", "png", "JPG", "jpeg"))]

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 import pytest
 
 from ssl_vit.data import remote
-from ssl_vit.exits import Refusal
+from ssl_vit.errors import Refusal
 from tests.data.pictures import contents
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ssl_vit.data import augment, manifest
 from ssl_vit.data.augment import RATIO, Box, central_box, flips, random_box, resized
-from ssl_vit.data.samples import Data, Samples
+from ssl_vit.data.dataset import Data, Samples
 from tests.data.pictures import picture
 
 SIDE, SEED = st.integers(1, 700), st.integers(0, 2**63 - 1)

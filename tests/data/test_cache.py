@@ -20,20 +20,21 @@ import psutil
 import pytest
 import torch
 
-from ssl_vit.data import cache, find, manifest, remote
-from ssl_vit.data import stream as streams
+from ssl_vit.convert import resolve
+from ssl_vit.data import cache, manifest, remote
+from ssl_vit.data import loader as streams
 from ssl_vit.data.cache import Ahead, Cache, Store, Wanted
+from ssl_vit.data.dataset import Data
+from ssl_vit.data.loader import EvaluationStream, Share, TrainingStream
 from ssl_vit.data.manifest import Manifest
-from ssl_vit.data.samples import Data
-from ssl_vit.data.stream import EvaluationStream, Share, TrainingStream
-from ssl_vit.exits import CANNOT_CREATE, DATA, DISK, Refusal
+from ssl_vit.errors import CANNOT_CREATE, DATA, DISK, Refusal
 from ssl_vit.model import Batch
 from tests.conftest import TINY
 from tests.data import servers
 from tests.data.pictures import contents, make, one, write_pictures
 from tests.data.servers import GONE, Answer, Buckets, Site, refused
-from tests.runs import rows, told
 from tests.starts import call
+from tests.tiny_runs import rows, told
 
 pytestmark = [
     pytest.mark.usefixtures("in_process"),
@@ -299,7 +300,7 @@ def site(disk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 
 def at(url: str, folder: Path, room: int = 10**9) -> Manifest:
-    return find.sets((url,), "train", folder / "converted", Store(folder / "cache", room))
+    return resolve.sets((url,), "train", folder / "converted", Store(folder / "cache", room))
 
 
 def training(made: Manifest, **more: Any) -> TrainingStream:
@@ -340,7 +341,7 @@ def test_a_stream_from_s3_and_from_both_is_that_from_the_disk(buckets: Buckets, 
     disk, url = str(tmp_path / "disk"), f"{buckets.bucket()}/deep/below"
     buckets.upload(tmp_path / "disk", url)
     given = [(disk,), (url,), (disk, disk), (disk, url)]
-    here, far, twice, both = (find.sets(each, "train", tmp_path, Store(tmp_path / "cache")) for each in given)
+    here, far, twice, both = (resolve.sets(each, "train", tmp_path, Store(tmp_path / "cache")) for each in given)
     far.check()
     assert trained(far, 4, workers=2, lanes=2) == trained(here, 4, lanes=2)
     assert trained(both, 4, lanes=2) == trained(twice, 4, lanes=2)

@@ -19,16 +19,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ssl_vit import config, exits, recipe
-from ssl_vit.counter import sample_seed
-from ssl_vit.data import samples as module
-from ssl_vit.data.faults import Fault
-from ssl_vit.data.foreign import IndexShards, index
+from ssl_vit import config, errors, recipes
+from ssl_vit.commands import setup
+from ssl_vit.convert.index_shards import Found, IndexShards, VerifyShards, index, readable, verify
+from ssl_vit.data import dataset as module
+from ssl_vit.data.dataset import Data, Fault, Samples
+from ssl_vit.data.loader import EvaluationStream, Share, TrainingStream
 from ssl_vit.data.manifest import Manifest, join, load
-from ssl_vit.data.samples import Data, Samples
-from ssl_vit.data.stream import EvaluationStream, Share, TrainingStream
-from ssl_vit.data.verify import Found, VerifyShards, readable, verify
 from ssl_vit.model import Batch
+from ssl_vit.rng import sample_seed
 from tests.conftest import TINY
 from tests.data.damage import CPU, KINDS, SAMPLES, SHARDS, SMALL, TOTAL, damage, flip, flipped
 from tests.data.pictures import contents, make, one, write_pictures
@@ -137,7 +136,7 @@ def test_damage_to_a_shard_costs_exactly_the_samples_that_it_hits(whole: Manifes
     assert bad(made) == [fault]
     assert bad(made, full=False) == ([] if says.endswith("altered") else [fault])  # which only a digest tells
     for full in [True] if says.endswith("altered") else [True, False]:
-        line = refused(lambda full=full: made.check(full), exits.DATA)
+        line = refused(lambda full=full: made.check(full), errors.DATA)
         assert line == f"{made.folder}: 1 of 4 shards are bad: 000001.tar ({says})"
 
 
@@ -332,7 +331,7 @@ def test_shards_are_told_in_order_by_any_number_of_workers(whole: Manifest, made
 
 
 def test_shards_of_others_are_verified_where_they_lie(made: Manifest, tmp_path: Path):
-    with pytest.raises(exits.Refusal, match=r"has no manifest\.json"):
+    with pytest.raises(errors.Refusal, match=r"has no manifest\.json"):
         verify(VerifyShards(shards=(str(tmp_path / "empty"),), quiet=True))
     (made.folder / "manifest.json").unlink()
     theirs = index(IndexShards(shards=str(made.folder), output=str(tmp_path / "index"), workers=1, quiet=True))
@@ -344,18 +343,18 @@ def test_shards_of_others_are_verified_where_they_lie(made: Manifest, tmp_path: 
 def test_all_bad_shards_are_named_at_once_before_training_begins(whole: Manifest, made: Manifest):
     def start(verify: bool) -> None:
         words = [f"data.train={made.folder}", f"data.val={whole.folder}", f"data.verify={verify}"]
-        recipe.sources(config.parse(recipe.Pretrain, [*TINY, *words], recipe.FOLDER))
+        setup.sources(config.parse(recipes.Pretrain, [*TINY, *words], recipes.FOLDER))
 
     spoil(made, 3, 0)
     start(False)  # sizes only
-    assert refused(lambda: start(True), exits.DATA) == f"{made.folder}: 1 of 4 shards are bad: 000003.tar (altered)"
+    assert refused(lambda: start(True), errors.DATA) == f"{made.folder}: 1 of 4 shards are bad: 000003.tar (altered)"
     os.truncate(shard(made, 0), 100)
     shard(made, 2).unlink()
     named = f"000000.tar (100 bytes, not {made.shards[0].bytes}), 000002.tar (missing)"
     are = "shards are bad"
     for full, says in ((False, f"2 of 4 {are}: {named}"), (True, f"3 of 4 {are}: {named}, 000003.tar (altered)")):
-        assert refused(lambda full=full: start(full), exits.DATA) == f"{made.folder}: {says}"
-    with pytest.raises(exits.Refusal, match="2 of 8 shards are bad"):
+        assert refused(lambda full=full: start(full), errors.DATA) == f"{made.folder}: {says}"
+    with pytest.raises(errors.Refusal, match="2 of 8 shards are bad"):
         join([whole, made]).check()
     whole.check(full=True)
 
@@ -367,4 +366,4 @@ def test_the_tool_says_so_in_lines_and_in_its_exit_code(made: Manifest):
     assert call("verify_shards", words) == (0, said)
     said = f"{shard(made)}: altered: 3 of 6 samples readable\nverify_shards.py: 3 of 4 shards are whole by sha256, "
     said += "21 of 24 samples readable; make or fetch the 1 others again\n"
-    assert call("verify_shards", [*words, "full=true"]) == (exits.DATA, said)
+    assert call("verify_shards", [*words, "full=true"]) == (errors.DATA, said)

@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from ssl_vit.convert.shard_writer import checked, without_location
 from ssl_vit.data import decode as module
+from ssl_vit.data.dataset import Data
 from ssl_vit.data.decode import MAX_PIXELS, BadImage, decode, jpeg_size, open_image, to_rgb
-from ssl_vit.data.privacy import without_location
-from ssl_vit.data.samples import Data
-from ssl_vit.data.stream import Share, TrainingStream
-from ssl_vit.data.write import checked
+from ssl_vit.data.loader import Share, TrainingStream
 from tests.data.damage import BAD_IMAGES, CPU, GOOD_IMAGES, MB, SMALL, bomb, bombs, exif, growth, lying_jpeg
 from tests.data.pictures import chunk, contents, encoded, one, picture, png, rejected, samples, write_pictures
 

@@ -14,16 +14,15 @@ from typing import Any
 
 import pytest
 
-from ssl_vit import exits
-from ssl_vit.data import sequential as module
+from ssl_vit import errors
+from ssl_vit.convert.index_shards import IndexShards, Scan, index, scan
+from ssl_vit.data import webdataset_stream as module
 from ssl_vit.data.cache import Store
-from ssl_vit.data.faults import Faults
-from ssl_vit.data.foreign import IndexShards, Scan, index, scan
+from ssl_vit.data.dataset import Data, Faults
+from ssl_vit.data.loader import EvaluationStream, Share, TrainingStream
 from ssl_vit.data.manifest import Manifest, load
-from ssl_vit.data.samples import Data
-from ssl_vit.data.sequential import BUFFER, SequentialStream, tars
-from ssl_vit.data.stream import EvaluationStream, Share, TrainingStream
 from ssl_vit.data.tar import Damage, Member, walk
+from ssl_vit.data.webdataset_stream import BUFFER, SequentialStream, tars
 from ssl_vit.model import Batch
 from tests.data import damage
 from tests.data.damage import ALL, CPU, END, GOOD, MB, PIECES, SMALL, STARTS, THEIRS, Odd, member, sample, within
@@ -57,12 +56,12 @@ def kept(path: Path, data: bytes) -> tuple[dict[bytes, Any], Scan]:
     return {data[offset : offset + size]: label for offset, size, label, _ in found.rows}, found
 
 
-def indexed(folder: Path, workers: int = 1) -> Manifest | exits.Refusal:
+def indexed(folder: Path, workers: int = 1) -> Manifest | errors.Refusal:
     """The shards in a folder, or why they cannot be used, in one line."""
     try:
         with within():
             return index(IndexShards(shards=str(folder), workers=workers, quiet=True))
-    except exits.Refusal as refusal:
+    except errors.Refusal as refusal:
         said = refusal
     assert str(said).isprintable()
     return said
@@ -115,7 +114,7 @@ def test_a_flipped_bit_of_one_class_leaves_the_numbers_of_the_others(folder: Pat
     parts = [sample(f"{number:03d}", encoded(picture(number), "PNG"), label) for number, label in enumerate(labels)]
     (folder / "a.tar").write_bytes(b"".join(parts) + END)
     theirs = indexed(folder)
-    assert isinstance(theirs, Manifest) or theirs.code == exits.DATA
+    assert isinstance(theirs, Manifest) or theirs.code == errors.DATA
     if isinstance(theirs, Manifest):
         assert [label for label in theirs.labels.tolist() if label >= 0] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
 
@@ -213,8 +212,8 @@ def test_what_is_no_tar_among_shards_is_named_and_costs_no_other(folder: Path, c
 
     (folder / "a.tar").unlink()
     refusal = indexed(folder, workers=2)
-    assert isinstance(refusal, exits.Refusal)
-    assert refusal.code == exits.DATA
+    assert isinstance(refusal, errors.Refusal)
+    assert refusal.code == errors.DATA
     assert "not one sample can be used" in str(refusal)
 
 
@@ -226,10 +225,10 @@ def test_where_there_is_nothing_to_stream_or_index_it_ends(folder: Path, kind: s
         (folder / f"{name}.tar").write_bytes(tables[kind])
     _, faults = sequential(folder, batches=1)
     assert faults.fatal is not None
-    assert faults.fatal.code == exits.DATA
+    assert faults.fatal.code == errors.DATA
     assert "\n" not in str(faults.fatal)
     theirs = indexed(folder)
-    assert kind == "images without a key" or (isinstance(theirs, exits.Refusal) and theirs.code == exits.DATA)
+    assert kind == "images without a key" or (isinstance(theirs, errors.Refusal) and theirs.code == errors.DATA)
 
 
 def heavy(path: Path, kind: str, size: int) -> None:

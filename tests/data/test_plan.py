@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl_vit.counter import key, permutation
 from ssl_vit.data.plan import Plan, in_order
+from ssl_vit.rng import key, permutation
 
 SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any)
 SEED, LANES, WINDOW = st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 4)

@@ -20,17 +20,18 @@ import torch
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from ssl_vit import config, recipe
-from ssl_vit.data import find, manifest, remote, sequential
+from ssl_vit import config, recipes
+from ssl_vit.commands import setup
+from ssl_vit.convert import resolve
+from ssl_vit.convert.index_shards import IndexShards, VerifyShards, index, verify
+from ssl_vit.convert.make_shards import MakeShards, convert
+from ssl_vit.data import manifest, remote, webdataset_stream
 from ssl_vit.data.cache import Store
-from ssl_vit.data.foreign import IndexShards, index
+from ssl_vit.data.dataset import Data, Samples
+from ssl_vit.data.loader import Share
 from ssl_vit.data.manifest import Manifest
-from ssl_vit.data.samples import Data, Samples
-from ssl_vit.data.sequential import SequentialStream, tars
-from ssl_vit.data.shards import MakeShards, convert
-from ssl_vit.data.stream import Share
-from ssl_vit.data.verify import VerifyShards, verify
-from ssl_vit.exits import CANNOT_CREATE, DATA, DISK, USAGE, Refusal
+from ssl_vit.data.webdataset_stream import SequentialStream, tars
+from ssl_vit.errors import CANNOT_CREATE, DATA, DISK, USAGE, Refusal
 from tests.conftest import TINY
 from tests.data import servers
 from tests.data.pictures import contents, encoded, make, write_pictures
@@ -86,7 +87,7 @@ ENTRANCES: dict[str, Callable[[str, Path], Any]] = {
     "read": lambda url, folder: remote.read(url),
     "size": lambda url, folder: remote.size(url),
     "put": lambda url, folder: remote.put(Path(__file__), url),
-    "sets": lambda url, folder: find.sets((url,), "train", folder, Store(folder)),
+    "sets": lambda url, folder: resolve.sets((url,), "train", folder, Store(folder)),
     "tars": lambda url, folder: tars((url,), Store(folder)),
     "a tar": lambda url, folder: tars((f"{url}/{{00..11}}.tar",), Store(folder)),
     "output": lambda url, folder: MakeShards(input=str(folder), output=url),
@@ -142,7 +143,7 @@ def test_a_manifest_from_afar_names_no_place_that_is_refused(web: Site, disk: Pa
     text = json.loads((disk / "train" / "manifest.json").read_bytes()) | {"at": at}
     (web.folder / "manifest.json").write_text(json.dumps(text))
     code = USAGE if remote.is_url(at) else DATA
-    refused(lambda: find.sets((web.url,), "train", tmp_path, Store(tmp_path / "cache")), code)
+    refused(lambda: resolve.sets((web.url,), "train", tmp_path, Store(tmp_path / "cache")), code)
     assert not (tmp_path / "cache").exists()
 
 
@@ -274,7 +275,7 @@ def test_a_server_in_trouble_is_asked_again_for_a_size(web: Site):
 def test_a_server_that_is_away_does_not_make_shards_missing(web: Site, disk: Path, tmp_path: Path):
     """65 would say that the data are bad, and a restart in vain; 74 that the same command may go on later."""
     with servers.site(disk / "train") as site:
-        found = find.sets((site.url,), "train", tmp_path, Store(tmp_path / "cache"))
+        found = resolve.sets((site.url,), "train", tmp_path, Store(tmp_path / "cache"))
     refused(found.check, DISK)
 
 
@@ -329,12 +330,12 @@ def test_a_set_at_a_url_is_found_by_its_split_and_bad_shards_are_named_at_once(
     for split in ("val", "train"):
         here = manifest.load(disk / split)
         for given in (url, f"{url}/", f"{url}/{split}"):
-            found = find.sets((given,), split, tmp_path / "converted", store)
+            found = resolve.sets((given,), split, tmp_path / "converted", store)
             assert found.name == f"{url}/{split}"
             assert (found.classes, found.shards, found.identity) == (here.classes, here.shards, here.identity)
             assert np.array_equal(found.labels, here.labels)
             found.check(full=True)
-    both = find.sets((url, str(disk)), "train", tmp_path / "converted", store)
+    both = resolve.sets((url, str(disk)), "train", tmp_path / "converted", store)
     assert np.array_equal(both.labels, np.tile(here.labels, 2))
     assert not (tmp_path / "converted").exists()
     for name, data in (("000000.tar", None), ("000001.npy", None), ("000002.tar", b"short")):
@@ -348,7 +349,7 @@ def test_a_set_at_a_url_is_found_by_its_split_and_bad_shards_are_named_at_once(
 
 
 def test_a_set_that_is_none_is_refused_with_what_to_do(web: Site, buckets: Buckets, tmp_path: Path):
-    find_at = lambda url: lambda: find.sets((url,), "train", tmp_path, Store(tmp_path))  # noqa: E731
+    find_at = lambda url: lambda: resolve.sets((url,), "train", tmp_path, Store(tmp_path))  # noqa: E731
     for url in (web.url, f"{web.url}/{{000..009}}.tar", buckets.bucket(), "s3://there-is-no-such-bucket/x"):
         assert "index_shards" in refused(find_at(url), DATA)
     for page in (b"<html>Welcome</html>", b"{}", b"", b'{"format": "other", "version": 1}', b"\xff\xfe"):
@@ -392,7 +393,7 @@ def test_an_interrupted_conversion_to_s3_goes_on(buckets: Buckets, images: Path,
     assert puts() > at  # a shard that was begun already may try, too
     done = [name for name in buckets.contents(url) if name.endswith(".json") and ".notes/0" in name]
     with pytest.raises(Refusal):
-        find.sets((url,), "val", tmp_path, Store(tmp_path / "cache"))
+        resolve.sets((url,), "val", tmp_path, Store(tmp_path / "cache"))
     buckets.faults = lambda method, path, nth: None
     buckets.seen.clear()
     to(url, images)
@@ -441,7 +442,7 @@ def test_foreign_shards_at_a_url_are_read(disk: Path, host: Host, buckets: Bucke
     assert remote.is_url(str(made.at)) == (output is not None)
     samples = lambda one: Samples(one, Data(image_size=16, workers=0), 0, training=False)  # noqa: E731
     for name in (output or url, str(tars.parent)):
-        loaded = find.sets((name,), "train", tmp_path, Store(tmp_path / "cache"))
+        loaded = resolve.sets((name,), "train", tmp_path, Store(tmp_path / "cache"))
         loaded.check()
         assert (loaded.samples, loaded.classes) == (here.samples, here.classes)
         assert np.array_equal(loaded.labels, here.labels)
@@ -495,7 +496,7 @@ def test_webdataset_deals_all_tars_anew_in_each_epoch(
 ):
     url = str(coloured) if kind == "disk" else host(kind, coloured)
     pattern = url if kind == "s3" else f"{url}/{{0..{COUNT - 1}}}.tar"
-    monkeypatch.setattr(sequential, "BUFFER", 1)  # the tars' own order, to tell which they are
+    monkeypatch.setattr(webdataset_stream, "BUFFER", 1)  # the tars' own order, to tell which they are
     monkeypatch.chdir(tmp_path)
     epochs, each = 3, COUNT // 2
     dealt = [numbers(stream(pattern, tmp_path, workers=workers), epochs * each, rank, world=2) for rank in range(2)]
@@ -546,5 +547,5 @@ def test_webdataset_passes_over_what_it_cannot_read_or_ends(coloured: Path, tmp_
 
 def test_webdataset_says_what_it_does_not_promise(coloured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = [*TINY, "data.reader=webdataset", f"data.train={coloured}/{{0..3}}.tar", f"run={tmp_path}/run"]
-    recipe.sources(config.parse(recipe.Pretrain, words, recipe.FOLDER))
+    setup.sources(config.parse(recipes.Pretrain, words, recipes.FOLDER))
     assert "neither exactly once an epoch nor exactly resumable" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssl_vit.encoders.axial import Axial, AxialResnet
-from ssl_vit.encoders.timm_zoo import Bit, TimmZoo
+from ssl_vit.encoders.timm_encoder import Bit, TimmZoo
 from ssl_vit.encoders.vit import Vit
 
 TINY: dict[str, Any] = {"size": "Ti", "width": 16, "depth": 2, "heads": 2, "patch": 4, "image": (12, 16)}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssl_vit.encoders.linear import convolve_in_fp32_on_cpu
-from ssl_vit.encoders.timm_zoo import Bit, TimmZoo
+from ssl_vit.encoders.layers import convolve_in_fp32_on_cpu
+from ssl_vit.encoders.timm_encoder import Bit, TimmZoo
 from ssl_vit.encoders.vit import Vit
 
 SHAPES = {  # channels, kernel, stride, padding, image: on CPUs with AMX all but the last are wrong in bf16

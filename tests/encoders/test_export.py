@@ -16,10 +16,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from ssl_vit import exits, load_encoder
-from ssl_vit.encoders import classified, export, weights
-from ssl_vit.encoders.classified import Classifier
-from ssl_vit.exits import CANNOT_CREATE, DATA, USAGE, Refusal
+from ssl_vit import errors
+from ssl_vit.encoders import export, weights
+from ssl_vit.encoders.weights import Classifier, load_encoder
+from ssl_vit.errors import CANNOT_CREATE, DATA, USAGE, Refusal
 from ssl_vit.model import read_out
 from tests.encoders import foreign_weights as foreign
 from tests.encoders.foreign_weights import image, loud
@@ -306,7 +306,7 @@ def test_timm_opens_a_classifier(tmp_path: Path, kind):
         torch.testing.assert_close(theirs(encoder.normalise(one)), want, atol=1e-5, rtol=0)
     assert theirs.pretrained_cfg["label_names"] == head.names
     assert theirs.pretrained_cfg["crop_pct"] == 0.9
-    again, its = classified.read_classifier(str(tmp_path / "out"))
+    again, its = weights.read_classifier(str(tmp_path / "out"))
     same(encoder, again, 1e-6)
     assert torch.equal(its.weight, head.weight)
     assert again.config == encoder.config or kind not in ("vit", "mean")
@@ -317,7 +317,7 @@ def test_timm_opens_a_classifier(tmp_path: Path, kind):
 def test_a_classifier_of_any_encoder_goes_into_our_own_folder(tmp_path: Path, given):
     encoder, head = run_with_classifier(tmp_path, given)
     tool(f"encoder={tmp_path}/run", f"output={tmp_path}/out", "classifier=true", "format=safetensors")
-    again, its = classified.read_classifier(str(tmp_path / "out"))
+    again, its = weights.read_classifier(str(tmp_path / "out"))
     assert again.config == encoder.config  # positions of rows and columns as well, which timm has as a table
     same(encoder, again)
     assert torch.equal(its.bias, head.bias)
@@ -343,7 +343,7 @@ def test_a_classifier_where_none_can_go(tmp_path: Path):
 
 def test_googles_linear_classifier_is_taken(tmp_path: Path):
     arrays = foreign.write_google(tmp_path / "w.npz", pre_logits=False)
-    encoder, head = classified.read_classifier(str(tmp_path / "w.npz"))
+    encoder, head = weights.read_classifier(str(tmp_path / "w.npz"))
     numbers: dict[str, Any] = foreign.TIMM | {"num_classes": 5}
     theirs: Any = timm.create_model("vit_base_patch16_224", **numbers).eval()
     theirs.load_pretrained(str(tmp_path / "w.npz"))
@@ -413,5 +413,5 @@ def test_a_disk_that_is_full_ends_as_such(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(export, "save_file", Mock(side_effect=OSError(28, "No space left on device", "x")))
     with pytest.raises(OSError, match="No space left") as end:
         tool(f"encoder={tmp_path}/run", f"output={tmp_path}/out")
-    assert exits.verdict(end.value).code == exits.DISK
+    assert errors.verdict(end.value).code == errors.DISK
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

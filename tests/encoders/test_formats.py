@@ -19,13 +19,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ssl_vit import config, load_encoder, recipe
+from ssl_vit import config, recipes
+from ssl_vit.commands import setup
 from ssl_vit.encoders import weights
 from ssl_vit.encoders.export import export
-from ssl_vit.encoders.timm_zoo import TimmZoo
+from ssl_vit.encoders.timm_encoder import TimmZoo
 from ssl_vit.encoders.vit import Vit
-from ssl_vit.exits import DATA, USAGE, Refusal
-from ssl_vit.recipe import Finetune, Pretrain
+from ssl_vit.encoders.weights import load_encoder
+from ssl_vit.errors import DATA, USAGE, Refusal
+from ssl_vit.recipes import Finetune, Pretrain
 from tests.encoders import foreign_weights as foreign
 from tests.encoders.foreign_weights import DEPTH, HEADS, HF, MLP, PATCH, SIDE, TIMM, WIDTH, image, loud
 from tests.frozen import find, read, results
@@ -357,8 +359,8 @@ def test_what_a_training_says_of_its_source(tmp_path: Path, schema, capsys: pyte
     saved(transformers.ViTForImageClassification(transformers.ViTConfig(**HF)), tmp_path / "hf")
     for path in (tmp_path / "google.npz", tmp_path / "hf"):
         words = [f"init={path}", "data.train=x", "data.image_size=24", "init_share=0.9"]
-        parsed, tensors, source = recipe.resolve(config.parse(schema, words, recipe.FOLDER))
-        model = recipe.build(parsed, 3, tensors, source, say=print)
+        parsed, tensors, source = recipes.resolve(config.parse(schema, words, recipes.FOLDER))
+        model = setup.build(parsed, 3, tensors, source, say=print)
         said = capsys.readouterr().out
         count = len(model.encoder.state_dict())
         assert said.startswith(f"{path}: 100.0% of the encoder; {count} matched, 1 resized (pos_embed), ")
@@ -494,5 +496,5 @@ def test_a_class_token_that_the_source_lacks_is_not_read_out(tmp_path: Path):
     export(Vit(size="Ti", depth=1, patch=8, image=16, class_token=False, pool="mean").build(), tmp_path)
     words = [f"init={tmp_path}", "data.image_size=16", "encoder.pool=class"]
     with pytest.raises(Refusal, match=r"no class token to read out; set encoder\.pool=mean") as end:
-        recipe.resolve(config.parse(recipe.Finetune, words, recipe.FOLDER))
+        recipes.resolve(config.parse(recipes.Finetune, words, recipes.FOLDER))
     assert end.value.code == USAGE

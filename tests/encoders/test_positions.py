@@ -10,7 +10,7 @@ import torch
 from scipy.ndimage import zoom
 from torch import Tensor, nn
 
-from ssl_vit.encoders import positions, weights
+from ssl_vit.encoders import layers, weights
 from ssl_vit.encoders.axial import Axial
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.model import read_out
@@ -197,7 +197,7 @@ def test_relative_positions_are_resized(at, new):
         torch.testing.assert_close(large[middle + new[1]], torch.full((8,), 4 * down))
         torch.testing.assert_close(large[middle + 1], torch.full((8,), right))
     same = torch.randn(23, 8)
-    assert torch.equal(positions.resize_offsets(same, OLD, OLD), same)
+    assert torch.equal(layers.resize_offsets(same, OLD, OLD), same)
 
 
 def test_lines_of_an_axial_encoder_are_resized_along_themselves():

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ssl_vit.encoders import linear as module
-from ssl_vit.encoders.linear import Linear, linear
+from ssl_vit.encoders import layers as module
+from ssl_vit.encoders.layers import Linear, linear
 from ssl_vit.encoders.vit import Cut, Vit
 from tests.train.children import ended, fork
 

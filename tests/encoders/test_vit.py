@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssl_vit import config, cost, recipe
-from ssl_vit.encoders import linear
+from ssl_vit import config, recipes
+from ssl_vit.encoders import layers
 from ssl_vit.encoders.axial import Axial, AxialResnet
-from ssl_vit.encoders.timm_zoo import Bit, TimmZoo
+from ssl_vit.encoders.timm_encoder import Bit, TimmZoo
 from ssl_vit.encoders.vit import DropPath, Vit
-from ssl_vit.exits import USAGE, Refusal
+from ssl_vit.errors import USAGE, Refusal
+from ssl_vit.estimate import cost
 from ssl_vit.model import count_parameters
-from ssl_vit.recipe import Pretrain
+from ssl_vit.recipes import Pretrain
 from ssl_vit.train.optim import is_kernel, learning_rate
 from tests.encoders.kinds import FEATURES, TINY, VARIANTS, images, made
 
@@ -61,7 +62,7 @@ def test_vit_b16_equals_timm_bit_for_bit(monkeypatch: pytest.MonkeyPatch):
     with torch.no_grad():
         want = theirs.forward_features(ours.normalise(image))
         torch.testing.assert_close(ours(image), want, atol=1e-5, rtol=0)
-        monkeypatch.setattr(linear, "ONEDNN", False)
+        monkeypatch.setattr(layers, "ONEDNN", False)
         assert torch.equal(ours(image), want)
 
 
@@ -200,7 +201,7 @@ def test_convolutions_are_standardised(name, monkeypatch):
         seen.append(weight.detach())
         return conv2d(x, weight, *rest)
 
-    monkeypatch.setattr(linear, "ONEDNN", False)  # which makes convolutions of linear layers
+    monkeypatch.setattr(layers, "ONEDNN", False)  # which makes convolutions of linear layers
     monkeypatch.setattr(F, "conv2d", spy)
     with torch.no_grad():
         encoder(images(encoder.config, 1))
@@ -296,7 +297,7 @@ def test_no_part_of_timms_head_is_left_to_train(name, part):
 def test_a_size_that_timm_cannot_cut_is_refused():
     given = ["encoder.kind=timm", "encoder.name=test_vit", "data.image_size=56", "head.kind=classifier"]
     with pytest.raises(Refusal) as end:
-        recipe.resolve(config.parse(Pretrain, given, recipe.FOLDER))
+        recipes.resolve(config.parse(Pretrain, given, recipes.FOLDER))
     assert end.value.code == USAGE
 
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ssl_vit.analyze import figures
 from ssl_vit.encoders.axial import Axial
-from ssl_vit.encoders.timm_zoo import Bit, TimmZoo
+from ssl_vit.encoders.timm_encoder import Bit, TimmZoo
 from ssl_vit.encoders.vit import Vit
-from ssl_vit.evaluate import attention, drawings
+from ssl_vit.evaluate import attention
 
 QUERIES: tuple[attention.Query, ...] = ("class", "mean")
 PIXELS = 1e-4  # tolerance of a distance
@@ -490,7 +491,7 @@ def test_a_planted_patch_is_lit(at):
         value = 0.5 if query == "class" else (1 + 1 / 15) / 2
         assert found.argmax(1).tolist() == [at, at]
         assert found[:, at].tolist() == pytest.approx([value] * 2)
-        seen = drawings.shaded(np.full((24, 40, 3), 200, np.uint8), found[0].reshape(3, 5).numpy(), 8)
+        seen = figures.shaded(np.full((24, 40, 3), 200, np.uint8), found[0].reshape(3, 5).numpy(), 8)
         assert seen.shape == (24, 40, 3)
         brightness = np.asarray(seen, dtype=float).sum(2)
         y, x = np.unravel_index(brightness.argmax(), brightness.shape)
@@ -503,13 +504,13 @@ def test_a_map_is_lit_by_its_values_and_not_elsewhere():
     image = np.full((24, 64, 3), 250, np.uint8)
     values = np.zeros((3, 8), np.float32)
     values[2, 1], values[0, 6] = 0.2, 0.1
-    light = np.asarray(drawings.shaded(image, values, 8), dtype=float).sum(2)
+    light = np.asarray(figures.shaded(image, values, 8), dtype=float).sum(2)
     of_patches = light.reshape(3, 8, 8, 8).mean((1, 3))
     assert np.unravel_index(of_patches.argmax(), (3, 8)) == (2, 1)
     assert light.max() == pytest.approx(750, abs=6)
     assert 0.3 < of_patches[0, 6] / of_patches[2, 1] < 0.7
     assert of_patches[0, 3] < 0.1 * of_patches[2, 1]
-    dark = np.asarray(drawings.shaded(image, np.zeros((3, 8), np.float32), 8))  # no division by zero
+    dark = np.asarray(figures.shaded(image, np.zeros((3, 8), np.float32), 8))  # no division by zero
     assert dark.shape == image.shape
     assert np.isfinite(dark).all()
-    drawings.distance_dots({1: [0.0, 0.0]}, 0.0)  # of a grid of one patch
+    figures.distance_dots({1: [0.0, 0.0]}, 0.0)  # of a grid of one patch

@@ -18,10 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn import metrics as theirs
 
+from ssl_vit.errors import DATA, Refusal
 from ssl_vit.evaluate import metrics
 from ssl_vit.evaluate.label_sets import read_class_map, read_label_sets
 from ssl_vit.evaluate.metrics import Predictions
-from ssl_vit.exits import DATA, Refusal
 from tests import frozen
 
 NAMES = sorted(["a|b", "<script>alert(1)", "two\nlines", "a,b", 'say "x"', "Blüte 花", "=1+1"])

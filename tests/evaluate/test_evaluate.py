@@ -18,13 +18,14 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from ssl_vit import config, evaluation
+from ssl_vit import config
+from ssl_vit.commands import evaluate as command
 from ssl_vit.data import manifest
-from ssl_vit.data.samples import Data, Samples
+from ssl_vit.data.dataset import Data, Samples
 from ssl_vit.encoders.weights import load_encoder
+from ssl_vit.errors import Refusal
 from ssl_vit.evaluate import features, few_shot
-from ssl_vit.exits import Refusal
-from ssl_vit.recipe import FOLDER
+from ssl_vit.recipes import FOLDER
 from tests import frozen
 from tests.starts import Start, call
 
@@ -246,12 +247,12 @@ def test_an_image_that_cannot_be_read_is_told_and_counts_again_when_mended(given
 
 def test_after_an_outage_nothing_half_is_kept(given: Path, straight: dict, tmp_path: Path, monkeypatch):
     """A source that stays away ends the evaluation; what was read until then is no split."""
-    recipe = config.parse(evaluation.Evaluate, frozen.words(given, tmp_path / "run"), FOLDER)
+    recipe = config.parse(command.Evaluate, frozen.words(given, tmp_path / "run"), FOLDER)
     whole = Samples.read
     with monkeypatch.context() as patched:
         patched.setattr(Samples, "read", lambda own, sample: (_away if sample == 5 else whole)(own, sample))
         with pytest.raises(Refusal, match="stays away"):
-            evaluation.run(recipe)
+            command.run(recipe)
     evaluate(given, tmp_path)
     assert frozen.numbers(tmp_path / "run") == straight
 

@@ -12,15 +12,15 @@ import timm
 import torch
 
 from ssl_vit.data import manifest
-from ssl_vit.data.samples import Data, Samples
-from ssl_vit.data.stream import EvaluationStream, Share
+from ssl_vit.data.dataset import Data, Samples
+from ssl_vit.data.loader import EvaluationStream, Share
 from ssl_vit.encoders import export
 from ssl_vit.encoders.vit import Vit, VitEncoder
 from ssl_vit.evaluate import features
-from ssl_vit.evaluate.accuracy import HeldOut, Sums
+from ssl_vit.evaluate.evaluators import HeldOut
 from ssl_vit.evaluate.features import Features, Name, Split
-from ssl_vit.heads.transfer import Transfer
-from ssl_vit.model import Model
+from ssl_vit.heads.classifier import Transfer
+from ssl_vit.model import Model, Sums
 from tests import frozen
 
 SMALL = Vit(size="Ti", width=16, depth=3, heads=2, patch=4, image=(16, 24))

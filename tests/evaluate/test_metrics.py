@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as _theirs
 
-from ssl_vit.evaluate import metrics, report
+from ssl_vit.errors import DATA, Refusal
+from ssl_vit.evaluate import metrics
 from ssl_vit.evaluate.metrics import Predictions
-from ssl_vit.evaluate.report import Page
-from ssl_vit.exits import DATA, Refusal
+from ssl_vit.report import format, page
+from ssl_vit.report.page import Page, confused
 
 theirs: Any = _theirs  # its types say that nan is no number
 
@@ -213,9 +214,9 @@ def page_of(folder: Path) -> tuple[str, Seen]:
     page.section(NASTY[2] + NASTY[14])
     page.table(["class", "images", "right"], [[name, i, 0.5] for i, name in enumerate(NASTY)])
     page.values({"x": NASTY[0], **{name: name for name in NASTY}, "none": None})
-    page.text(f"Of {report.plain(NASTY[12])} and {report.plain(NASTY[15])}.")
+    page.text(f"Of {format.plain(NASTY[12])} and {format.plain(NASTY[15])}.")
     page.code(f"python tools/evaluate.py data.val='{NASTY[1]}'\n{NASTY[14]}")
-    page.picture("confusion", NASTY[12], report.confused(np.eye(3, dtype=int), NASTY[:3]))
+    page.picture("confusion", NASTY[12], confused(np.eye(3, dtype=int), NASTY[:3]))
     page.write(folder)
     seen = Seen()
     seen.feed((folder / "report.html").read_text(encoding="utf-8"))
@@ -248,15 +249,15 @@ def test_names_become_no_markup_but_one_cell_each_that_reads_as_it_is(tmp_path: 
 def test_pictures_take_any_name(count: int):
     """Warnings are errors here: a sign that the font has not, or a formula that is none, would be one."""
     names = (NASTY * 2)[:count]
-    report.confused(np.zeros((count, count), int), names).savefig("/dev/null", format="png")
+    page.confused(np.zeros((count, count), int), names).savefig("/dev/null", format="png")
     images = [(np.zeros((8, 8, 3), np.uint8), f"{name} 0.50\nis {name}", i % 2 == 0) for i, name in enumerate(names)]
-    report.gallery(images).savefig("/dev/null", format="png")
+    page.gallery(images).savefig("/dev/null", format="png")
     lines: Any = {name: ([1.0, 2.0], [0.5, float("nan")]) for name in names}
-    report.curves(lines, "x", "y", log=True).savefig("/dev/null", format="png")
+    page.curves(lines, "x", "y", log=True).savefig("/dev/null", format="png")
 
 
 def test_numbers_are_shown_for_people():
-    assert [report.shown(value) for value in (12345, 0.123456, True, None)] == ["12,345", "0.1235", "True", "&ndash;"]
-    assert report.per_cent(0.12345) == "12.35"
-    assert report.per_cent(0.5, 0.01) == "50.00 ± 1.00"
-    assert report.per_cent(None) == "-"
+    assert [page.shown(value) for value in (12345, 0.123456, True, None)] == ["12,345", "0.1235", "True", "&ndash;"]
+    assert format.per_cent(0.12345) == "12.35"
+    assert format.per_cent(0.5, 0.01) == "50.00 ± 1.00"
+    assert format.per_cent(None) == "-"

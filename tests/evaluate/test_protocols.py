@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from ssl_vit.errors import DATA, Refusal
 from ssl_vit.evaluate import few_shot, knn, linear
 from ssl_vit.evaluate.linear import Linear, LinearProbe
-from ssl_vit.exits import DATA, Refusal
 from tests import frozen
 
 SEEDS = st.integers(0, 2**20)

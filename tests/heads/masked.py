@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.heads import clusters
-from ssl_vit.heads.mean_color import MeanColor
-from ssl_vit.heads.patch_colors import PatchColors
+from ssl_vit.heads.mean_color import MeanColor, PatchColors
 from ssl_vit.heads.patch_pixels import PatchPixels
 
 SIDE, PATCH = 16, 4  # a grid of 4 x 4

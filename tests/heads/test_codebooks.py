@@ -13,25 +13,26 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ssl_vit import codebook, config, recipe, session
-from ssl_vit.codebook import FitClusters
+from ssl_vit import config, recipes
+from ssl_vit.commands import fit_clusters, train
+from ssl_vit.commands.fit_clusters import FitClusters
+from ssl_vit.convert.make_shards import MakeShards, convert
+from ssl_vit.data.dataset import Data, Samples
 from ssl_vit.data.manifest import load
-from ssl_vit.data.samples import Data, Samples
-from ssl_vit.data.shards import MakeShards, convert
-from ssl_vit.exits import CANNOT_CREATE, DATA, MISMATCH, PREEMPTED, USAGE, Refusal
+from ssl_vit.errors import CANNOT_CREATE, DATA, MISMATCH, PREEMPTED, USAGE, Refusal
 from ssl_vit.heads import clusters
-from ssl_vit.recipe import Pretrain
+from ssl_vit.recipes import Pretrain
 from ssl_vit.train import loop
 from tests.conftest import TINY
 from tests.heads.masked import codebook_of, patches_of, vit
-from tests.runs import rows
+from tests.tiny_runs import rows
 from tests.train.test_loop import StopAfter
 
 
 def pretrain(data: Path, run: Path, *arguments: str) -> None:
     given = [*TINY, f"data.train={data}/train", f"run={run}", "tracker=none", "steps=6", "log_every=2", "save_every=3"]
     try:
-        session.run(config.parse(Pretrain, [*given, *arguments], recipe.FOLDER))
+        train.run(config.parse(Pretrain, [*given, *arguments], recipes.FOLDER))
     finally:  # the next one is a start of its own
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
@@ -65,7 +66,7 @@ def test_a_collapse_is_told_once(tiny_run: Callable[[int], Path], tmp_path: Path
 
 def fit(shards: Path, output: Path, *arguments: str) -> str:
     given = [f"data.train={shards}/train", f"output={output}", "patch=4", "clusters=5", "data.image_size=16"]
-    return codebook.fit(config.parse(FitClusters, [*given, "data.workers=0", *arguments], recipe.FOLDER))
+    return fit_clusters.fit(config.parse(FitClusters, [*given, "data.workers=0", *arguments], recipes.FOLDER))
 
 
 @pytest.mark.parametrize("space", ["color", "patch"])

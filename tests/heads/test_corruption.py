@@ -7,11 +7,11 @@ import pytest
 import torch
 from scipy.ndimage import distance_transform_edt
 
-from ssl_vit.counter import words
 from ssl_vit.encoders.axial import Axial
 from ssl_vit.heads import corruption
 from ssl_vit.heads.corruption import KEEP, MASK, SWAP, Corruption, block_shapes, counts, draw, draw_blocks, draw_units
 from ssl_vit.heads.mean_color import MeanColor
+from ssl_vit.rng import words
 from tests.heads.masked import SIZES, WAYS, batch, make, vit
 
 PAPER = (0.8, 0.1, 0.1)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from ssl_vit.exits import verdict
+from ssl_vit.errors import verdict
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 

@@ -21,13 +21,14 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from ssl_vit import config, recipe, session
-from ssl_vit.exits import Refusal
+from ssl_vit import config, recipes
+from ssl_vit.commands import train
+from ssl_vit.errors import Refusal
 from ssl_vit.heads.mean_color import MeanColorHead
 from ssl_vit.model import Output
+from ssl_vit.runtime import choose
 from ssl_vit.train import launch
-from ssl_vit.train.environment import choose
-from ssl_vit.train.plugins import Asked
+from ssl_vit.train.launch import Asked
 from tests.train.engines import HALF
 
 FORWARD = MeanColorHead.forward
@@ -88,7 +89,7 @@ def main() -> None:
             choose(job["engine"], job["zero"])
             MeanColorHead.forward = poisoned if job["poisoned"] else FORWARD
             calls.clear()
-            session.run(config.parse(recipe.Pretrain, job["words"], recipe.FOLDER))
+            train.run(config.parse(recipes.Pretrain, job["words"], recipes.FOLDER))
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ssl_vit import config, load_encoder, recipe, session
+from ssl_vit import config, recipes
+from ssl_vit.commands import train as command
+from ssl_vit.encoders.weights import load_encoder
 from tests.conftest import TINY, once
 
 ROOT = Path(__file__).parent.parent.parent
@@ -50,7 +52,7 @@ def launched(*command: Any, **more: str) -> None:
 
 def train(given: list[str]) -> None:
     """Train in this process."""
-    assert session.run(config.parse(recipe.Pretrain, given, recipe.FOLDER)) == 0
+    assert command.run(config.parse(recipes.Pretrain, given, recipes.FOLDER)) == 0
     fresh()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ssl_vit.train import checkpoint
-from tests import runs
+from tests import tiny_runs
 from tests.odd import NOT_ALLOWED
 from tests.starts import Start, call
 
@@ -116,7 +116,7 @@ class Stage:
 
     def words(self, *more: str) -> list[str]:
         """The command."""
-        return runs.words(self.shards, self.run, *more)
+        return tiny_runs.words(self.shards, self.run, *more)
 
     def start(self, world: int = 1, fault: str = "", words: tuple[str, ...] = (), **more: object) -> Start:
         """The command as processes, for what has to happen while they run."""
@@ -153,8 +153,8 @@ class Stage:
         if scenario.line:
             _check_words(scenario, played)
         if scenario.saved is not None:
-            assert runs.saved(self.run)[-1:] == ([scenario.saved] if scenario.saved else [])
-            assert not scenario.saved or checkpoint.flaw(runs.last(self.run)) is None
+            assert tiny_runs.saved(self.run)[-1:] == ([scenario.saved] if scenario.saved else [])
+            assert not scenario.saved or checkpoint.flaw(tiny_runs.last(self.run)) is None
         if scenario.also is not None:
             scenario.also(played)
         if scenario.resumed:
@@ -173,11 +173,11 @@ class Stage:
     def as_in_peace(self, peace: Path) -> None:
         """The finished run has the bits of another one, and nothing is left behind."""
         self.same_bits(peace)
-        assert runs.names(self.run) == runs.names(peace)
+        assert tiny_runs.names(self.run) == tiny_runs.names(peace)
 
     def same_bits(self, peace: Path) -> None:
         """The finished run has the bits of another one."""
-        assert runs.differing(runs.results(peace), runs.results(self.run)) == {}
+        assert tiny_runs.differing(tiny_runs.results(peace), tiny_runs.results(self.run)) == {}
 
 
 def _check_words(scenario: Scenario, played: Played) -> None:
@@ -191,6 +191,6 @@ def _check_words(scenario: Scenario, played: Played) -> None:
             assert re.search(scenario.others, screen) if scenario.others else played.lines(rank) == [], played.said
     assert "Traceback" not in played.said or "Traceback" in scenario.says, played.said
     if scenario.held:
-        told = runs.told(played.run)
+        told = tiny_runs.told(played.run)
         assert (told["code"], told["rank"]) == (scenario.codes[scenario.by], scenario.by)
         assert told["reason"] in lines[-1]

@@ -20,10 +20,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from ssl_vit import config, recipe, session
-from ssl_vit.exits import Refusal
-from ssl_vit.train import startup
-from ssl_vit.train.run import Run
+from ssl_vit import config, recipes
+from ssl_vit.commands import train as command
+from ssl_vit.errors import Refusal
+from ssl_vit.train import preflight
+from ssl_vit.train.run_folder import Run
 
 FOLDER, WORDS = Path(sys.argv[1]), sys.argv[2:]
 RANK = int(os.environ["RANK"])
@@ -31,10 +32,10 @@ RANK = int(os.environ["RANK"])
 
 def train(name: str, *more: str, **changed: Any) -> dict[str, Any]:
     """How a training of two steps in a folder of its own ends, with names of `startup` changed on machine b."""
-    parsed = config.parse(recipe.Pretrain, [*WORDS, f"run={FOLDER}/run-{name}", *more], recipe.FOLDER)
+    parsed = config.parse(recipes.Pretrain, [*WORDS, f"run={FOLDER}/run-{name}", *more], recipes.FOLDER)
     try:
-        with patch.dict(vars(startup), changed if RANK else {}):
-            return {"code": session.run(parsed), "message": "", "shared": True}
+        with patch.dict(vars(preflight), changed if RANK else {}):
+            return {"code": command.run(parsed), "message": "", "shared": True}
     except Refusal as error:
         return {"code": error.code, "message": error.message, "shared": error.shared}
     except BaseException as error:
@@ -59,7 +60,7 @@ def held() -> dict[str, Any]:
     """While another training holds the run folder."""
     other = Run(FOLDER / "run-held")
     if RANK == 0:
-        other.claim(recipe.Pretrain())
+        other.claim(recipes.Pretrain())
     found = train("held")
     other.release()
     return found
@@ -70,11 +71,11 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # they have met: the port is held already
     Accelerator.end_training = lambda self: None  # it would end the process group
-    startup.SEEN_WITHIN = 0.5
+    preflight.SEEN_WITHIN = 0.5
     found = {
         "batch": train("batch", "batch=8"),
         "code": train("code", PACKAGE=FOLDER / "ssl_vit"),
-        "library": train("library", _version=lambda name: "2.0.0" if name == "torch" else startup.version(name)),
+        "library": train("library", _version=lambda name: "2.0.0" if name == "torch" else preflight.version(name)),
         "gpu": train("gpu", _gpu=lambda: "NVIDIA L4 of 22 GiB"),
         "recipe": train("recipe", *(["seed=7", "optim.lr=1"] if RANK else [])),
         "no data": train("no-data", "data.train=/nowhere"),

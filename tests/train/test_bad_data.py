@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from ssl_vit import config, exits, recipe
-from ssl_vit.data.faults import IN_A_ROW, Fault, Faults, borne
+from ssl_vit import config, errors, recipes
+from ssl_vit.data.dataset import IN_A_ROW, Fault, Faults, borne
+from ssl_vit.data.loader import TrainingStream
 from ssl_vit.data.manifest import Manifest
-from ssl_vit.data.stream import TrainingStream
-from ssl_vit.train.watch import DataWatch
+from ssl_vit.train.anomalies import DataWatch
 from tests.conftest import TINY
 from tests.data.damage import flip
 from tests.data.pictures import one, write_pictures
 from tests.data.servers import refused
-from tests.runs import rows, saved, told
 from tests.starts import Start, call
+from tests.tiny_runs import rows, saved, told
 
 
 def watch(folder: Path, epoch_samples: int = 1000, most: int | None = None) -> tuple[DataWatch, Faults]:
@@ -44,7 +44,7 @@ def test_one_bad_sample_too_many_stops(tmp_path: Path, epoch_samples: int, most:
         judge.check(4 * number, wait=False)
     judge.check(4 * allowed, wait=True)
     faults.met(4, [fault(allowed)])
-    said = refused(lambda: judge.check(4 * allowed + 4, wait=False), exits.DATA)
+    said = refused(lambda: judge.check(4 * allowed + 4, wait=False), errors.DATA)
     assert said.startswith(f"too many samples are damaged: {allowed + 1} in this epoch, {allowed} are borne; ")
     assert "bad_samples-*.jsonl" in said
     rows = listed(tmp_path)
@@ -61,7 +61,7 @@ def test_a_hundred_in_a_row_stop_whatever_is_borne(tmp_path: Path):
 
     for bad in 2 * [*9 * [10], 9] + 9 * [10]:  # one good sample among them begins the count anew
         step(bad)
-    assert f"{IN_A_ROW} in a row" in refused(lambda: step(10), exits.DATA)
+    assert f"{IN_A_ROW} in a row" in refused(lambda: step(10), errors.DATA)
 
 
 def test_an_epoch_begins_a_new_count_and_a_resumption_goes_on_with_the_old_one(tmp_path: Path):
@@ -75,15 +75,15 @@ def test_an_epoch_begins_a_new_count_and_a_resumption_goes_on_with_the_old_one(t
     faults.met(20, [fault(number) for number in range(10)])
     judge.check(350, wait=False)
     faults.met(4, [fault(11)])
-    assert "11 in this epoch" in refused(lambda: judge.check(354, wait=False), exits.DATA)
+    assert "11 in this epoch" in refused(lambda: judge.check(354, wait=False), errors.DATA)
 
 
 def test_a_failure_that_no_substitute_cures_is_told_as_it_is(tmp_path: Path):
     judge, faults = watch(tmp_path, most=10**6)
-    faults.fatal = exits.Refusal(exits.DISK, "https://nowhere: stays away")
-    with pytest.raises(exits.Refusal) as caught:
+    faults.fatal = errors.Refusal(errors.DISK, "https://nowhere: stays away")
+    with pytest.raises(errors.Refusal) as caught:
         judge.check(0, wait=False)
-    assert (caught.value.code, caught.value.message) == (exits.DISK, "https://nowhere: stays away")
+    assert (caught.value.code, caught.value.message) == (errors.DISK, "https://nowhere: stays away")
     assert caught.value.shared
 
 
@@ -128,15 +128,15 @@ def test_two_processes_stop_together_and_go_on_where_more_is_borne(damaged: Any,
     run = tmp_path / "run"
     words = [*TINY, f"data.train={made.folder}", f"run={run}", "steps=7", "log_every=1", "save_every=2", "tracker=none"]
     words += ["data.workers=1"]  # they ignore signals, so they must be told to go, or the exit waits for ever
-    stream = TrainingStream(made, config.parse(recipe.Pretrain, words, recipe.FOLDER).data, seed=0, batch=8)
+    stream = TrainingStream(made, config.parse(recipes.Pretrain, words, recipes.FOLDER).data, seed=0, batch=8)
     met = [sum(sample in bad for _, sample in stream.plan.batch(step)) for step in range(7)]
     too_many = next(step for step in range(7) if sum(met[: step + 1]) > 10) + 1  # in which step
 
     start = Start(words, tmp_path / "logs", 2)
-    assert start.wait() == [exits.DATA] * 2, start.said()
+    assert start.wait() == [errors.DATA] * 2, start.said()
     assert start.orphans == []
     end = told(run)
-    assert end["code"] == exits.DATA
+    assert end["code"] == errors.DATA
     assert end["reason"].startswith(f"too many samples are damaged: {sum(met[:too_many])} in this epoch, 10 are")
     assert too_many <= end["step"] <= too_many + 1
     assert saved(run), "there was none before the fault either"

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ssl_vit import config, evaluation, recipe
-from ssl_vit.exits import DISK, INTEGRITY, USAGE, Refusal
+from ssl_vit import config, recipes
+from ssl_vit.commands import evaluate
+from ssl_vit.errors import DISK, INTEGRITY, USAGE, Refusal
 from ssl_vit.train import checkpoint
-from ssl_vit.train.average import Average
+from ssl_vit.train.ema import Average
 from tests.frozen import results
-from tests.runs import saved
+from tests.tiny_runs import saved
 from tests.train.engines import fresh, rows
 from tests.train.test_loop import assert_same_run, finetune, pretrain, refused, stopped
 
@@ -182,8 +183,8 @@ def test_online_probes_are_those_of_the_exported_encoder(shards: Path, tmp_path:
     fresh()
     given = [f"encoder={tmp_path / 'run'}", f"data.train={shards}/train", f"data.val={shards}/val", "data.workers=0"]
     given += [f"run={tmp_path / 'judged'}", "methods=knn,few_shot", "few_shot.shots=1,2", "random=false"]
-    made = config.parse(evaluation.Evaluate, [*given, "features.readouts=mean", "quiet=true"], recipe.FOLDER)
-    assert evaluation.run(made) == 0
+    made = config.parse(evaluate.Evaluate, [*given, "features.readouts=mean", "quiet=true"], recipes.FOLDER)
+    assert evaluate.run(made) == 0
     by = {row["case"]: row["top1"] for row in results(tmp_path / "judged")["rows"]}
     for name, case in {"knn_top1": "k=20", "few_shot_1": "shots=1", "few_shot_2": "shots=2"}.items():
         assert told[-1][f"val_{name}"] == pytest.approx(by[case])

@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit import config, recipe, session
-from ssl_vit.exits import USAGE, Refusal
-from ssl_vit.gpus import data_sheet
-from ssl_vit.recipe import Pretrain
-from ssl_vit.train import attention, clock, environment, loop, profile
-from ssl_vit.train.attention import check_gradients, pin
-from ssl_vit.train.clock import PHASES, Clock
-from ssl_vit.train.numbers import LeftOut, RollBack
-from ssl_vit.train.peak import Peak, measured
-from ssl_vit.train.window import Window
+from ssl_vit import config, recipes, runtime
+from ssl_vit.commands import train
+from ssl_vit.errors import USAGE, Refusal
+from ssl_vit.recipes import Pretrain
+from ssl_vit.train import logger, loop, metrics, prepare
+from ssl_vit.train.anomalies import LeftOut, RollBack
+from ssl_vit.train.hardware import data_sheet
+from ssl_vit.train.metrics import PHASES, Clock, Peak, Window, measured
+from ssl_vit.train.prepare import check_gradients, pin
 from tests.conftest import TINY
 from tests.starts import Start
 from tests.train import engines
@@ -41,7 +40,7 @@ Hand = SimpleNamespace
 def hand(monkeypatch: pytest.MonkeyPatch) -> Hand:
     """A clock that is moved by hand."""
     made = Hand(now=0.0)
-    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: made.now))
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: made.now, monotonic=time.monotonic))
     return made
 
 
@@ -100,7 +99,7 @@ def test_a_mark_of_a_gpu_is_an_event_that_nobody_waits_for(monkeypatch: pytest.M
             assert waited
             return 1e3 * (other.at - self.at)
 
-    monkeypatch.setattr(clock, "on_gpu", lambda: True)
+    monkeypatch.setattr(metrics, "on_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     watch = Clock()
     for name in ("data", "forward", "backward"):
@@ -124,9 +123,11 @@ def reported(window: Window, made: Peak, flops: int, processes: int = 1) -> dict
 @pytest.mark.parametrize("processes", [1, 4])
 def test_utilisation_by_hand(processes: int, monkeypatch: pytest.MonkeyPatch):
     """A process trains 100 images of 3 GFLOP in 2 s: 150 GFLOP/s, a quarter of 600 and a tenth of 1,500."""
-    monkeypatch.setattr("ssl_vit.train.window.total", lambda _accelerator, sums: dict(sums))
+    monkeypatch.setattr("ssl_vit.train.metrics.total", lambda _accelerator, sums: dict(sums))
     now = Hand(at=10.0)
-    monkeypatch.setattr("ssl_vit.train.window.time", SimpleNamespace(monotonic=lambda: now.at))
+    monkeypatch.setattr(
+        "ssl_vit.train.metrics.time", SimpleNamespace(monotonic=lambda: now.at, perf_counter=time.perf_counter)
+    )
     window = Window()
     window.images, window.waited, now.at = 100, 0.5, 12.0
     row = reported(window, Peak(600e9, 1500e9), 3_000_000_000, processes)
@@ -191,14 +192,14 @@ def test_a_measured_product_is_of_this_machine():
 
 def test_the_age_of_a_process(monkeypatch: pytest.MonkeyPatch):
     """Imports and all: by the kernel's count, or else from when this was imported."""
-    assert environment.age() == pytest.approx(time.time() - psutil.Process().create_time(), abs=2)
+    assert runtime.age() == pytest.approx(time.time() - psutil.Process().create_time(), abs=2)
     text = f"7 (a b) c) S {'0 ' * 18}{5 * os.sysconf('SC_CLK_TCK')} 0"  # started 5 s after the machine
-    monkeypatch.setattr(environment, "Path", lambda _: SimpleNamespace(read_text=lambda: text))
-    times = {"CLOCK_BOOTTIME": 7, "clock_gettime": {7: 12.5}.get, "monotonic": lambda: environment.IMPORTED + 3}
-    monkeypatch.setattr(environment, "time", SimpleNamespace(**times))
-    assert environment.age() == 7.5
+    monkeypatch.setattr(runtime, "Path", lambda _: SimpleNamespace(read_text=lambda: text))
+    times = {"CLOCK_BOOTTIME": 7, "clock_gettime": {7: 12.5}.get, "monotonic": lambda: runtime.IMPORTED + 3}
+    monkeypatch.setattr(runtime, "time", SimpleNamespace(**times))
+    assert runtime.age() == 7.5
     text = "7 (a b) c) S"
-    assert environment.age() == pytest.approx(3)
+    assert runtime.age() == pytest.approx(3)
 
 
 # --- the kernel of attention
@@ -223,7 +224,7 @@ CPU, SIZE = torch.device("cpu"), (3, 17, 8)
 
 @pytest.mark.parametrize("half", [False, True])
 def test_gradients_of_this_machine_are_finite(half: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attention, "IMAGES", 2)
+    monkeypatch.setattr(prepare, "IMAGES", 2)
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
     check_gradients("auto", SIZE, CPU, half)
@@ -254,7 +255,7 @@ CANNOT = Mock(side_effect=RuntimeError("No available kernel. Aborting execution.
     [*((Broken.apply, n, "17 tokens of 3 heads of 8") for n in range(3)), (CANNOT, 0, " Aborting execution.)")],
 )
 def test_a_kernel_that_cannot_or_is_not_finite_is_refused(kernel: Any, which: int, said: str, monkeypatch: Any):
-    monkeypatch.setattr(attention, "IMAGES", 2)
+    monkeypatch.setattr(prepare, "IMAGES", 2)
     monkeypatch.setattr(Broken, "which", which)
     monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
     with pytest.raises(Refusal) as end:
@@ -327,7 +328,7 @@ def test_a_profile_of_five_steps_changes_no_number(shards: Path, tmp_path: Path,
     table = (run / "profile" / "table.txt").read_text()
     assert table.startswith("5 steps\n")
     for name in ("data", "forward", "backward", "update"):
-        assert count(run, name) == profile.STEPS, name
+        assert count(run, name) == logger.STEPS, name
         assert f" {name} " in table
     assert count(run, "checkpoint") == 1
     assert f"profile: 5 steps in {run}/profile" in capsys.readouterr().out
@@ -342,9 +343,9 @@ def test_a_profile_of_five_steps_changes_no_number(shards: Path, tmp_path: Path,
 def test_a_run_shorter_than_the_window_is_traced_to_its_end(shards: Path, tmp_path: Path, steps: int, capsys: Capture):
     """And where there are too few steps for that, it says so."""
     assert pretrain(shards, tmp_path, f"steps={steps}", "profile=true") == 0
-    if steps > profile.FIRST:
-        assert count(tmp_path, "forward") == steps - profile.FIRST
-        assert (tmp_path / "profile" / "table.txt").read_text().startswith(f"{steps - profile.FIRST} steps\n")
+    if steps > logger.FIRST:
+        assert count(tmp_path, "forward") == steps - logger.FIRST
+        assert (tmp_path / "profile" / "table.txt").read_text().startswith(f"{steps - logger.FIRST} steps\n")
     else:
         [said] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("profile:")]
         assert not said.startswith("profile: 0 steps")
@@ -381,7 +382,7 @@ def test_bf16_residual_where_there_is_none_is_refused(shards: Path, tmp_path: Pa
     pytest.importorskip("timm")
     given = engines.words(shards, tmp_path, "encoder.kind=timm", "encoder.name=vit_tiny_patch16_224")
     with pytest.raises(Refusal, match="bf16_residual"):
-        session.run(config.parse(Pretrain, [*given, "data.image_size=32", "precision=bf16_residual"], recipe.FOLDER))
+        train.run(config.parse(Pretrain, [*given, "data.image_size=32", "precision=bf16_residual"], recipes.FOLDER))
 
 
 @pytest.mark.ranks

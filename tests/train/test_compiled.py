@@ -10,7 +10,7 @@ from torch import nn
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.heads.mean_color import MeanColor
 from ssl_vit.model import Batch, Model
-from ssl_vit.train.outfit import compile_blocks
+from ssl_vit.train.prepare import compile_blocks
 
 COMPILE = torch.compile
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # raised inside dynamo

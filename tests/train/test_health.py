@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ssl_vit.train.health import PATIENCE, Health
+from ssl_vit.train.metrics import PATIENCE, Health
 
 WELL: dict[str, Any] = {"loss": 3.0, "unigram_entropy": 4.5, "uniform": 6.24, "top_label": 0.1, "data_wait": 0.01}
 WELL |= {"bad_samples": 2}

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssl_vit.exits import INTEGRITY, Refusal
+from ssl_vit.errors import INTEGRITY, Refusal
 from ssl_vit.train import checkpoint
 from ssl_vit.train.checkpoint import MANIFEST, VERSION
 from tests.conftest import once

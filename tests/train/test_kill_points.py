@@ -23,10 +23,10 @@ from typing import Any
 import pytest
 import torch
 
-from ssl_vit.exits import DISK
+from ssl_vit.errors import DISK
 from ssl_vit.train import checkpoint
 from ssl_vit.train.checkpoint import MANIFEST
-from tests import runs
+from tests import tiny_runs
 from tests.train.children import ended, fork
 from tests.train.scenarios import KILLED, Scenario, Stage, ranks
 
@@ -300,7 +300,7 @@ def test_trainings_killed_at_every_place_of_many_steps(stage: Stage, world: int)
             places += [f"{place}:step={step}", ("resume.chosen", "resume.loaded")[(step // 2 + number) % 2]]
         places += [f"{('save.published', 'save.pruned')[step // 2 % 2]}:step={step}"]
     killed_at_places(stage, world, places, *SAVES)
-    stage.as_in_peace(runs.straight(stage.shards, world, stage.folder / "straight", *SAVES))
+    stage.as_in_peace(tiny_runs.straight(stage.shards, world, stage.folder / "straight", *SAVES))
     print(f"\n{len(places)} kills at places of saves and resumes, {world} ranks: 0 differing bits, 0 manual actions")
 
 
@@ -309,7 +309,7 @@ def test_an_accumulated_step_that_is_cut_in_the_middle(stage: Stage):
     more = ["micro_batch=2", "save_every=1", "steps=6", "eval_every=6"]
     for step in (2, 5):
         stage.stop(f"loss:step={step}", *more)
-        assert runs.saved(stage.run) == list(range(max(1, step - 3), step))
+        assert tiny_runs.saved(stage.run) == list(range(max(1, step - 3), step))
     for one in (stage, stage.at("straight")):
         one.finish(1, *more)
     stage.as_in_peace(stage.at("straight").run)

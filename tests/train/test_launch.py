@@ -17,13 +17,14 @@ import torch
 import yaml
 
 import ssl_vit
-from ssl_vit import config, exits, recipe, session
-from ssl_vit.exits import CANNOT_CREATE, DATA, MISMATCH, USAGE, Refusal
-from ssl_vit.recipe import FOLDER, Pretrain
-from ssl_vit.train import launch, startup
-from ssl_vit.train.launch import start
-from ssl_vit.train.plugins import Asked, agree
-from ssl_vit.train.startup import compare, meet, refuse_first
+from ssl_vit import config, errors, recipes
+from ssl_vit.commands import train
+from ssl_vit.distributed import refuse_first
+from ssl_vit.errors import CANNOT_CREATE, DATA, MISMATCH, USAGE, Refusal
+from ssl_vit.recipes import FOLDER, Pretrain
+from ssl_vit.train import launch, preflight
+from ssl_vit.train.launch import Asked, agree, start
+from ssl_vit.train.preflight import compare, meet
 from tests.conftest import TINY
 from tests.starts import Start, free_port
 from tests.train import engines
@@ -243,7 +244,7 @@ def found(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
     (folder / "b" / "shards" / "train" / "000001.tar").unlink()
     (folder / "b" / "shards" / "train" / "000002.tar").write_bytes(b"short")
     shutil.copytree(Path(ssl_vit.__file__).parent, folder / "ssl_vit", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "ssl_vit" / "counter.py").write_text("# another version")
+    (folder / "ssl_vit" / "rng.py").write_text("# another version")
     words = [*TINY, f"data.train={shards}/train", f"data.val={shards}/val", "tracker=none"]
     words += ["batch=9", "steps=2", "optim.warmup_steps=1"]
     worker = "../tests/train/startup_worker"
@@ -255,9 +256,9 @@ def found(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
 OTHERS = " (processes: 2)"
 ONE, FIRST = f"rank 1 on {HOST}", f"rank 0 on {HOST}"
 SAME, SLOW = "install the same", "the slowest would set the pace; start on machines that are alike"
-CODE, SHARE = "ssl_vit/counter.py differs (1 in all)", "name one on a file system that all machines share"
+CODE, SHARE = "ssl_vit/rng.py differs (1 in all)", "name one on a file system that all machines share"
 RECIPE = "seed: 0 -> 7; optim.lr: 0.001 -> 1.0: give all the same command"
-TORCH = f"has torch 2.0.0, {FIRST} has {startup.version('torch')}"
+TORCH = f"has torch 2.0.0, {FIRST} has {preflight.version('torch')}"
 ENDS = {
     "batch": (USAGE, "batch=8 cannot be shared by 3 processes; these can: 1, 2, 4, 8"),
     "code": (MISMATCH, f"{ONE} runs other code than {FIRST}: {CODE}: {SAME} version on all machines{OTHERS}"),
@@ -289,9 +290,9 @@ def test_all_processes_end_alike(found, scenario: str):
 @pytest.mark.parametrize(("rank", "shared", "lines"), [(0, True, 1), (1, True, 0), (0, False, 1), (1, False, 1)])
 def test_only_the_first_of_many_says_what_all_share(rank: int, shared: bool, lines: int, monkeypatch: Any, capfd):
     monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setattr(exits, "_answer_signals", lambda: None)
+    monkeypatch.setattr(errors, "_answer_signals", lambda: None)
     with pytest.raises(SystemExit) as caught:
-        exits.run(Mock(side_effect=Refusal(DATA, "shards: gone", shared)))
+        errors.run(Mock(side_effect=Refusal(DATA, "shards: gone", shared)))
     assert caught.value.code == DATA
     assert capfd.readouterr().err.count("shards: gone") == lines
 
@@ -359,7 +360,7 @@ def test_a_busy_port_ends_a_start_before_anything_is_made(server: socket.socket,
     assert line.startswith(f"rank 0: port {taken} of this machine cannot be had (Address already in use")
     assert line.endswith("): set another MASTER_PORT on all machines")
     words = [*TINY, f"data.train={shards}/train", f"run={tmp_path}/run"]
-    assert f"port {taken}" in met(0, taken, lambda: session.run(config.parse(recipe.Pretrain, words, recipe.FOLDER)))
+    assert f"port {taken}" in met(0, taken, lambda: train.run(config.parse(recipes.Pretrain, words, recipes.FOLDER)))
     assert not (tmp_path / "run").exists()
     for rank in (0, 1):
         assert met(rank, taken, TORCHELASTIC_USE_AGENT_STORE="True") == ""
@@ -373,7 +374,7 @@ def test_a_master_that_is_not_there_is_named_or_waited_for(server: socket.socket
     line = met(1, port)
     assert line.startswith(f"rank 1 on {HOST}: no answer from the master at 127.0.0.1:{port} (")
     assert line.endswith("in 0 s: is rank 0 running there, the address right, the port open?")
-    monkeypatch.setattr(startup.time, "sleep", lambda seconds: server.listen())  # it comes later
+    monkeypatch.setattr(preflight.time, "sleep", lambda seconds: server.listen())  # it comes later
     assert met(1, port, lambda: meet(60)) == ""
 
 
@@ -398,7 +399,7 @@ for tool in ("pretrain", "finetune", "evaluate"):
         except SystemExit as end: assert not end.code, end.code
     assert sys.argv[0] in said.getvalue()
 print(*sorted(set(sys.modules) - before))
-import ssl_vit.train.window, ssl_vit.train.attention
+import ssl_vit.train.metrics, ssl_vit.train.prepare
 """
 
 

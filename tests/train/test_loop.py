@@ -13,12 +13,14 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from ssl_vit import config, load_encoder, recipe, session
-from ssl_vit.exits import CANNOT_CREATE, DATA, MISMATCH, PREEMPTED, USAGE, Refusal
-from ssl_vit.recipe import Finetune, Pretrain
-from ssl_vit.train import distributed, loop
+from ssl_vit import config, distributed, recipes
+from ssl_vit.commands import train
+from ssl_vit.encoders.weights import load_encoder
+from ssl_vit.errors import CANNOT_CREATE, DATA, MISMATCH, PREEMPTED, USAGE, Refusal
+from ssl_vit.recipes import Finetune, Pretrain
+from ssl_vit.train import loop
 from tests.conftest import TINY, draw_squares
-from tests.runs import differing, results, saved, told
+from tests.tiny_runs import differing, results, saved, told
 from tests.train.engines import fresh, rows
 
 DROPOUT = "encoder.dropout=0.1"
@@ -55,7 +57,7 @@ def refused(code: int, match: str, start: Callable[..., object], *given: Any) ->
 
 def start(kind: type[Pretrain] | type[Finetune], shards: Path, run: Path, given: Sequence[str]) -> int:
     data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", "tracker=none"]
-    return session.run(config.parse(kind, [*TINY, *data, *given], recipe.FOLDER))
+    return train.run(config.parse(kind, [*TINY, *data, *given], recipes.FOLDER))
 
 
 def pretrain(shards: Path, run: Path, *more: str) -> int:

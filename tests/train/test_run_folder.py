@@ -20,11 +20,11 @@ from unittest.mock import patch
 
 import pytest
 
-from ssl_vit.exits import CANNOT_CREATE, DISK, MISMATCH, USAGE
+from ssl_vit.errors import CANNOT_CREATE, DISK, MISMATCH, USAGE
 from ssl_vit.train import checkpoint
-from ssl_vit.train import run as run_module
+from ssl_vit.train import run_folder as run_module
 from ssl_vit.train.optim import learning_rate
-from tests import runs
+from tests import tiny_runs
 from tests.odd import NOT_ALLOWED
 from tests.starts import PRELOAD, call
 from tests.train.children import ended, fork, mount, own_mounts
@@ -37,7 +37,7 @@ from tests.train.scenarios import HOST, KILLED, LIMIT, Played, Scenario, Stage, 
 def test_a_folder_is_one_runs_at_a_time(stage: Stage, holder: int, world: int):
     """C14: the second is refused at once with who has it; killed with -9, the first leaves the folder free."""
     first = stage.start(holder, "hang:point=batch:step=9")
-    first.until(lambda: 7 in runs.saved(stage.run))
+    first.until(lambda: 7 in tiny_runs.saved(stage.run))
     held = [stage.run / name for name in ("recipe.yaml", "metrics.jsonl")]
     before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in held]
     line = f"in use by pid {first.processes[0].pid} since .* on {HOST}"
@@ -69,11 +69,11 @@ def test_another_recipe_is_shown_key_by_key(stage: Stage):
     What a checkpoint holds never brings old rates back in silence, nor new ones: old -> new is said (D7).
     """
     stage.stop("loss:step=9")
-    before = runs.state(stage.run), (stage.run / "recipe.yaml").read_bytes()
+    before = tiny_runs.state(stage.run), (stage.run / "recipe.yaml").read_bytes()
 
     def refused(*more: str, code: int = MISMATCH) -> str:
         played = stage.play(Scenario((code,), "", "pretrain.py: ", words=more, held=code == MISMATCH))
-        assert (runs.state(stage.run), (stage.run / "recipe.yaml").read_bytes()) == before
+        assert (tiny_runs.state(stage.run), (stage.run / "recipe.yaml").read_bytes()) == before
         return played.said
 
     lr, steps = "optim.lr: 0.001 -> 0.5", "steps: 30 -> 40"
@@ -90,14 +90,14 @@ def test_another_recipe_is_shown_key_by_key(stage: Stage):
     changed = ("optim.lr=0.002", "optim.betas=0.8,0.99")
     said = stage.finish(1, *changed, "allow_change=optim.lr,optim.betas")
     assert [said.count(line) for line in ("optim.lr: 0.001 -> 0.002", "optim.betas: ")] == [1, 1]
-    rates = {row["step"]: row["lr"] for row in runs.rows(stage.run)}
+    rates = {row["step"]: row["lr"] for row in tiny_runs.rows(stage.run)}
     for step, rate in ((6, 0.001), (9, 0.002), (30, 0.002)):
-        assert rates[step] == learning_rate(step - 1, rate, runs.STEPS, 2)
+        assert rates[step] == learning_rate(step - 1, rate, tiny_runs.STEPS, 2)
     assert b"lr: 0.002" in (stage.run / "recipe.yaml").read_bytes()
-    assert runs.differing(runs.state(stage.tiny_run(1)), runs.state(stage.run))
+    assert tiny_runs.differing(tiny_runs.state(stage.tiny_run(1)), tiny_runs.state(stage.run))
     stage.finish(1, *changed)  # it is the run's recipe now
     assert "steps: 30 -> 32" in stage.finish(1, *changed, "steps=32", "allow_change=steps")
-    assert runs.rows(stage.run)[-1]["step"] == 32
+    assert tiny_runs.rows(stage.run)[-1]["step"] == 32
 
 
 ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n"  # a billion of them
@@ -127,11 +127,11 @@ def test_a_damaged_recipe_does_not_pass_for_the_runs(stage: Stage, monkeypatch: 
 def test_a_fresh_start_puts_the_old_aside(stage: Stage):
     """fresh=true: nothing is deleted, all begins anew; a launcher's restart of it goes on."""
     stage.stop("loss:step=9", "fresh=true")
-    old = runs.state(stage.run)
+    old = tiny_runs.state(stage.run)
     stage.stop("loss:step=5", "fresh=true", "seed=3", "encoder.width=32")  # nor is the recipe bound
     (first,) = stage.run.glob("before-*")
-    assert runs.state(first) == old
-    assert [row["step"] for row in runs.rows(first)] == [3, 6]
+    assert tiny_runs.state(first) == old
+    assert [row["step"] for row in tiny_runs.rows(first)] == [3, 6]
     stage.stop("loss:step=9", "fresh=true")
     assert len([*stage.run.glob("before-*")]) == 2
     end = call("pretrain", stage.words("fresh=true"), TORCHELASTIC_RESTART_COUNT="1")
@@ -151,9 +151,9 @@ def test_another_number_of_processes_goes_on(stage: Stage):
     stage.at("straight").finish(1, *more)
     for world, step in ((2, 5), (1, 9), (3, 15)):
         stage.play(Scenario((KILLED,) * world, f"kill:point=update:step={step}", cut=True, words=more))
-        assert json.loads((runs.last(stage.run) / "MANIFEST.json").read_text())["world"] == world
+        assert json.loads((tiny_runs.last(stage.run) / "MANIFEST.json").read_text())["world"] == world
     stage.finish(2, *more)
-    for found, wanted in zip(runs.rows(stage.run), runs.rows(stage.at("straight").run), strict=True):
+    for found, wanted in zip(tiny_runs.rows(stage.run), tiny_runs.rows(stage.at("straight").run), strict=True):
         for name in ("step", "samples_seen", "samples_digest", "bad_samples", "lr"):
             assert found[name] == wanted[name]
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
@@ -214,9 +214,9 @@ def test_a_disk_that_is_full(stage: Stage):
             with patch.object(shutil, "disk_usage", usage):
                 full = Scenario((DISK,), "", line, says=("pretrain",), words=FULL, held=False, also=nothing_hidden)
                 said = stage.play(full).said
-            found.append(runs.saved(stage.run)[-1])
-            assert checkpoint.flaw(runs.last(stage.run)) is None
-            assert runs.last(stage.run).name in said or "whole" in said
+            found.append(tiny_runs.saved(stage.run)[-1])
+            assert checkpoint.flaw(tiny_runs.last(stage.run)) is None
+            assert tiny_runs.last(stage.run).name in said or "whole" in said
         assert 4 <= found[0] == found[1] < 20
         for folder in checkpoint.steps(stage.run / "checkpoints")[:-1]:
             shutil.rmtree(folder)
@@ -247,7 +247,7 @@ def test_a_disk_that_has_no_room_for_anything(stage: Stage):
 def test_files_that_may_not_grow(stage: Stage):
     """A5: a limit on file sizes (EFBIG), met by the second file of a checkpoint."""
     stage.stop("loss:step=9", *ALONE)
-    with files_of((runs.last(stage.run) / "model.safetensors").stat().st_size + 1000):
+    with files_of((tiny_runs.last(stage.run) / "model.safetensors").stat().st_size + 1000):
         stage.play(Scenario((DISK,), "", "File too large", words=ALONE, saved=7, also=nothing_hidden))
     stage.finish()
     stage.as_in_peace(stage.tiny_run(1))
@@ -261,7 +261,7 @@ def test_metrics_that_may_not_grow(stage: Stage):
     with files_of(path.stat().st_size * 5 // 4):  # which row 12 goes over; the next checkpoint is due later
         stage.play(Scenario((DISK,), "", f"File too large.*{path}", words=more))
     stage.finish(1, *more)
-    assert [row["step"] for row in runs.rows(stage.run)] == list(range(1, 19))
+    assert [row["step"] for row in tiny_runs.rows(stage.run)] == list(range(1, 19))
 
 
 def test_a_save_that_fails_may_be_borne(stage: Stage):
@@ -289,7 +289,7 @@ def test_an_error_while_saving_ends_all_ranks_alike(stage: Stage, world: int, pl
 def test_folders_that_cannot_be_written(stage: Stage):
     """A8: 73 before the first step, whether it is the run's folder or that of its checkpoints."""
     stage.stop("loss:step=9")
-    before = runs.state(stage.run), (stage.run / "metrics.jsonl").read_bytes()
+    before = tiny_runs.state(stage.run), (stage.run / "metrics.jsonl").read_bytes()
 
     def scene() -> None:
         for folder in (stage.run / "checkpoints", stage.run):
@@ -299,7 +299,7 @@ def test_folders_that_cannot_be_written(stage: Stage):
             stage.play(Scenario((CANNOT_CREATE,), "", line, says=("pretrain",), held=False))
 
     with_own_mounts(scene, stage.folder)
-    assert (runs.state(stage.run), (stage.run / "metrics.jsonl").read_bytes()) == before
+    assert (tiny_runs.state(stage.run), (stage.run / "metrics.jsonl").read_bytes()) == before
 
 
 def test_folders_that_are_none(shards: Path, tmp_path: Path):
@@ -310,11 +310,11 @@ def test_folders_that_are_none(shards: Path, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").touch()
     for name in ("file", "file/run", "loop", "nowhere", "pipe", "run", "x" * 300):
-        end = call("pretrain", runs.words(shards, tmp_path / name))
+        end = call("pretrain", tiny_runs.words(shards, tmp_path / name))
         assert end.code == CANNOT_CREATE, (name, end.said)
         assert "Traceback" not in end.said
         assert name in end.line
-    end = call("pretrain", runs.words(shards, tmp_path / "many" / "folders" / "deep", "steps=1"))
+    end = call("pretrain", tiny_runs.words(shards, tmp_path / "many" / "folders" / "deep", "steps=1"))
     assert end.code == 0, end.said
 
 
@@ -322,7 +322,7 @@ def test_folders_that_are_none(shards: Path, tmp_path: Path):
 def test_what_cannot_be_deleted_is_left_for_later(stage: Stage):
     """A9: a warning (EBUSY), the training goes on, and the next start deletes it."""
     stage.stop("loss:step=9")
-    busy, peace = runs.last(stage.run), stage.tiny_run(1)
+    busy, peace = tiny_runs.last(stage.run), stage.tiny_run(1)
 
     def scene() -> None:
         mount("--bind", busy, busy)
@@ -331,7 +331,7 @@ def test_what_cannot_be_deleted_is_left_for_later(stage: Stage):
     with_own_mounts(scene, stage.folder)
     assert checkpoint.flaw(busy) is None
     stage.same_bits(peace)
-    assert set(runs.names(stage.run)) - set(runs.names(peace)) == {f"checkpoints/{busy.name}"}
+    assert set(tiny_runs.names(stage.run)) - set(tiny_runs.names(peace)) == {f"checkpoints/{busy.name}"}
     stage.finish()
     stage.as_in_peace(peace)
 

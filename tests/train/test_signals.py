@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from ssl_vit.exits import INTERNAL, PREEMPTED
+from ssl_vit.distributed import AGAIN
+from ssl_vit.errors import INTERNAL, PREEMPTED
 from ssl_vit.train import checkpoint
-from ssl_vit.train.distributed import AGAIN
-from tests import runs
+from tests import tiny_runs
 from tests.conftest import draw_squares
 from tests.odd import odd_clock, short_of_memory, small_shared_memory
 from tests.starts import Start, call
@@ -38,7 +38,7 @@ ENDS = ["term:point=save.pruned", "usr1:point=eval.batch", "usr2:point=finish"]
 
 def left(stage: Stage, said: str, times: tuple[int, ...] = (1,)) -> int:
     """What is true after each signal: all left with one word, and nothing is left behind; at which step it was."""
-    end = runs.told(stage.run)
+    end = tiny_runs.told(stage.run)
     assert end["code"] == PREEMPTED
     assert LEFT in end["reason"]
     assert said.count(LEFT) in times, said
@@ -63,26 +63,26 @@ def test_a_signal_at_any_place(stage: Stage, world: int):
         stopped = left(stage, stage.play(Scenario((PREEMPTED,) * world, fault, LEFT, words=keep)).said)
         lag = LAG.get(place, 0) + (world > 1 and not place.startswith("save."))
         assert step <= stopped <= step + lag, fault
-        new = set(runs.saved(stage.run)) - set(before)
+        new = set(tiny_runs.saved(stage.run)) - set(before)
         assert new == {s for s in range(max([0, *before]) + 1, stopped) if s % 7 == 0} | {stopped}, fault
-        assert checkpoint.flaw(runs.last(stage.run)) is None
-        before = runs.saved(stage.run)
+        assert checkpoint.flaw(tiny_runs.last(stage.run)) is None
+        before = tiny_runs.saved(stage.run)
     for fault in ENDS:  # all steps are done: it may as well finish
-        played = stage.begin(Scenario((PREEMPTED,) * world, f"{fault}:step={runs.STEPS}", words=keep))
+        played = stage.begin(Scenario((PREEMPTED,) * world, f"{fault}:step={tiny_runs.STEPS}", words=keep))
         assert set(played.codes) <= {0, PREEMPTED}, played.said
-        assert runs.saved(stage.run)[-1] == runs.STEPS
+        assert tiny_runs.saved(stage.run)[-1] == tiny_runs.STEPS
     stage.finish(world, *keep)
     stage.same_bits(stage.tiny_run(world))
-    assert runs.lost_samples(stage.run, stage.shards) == 0
+    assert tiny_runs.lost_samples(stage.run, stage.shards) == 0
 
 
 @ranks(1, 2)
 def test_a_signal_in_the_last_save_puts_none_in_its_place(stage: Stage, world: int):
     """The checkpoint of the last step is there already when the signal comes in the last evaluation."""
-    place = f"eval.batch:step={runs.STEPS}"
+    place = f"eval.batch:step={tiny_runs.STEPS}"
     stage.play(Scenario((-9,) * world, f"kill:point={place}", cut=True))
-    fault = f"term:point=eval.batch,kill:point=save.written:step={runs.STEPS}"
-    stage.play(Scenario((PREEMPTED,) * world, fault, LEFT, saved=runs.STEPS, resumed=True))
+    fault = f"term:point=eval.batch,kill:point=save.written:step={tiny_runs.STEPS}"
+    stage.play(Scenario((PREEMPTED,) * world, fault, LEFT, saved=tiny_runs.STEPS, resumed=True))
 
 
 @pytest.mark.process
@@ -94,7 +94,7 @@ def test_a_signal_while_a_start_is_under_way(stage: Stage):
     for fault, step in [*early, ("usr2:point=resume.loaded:step=10:rank=0", 10), ("term:point=resume.loaded", 10)]:
         said = stage.play(Scenario((PREEMPTED, PREEMPTED), fault)).said
         assert left(stage, said, (1, 2)) in (step, step + 1)
-        assert runs.saved(stage.run) in ([], [7, 10])
+        assert tiny_runs.saved(stage.run) in ([], [7, 10])
     stage.finish(2)
     stage.as_in_peace(stage.tiny_run(2))
 
@@ -106,12 +106,12 @@ OUTSIDE = [case(1, "int", 0), case(2, "term", None, default=True), case(2, "usr2
 def test_a_signal_from_outside(stage: Stage, world: int, name: str, rank: int | None):
     """To the process group as a terminal or Slurm sends it, or to one rank; workers and ranks end together."""
     start = stage.start(world, words=("steps=100000", "save_every=100000"))
-    start.until(lambda: (stage.run / "metrics.jsonl").exists() and len(runs.rows(stage.run)) > 2)
+    start.until(lambda: (stage.run / "metrics.jsonl").exists() and len(tiny_runs.rows(stage.run)) > 2)
     start.signal(SIGNALS[name], rank)
     assert start.wait(LIMIT) == [PREEMPTED] * world, start.said()
     assert start.orphans == []
-    assert runs.saved(stage.run) == [left(stage, start.said())]
-    assert checkpoint.flaw(runs.last(stage.run)) is None
+    assert tiny_runs.saved(stage.run) == [left(stage, start.said())]
+    assert checkpoint.flaw(tiny_runs.last(stage.run)) is None
 
 
 @pytest.mark.process
@@ -137,8 +137,8 @@ def test_a_second_signal_leaves_at_once(stage: Stage):
         codes = start.wait(LIMIT)
         assert codes[0] == 128 + number, start.said()
         assert set(codes) <= {128 + number, INTERNAL}
-        assert (start.orphans, runs.saved(one.run)) == ([], [7])
-        assert checkpoint.flaw(runs.last(one.run)) is None
+        assert (start.orphans, tiny_runs.saved(one.run)) == ([], [7])
+        assert checkpoint.flaw(tiny_runs.last(one.run)) is None
         one.finish(world)
         one.as_in_peace(stage.tiny_run(world))
 
@@ -191,7 +191,7 @@ def hangs(victim: int, fault: str, place: str, codes: tuple[int, ...] = BOTH) ->
     """One of two ranks hangs or is stopped: the other names it with its place, and all that can show their stacks."""
 
     def at_its_place(played: Played) -> None:
-        assert KILLED in codes or "inject.py" in played.screens[victim]
+        assert KILLED in codes or "fault_injection.py" in played.screens[victim]
 
     line, stack = f"rank {victim} on {HOST}{place}", "most recent call first"
     others = "" if KILLED in codes else stack
@@ -253,7 +253,7 @@ def test_a_sick_rank_or_worker_is_named(scenario: Scenario, stage: Stage):
 def test_a_worker_that_stops_after_its_work(stage: Stage):
     """Its batches are in the queue, but it would have to hand over their memory itself."""
     start = stage.start(1, "sleep:point=batch:step=5:seconds=1.5", DATA_TIMEOUT)
-    start.until(lambda: (stage.run / "metrics.jsonl").exists() and bool(runs.rows(stage.run)))
+    start.until(lambda: (stage.run / "metrics.jsonl").exists() and bool(tiny_runs.rows(stage.run)))
     time.sleep(0.5)  # it has made all batches that it may make ahead; if not, the end is the same
     for worker in start.workers():
         os.kill(worker, signal.SIGSTOP)
@@ -289,7 +289,7 @@ def test_signals_at_random_times(stage: Stage, world: int, number: signal.Signal
         rank, wait = random.choice([None, *range(world)][kill:]), random.uniform(0, SPAN)
         start.until(start.hears)
         if rank is not None:  # before they have met, a rank cannot know why the other one is not there
-            start.until(lambda start=start: runs.holds(start, run))
+            start.until(lambda start=start: tiny_runs.holds(start, run))
         time.sleep(wait)
         sent = time.monotonic()
         start.signal(number, rank)
@@ -299,10 +299,10 @@ def test_signals_at_random_times(stage: Stage, world: int, number: signal.Signal
         assert codes == ([KILLED if one == rank else INTERNAL for one in (0, 1)] if kill else [PREEMPTED] * world), said
         assert not kill or re.search(GONE.format(rank), start.said(1 - (rank or 0))), said
         assert (start.orphans, lasted[-1] < LATE[number]) == ([], True), said
-        if runs.saved(run):
-            assert checkpoint.flaw(runs.last(run)) is None
-            kept = max(kept, json.loads((runs.last(run) / "state.json").read_text())["step"])
+        if tiny_runs.saved(run):
+            assert checkpoint.flaw(tiny_runs.last(run)) is None
+            kept = max(kept, json.loads((tiny_runs.last(run) / "state.json").read_text())["step"])
     stage.finish(world, *more)
-    stage.as_in_peace(runs.straight(stage.shards, world, stage.folder / "straight", *more))
+    stage.as_in_peace(tiny_runs.straight(stage.shards, world, stage.folder / "straight", *more))
     figures = f"median {statistics.median(lasted):.2f} s, longest {max(lasted):.2f} s, at step {kept} after the last"
     print(f"\n{COUNT[number]} {number.name} on {world} ranks: signal to end: {figures}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ssl_vit.exits import INTERNAL
+from ssl_vit.errors import INTERNAL
 from ssl_vit.train import watchdog
 from ssl_vit.train.watchdog import Watchdog
 from tests.train.engines import environment

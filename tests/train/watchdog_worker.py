@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from ssl_vit.exits import Refusal, leave
+from ssl_vit.errors import Refusal, leave
 from ssl_vit.train import watchdog
 from ssl_vit.train.watchdog import Watchdog
 

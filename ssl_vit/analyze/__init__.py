@@ -1,0 +1,1 @@
+"""After a run: attention, filters, features, reconstructions, as a page."""

@@ -1,0 +1,1 @@
+"""One module a command line, and what the training commands are made of."""

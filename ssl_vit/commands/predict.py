@@ -1,0 +1,105 @@
+"""What a classifier says of the images in a folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from ssl_vit.config import Config
+from ssl_vit.convert import image_list
+from ssl_vit.data.dataset import BadSample, Data, Samples, printable
+from ssl_vit.data.loader import EvaluationStream, Share
+from ssl_vit.data.manifest import Manifest
+from ssl_vit.encoders import weights
+from ssl_vit.errors import CANNOT_CREATE, DATA, USAGE, Refusal
+from ssl_vit.evaluate.metrics import TOP, write_table
+from ssl_vit.model import read_out
+
+
+class Predict(Config):
+    """Classify the images of a folder."""
+
+    encoder: str = Field(description="a fine-tuning run, its classifier/ folder, a classifier's weights, or timm:NAME")
+    input: str = Field(description="folder of images, of any depth")
+    output: str = Field(default="predictions.csv", description="the table to write: .csv or .parquet")
+    image_size: int | None = Field(default=None, ge=1, description="input size, pixels (none: the classifier's)")
+    batch: int = Field(default=64, ge=1, description="images at once")
+    workers: int | None = Field(default=None, ge=0, description="loader processes (none: by the cores)")
+    quiet: bool = Field(default=False, description="no closing line")
+
+
+class Files(Samples):
+    """Images of a folder as samples."""
+
+    def __init__(self, root: Path, names: list[str], config: Data):
+        super().__init__(Manifest(root, {}, [], []), config, seed=0, training=False)
+        self.root, self.names = root, names
+
+    def read(self, sample: int) -> tuple[bytes, int]:
+        """The bytes of a file; raises BadSample where it cannot be read."""
+        try:
+            return (self.root / self.names[sample]).read_bytes(), -1
+        except OSError as error:
+            raise BadSample(f"{self.where(sample)} cannot be read: {error.strerror}") from error
+
+    def where(self, sample: int) -> str:
+        """The path of a file."""
+        return str(self.root / self.names[sample])
+
+
+def run(recipe: Predict) -> int:
+    """Write the table; returns the exit code. Images that cannot be read have empty cells, and are named."""
+    output = Path(recipe.output)
+    if output.suffix not in (".csv", ".parquet"):
+        raise Refusal(USAGE, f"output={output}: give a name that ends in .csv or .parquet")
+    if not output.parent.is_dir():
+        raise Refusal(CANNOT_CREATE, f"output={output}: there is no folder {output.parent}")
+    names, _ = image_list.images(Path(recipe.input))
+    encoder, head = weights.read_classifier(recipe.encoder)
+    size = recipe.image_size or encoder.config.image
+    if encoder.channels != 3:
+        text = f"takes {encoder.channels} channels; images are read as RGB, which has 3"
+        raise Refusal(USAGE, f"{recipe.encoder}: {text}")
+    if size != encoder.config.image:
+        source = encoder.config
+        try:
+            encoder = source.model_copy(update={"image": size}).build().eval()
+        except ValueError as error:
+            raise Refusal(USAGE, f"image_size={size}: {error}") from error
+        weights.fill(encoder, source, weights.read(recipe.encoder, classifier=True)[1], recipe.encoder)
+    config = Data(image_size=size, eval_crop=head.crop, workers=recipe.workers)
+    stream = EvaluationStream.over(Files(Path(recipe.input), names, config), len(names), recipe.batch)
+    found: list[list[Any] | None] = [None] * len(names)
+    for place, cells in _classified(encoder, head, stream):
+        found[place] = cells
+    bad = stream.faults.take()
+    for fault in bad[:10]:
+        print(f"left out: {printable(fault.reason)}", flush=True)
+    if stream.faults.fatal:
+        raise stream.faults.fatal
+    if len(bad) == len(names):
+        raise Refusal(DATA, f"{recipe.input}: not one of its {len(names)} images can be read")
+    top = min(TOP, head.count)
+    columns = ["file", *(f"{what}{i + 1}" for i in range(top) for what in ("top", "score"))]
+    empty = [None] * 2 * top
+    write_table(columns, [[name, *(cells or empty)] for name, cells in zip(names, found, strict=True)], output)
+    if not recipe.quiet:
+        print(f"{output}: {len(names) - len(bad)} images classified, {len(bad)} could not be read", flush=True)
+    return 0
+
+
+@torch.no_grad()
+def _classified(
+    encoder: weights.AnyEncoder, head: weights.Classifier, stream: EvaluationStream
+) -> Iterator[tuple[int, list[Any]]]:
+    """For every image that can be read: its place, and its best classes with their probabilities."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder, weight, bias = encoder.to(device), head.weight.to(device), head.bias.to(device)
+    for place, batch in stream.placed(Share(micro_batch=stream.batch), device):
+        features = read_out(encoder(batch["image"]), encoder.pool, encoder.prefix)
+        scores, top = torch.softmax(features @ weight.T + bias, 1).topk(min(TOP, head.count))
+        for row in torch.nonzero(batch["valid"])[:, 0].tolist():
+            pairs = zip(top[row].tolist(), scores[row].tolist(), strict=True)
+            yield place + row, [cell for number, score in pairs for cell in (head.names[number], score)]

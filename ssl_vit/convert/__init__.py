@@ -1,0 +1,1 @@
+"""Images and the shards of others become shards with a manifest."""

@@ -1,0 +1,1 @@
+"""Before a run: FLOPs, memory, hours, disk, and a timed trial."""

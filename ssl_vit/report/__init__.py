@@ -1,0 +1,1 @@
+"""Report pages, and numbers as text."""

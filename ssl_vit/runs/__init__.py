@@ -1,0 +1,1 @@
+"""Across runs: status, table, curves."""
