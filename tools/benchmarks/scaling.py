@@ -464,7 +464,7 @@ def own(process: int) -> int:
     return 1024 * (found["RssAnon"] + found["RssShmem"] if "RssAnon" in found else found.get("VmRSS", 0))
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]  # the checkout
 
 
 def along_processes(made: "Options", axis: str) -> list[Row]:
