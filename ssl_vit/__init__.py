@@ -1,4 +1,4 @@
-"""ssl_vit: pretrain Vision Transformers on unlabelled images by masked patch prediction."""
+"""ssl_vit: pretrain Vision Transformers on unlabeled images by masked patch prediction."""
 
 from ssl_vit.encoders.weights import load_encoder
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ssl_vit.errors import USAGE, Refusal
+from ssl_vit.errors import ExitCode, ExitError
 
 Tree = dict[str, Any]
 MAX_BYTES = 1 << 20  # a recipe is a page of text; more is a mistake or an attack
@@ -36,7 +36,7 @@ class Config(BaseModel):
         tree = dict(tree)
         for name, field in cls.model_fields.items():
             if isinstance(tree.get(name), str):
-                tree[name] = _shape(tree[name], field.annotation)
+                tree[name] = _convert_text(tree[name], field.annotation)
             elif isinstance(tree.get(name), dict) and field.discriminator:
                 tree[name] = {"kind": field.default.kind, **tree[name]}
         return tree
@@ -45,15 +45,15 @@ class Config(BaseModel):
 Schema = TypeVar("Schema", bound=Config)
 
 
-def _members(annotation: Any) -> list[Any]:
+def _union_members(annotation: Any) -> list[Any]:
     """The alternatives of a union, or the one type there is."""
     if get_origin(annotation) is Annotated:
-        return _members(get_args(annotation)[0])
+        return _union_members(get_args(annotation)[0])
     return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
 
 
-def _shape(text: str, annotation: Any) -> Any:
-    members = _members(annotation)
+def _convert_text(text: str, annotation: Any) -> Any:
+    members = _union_members(annotation)
     if type(None) in members and text.lower() in ("none", "null", ""):
         return None
     for choices in (get_args(m) for m in members if get_origin(m) is Literal):
@@ -67,42 +67,42 @@ def _shape(text: str, annotation: Any) -> Any:
 def parse(schema: type[Schema], arguments: list[str], folder: Path) -> Schema:
     """Read `recipe=NAME key=value ...` against a schema.
 
-    `recipe` names `folder`/NAME.yaml or a path; later keys override earlier ones. Raises Refusal(USAGE) with one line.
+    `recipe` names `folder`/NAME.yaml or a path; later keys override earlier ones. ExitError(USAGE) has one line.
     """
-    pairs = [_split(argument) for argument in arguments]
+    pairs = [_split_argument(argument) for argument in arguments]
     tree: Tree = {}
     for path, value in pairs:
         if path == "recipe":
-            tree = read(value, folder, schema)
+            tree = read_recipe(value, folder, schema)
             tree.setdefault("run", f"runs/{Path(value).stem}") if "run" in schema.model_fields else None
     overrides = [(path.split("."), value) for path, value in pairs if path != "recipe"]
     for path, value in sorted(overrides, key=lambda pair: pair[0][-1] != "kind"):  # kinds first: they drop old keys
-        assign(tree, path, value, schema)
+        set_key(tree, path, value, schema)
     return validate(schema, tree)
 
 
-def _split(argument: str) -> tuple[str, str]:
+def _split_argument(argument: str) -> tuple[str, str]:
     path, equals, value = argument.partition("=")
     if not equals or not path:
-        raise Refusal(USAGE, f"'{argument}' is not key=value; try --help")
+        raise ExitError(ExitCode.USAGE, f"'{argument}' is not key=value; try --help")
     return path, value
 
 
-def read(name: str, folder: Path, schema: type[Config]) -> Tree:
+def read_recipe(name: str, folder: Path, schema: type[Config]) -> Tree:
     """A recipe file as a tree of text, laid over its `base` (one level deep)."""
-    tree = _load(name, folder)
+    tree = _load_yaml(name, folder)
     base = tree.pop("base", None)
     if base is None:
         return tree
-    below = _load(base, folder)
-    if "base" in below:
-        raise Refusal(USAGE, f"recipe {name}: its base {base} has a base of its own; one level is allowed")
-    for path, value in sorted(leaves(tree), key=lambda leaf: leaf[0][-1] != "kind"):
-        assign(below, list(path), value, schema)
-    return below
+    base_tree = _load_yaml(base, folder)
+    if "base" in base_tree:
+        raise ExitError(ExitCode.USAGE, f"recipe {name}: its base {base} has a base of its own; one level is allowed")
+    for path, value in sorted(flatten(tree), key=lambda leaf: leaf[0][-1] != "kind"):
+        set_key(base_tree, list(path), value, schema)
+    return base_tree
 
 
-class Plain(yaml.BaseLoader):
+class TextLoader(yaml.BaseLoader):
     """Text as text, and no aliases: ten lines of them stand for gigabytes, or for themselves."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -111,38 +111,42 @@ class Plain(yaml.BaseLoader):
         return super().compose_node(parent, index)
 
 
-def _load(name: str, folder: Path) -> Tree:
+def _load_yaml(name: str, folder: Path) -> Tree:
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in folder.glob("*.yaml"))
-        raise Refusal(USAGE, f"no recipe {path}{_nearest(name, known) or '; there are ' + ', '.join(known)}")
+        raise ExitError(
+            ExitCode.USAGE, f"no recipe {path}{_suggest_key(name, known) or '; there are ' + ', '.join(known)}"
+        )
     if path.stat().st_size > MAX_BYTES:
-        raise Refusal(USAGE, f"recipe {path} is larger than {MAX_BYTES} bytes")
+        raise ExitError(ExitCode.USAGE, f"recipe {path} is larger than {MAX_BYTES} bytes")
     try:
-        tree = yaml.load(path.read_text(), Plain)
+        tree = yaml.load(path.read_text(), TextLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise Refusal(USAGE, f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ExitError(ExitCode.USAGE, f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise Refusal(USAGE, f"recipe {path} is not a set of keys")
+        raise ExitError(ExitCode.USAGE, f"recipe {path} is not a set of keys")
     return tree
 
 
-def leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def flatten(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Every value of a tree with its path."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from leaves(value, (*path, key))
+            yield from flatten(value, (*path, key))
         else:
             yield (*path, key), value
 
 
-def assign(tree: Tree, path: list[str], value: Any, schema: type[Config]) -> None:
+def set_key(tree: Tree, path: list[str], value: Any, schema: type[Config]) -> None:
     """Set one key; a `kind` that changes drops the keys of the old one."""
     for depth, key in enumerate(path[:-1]):
         if path[depth + 1 :] == ["kind"] and _kind(tree.get(key), path[: depth + 1], schema) != value:
             tree[key] = {}
         if not isinstance(tree.setdefault(key, {}), dict):
-            raise Refusal(USAGE, f"{'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a group of keys")
+            raise ExitError(
+                ExitCode.USAGE, f"{'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a group of keys"
+            )
         tree = tree[key]
     tree[path[-1]] = value
 
@@ -155,14 +159,16 @@ def _kind(subtree: Any, path: list[str], schema: type[Config]) -> str | None:
 
 
 def validate(schema: type[Schema], tree: Tree) -> Schema:
-    """The typed object, or Refusal(USAGE) naming every bad key in one line."""
+    """The typed object, or ExitError(USAGE) naming every bad key in one line."""
     try:
         return schema.model_validate(tree)
     except ValidationError as errors:
         lines: dict[str, str] = {}  # one for each key, although each member of a union has its say
         for error in errors.errors():
-            lines.setdefault(_path(error["loc"], tree, error["type"] == "missing"), _sentence(error, tree, schema))
-        raise Refusal(USAGE, "; ".join(lines.values())) from None
+            lines.setdefault(
+                _key_path(error["loc"], tree, error["type"] == "missing"), _format_error(error, tree, schema)
+            )
+        raise ExitError(ExitCode.USAGE, "; ".join(lines.values())) from None
 
 
 HINTS = {
@@ -175,15 +181,15 @@ HINTS = {
 }
 
 
-def _sentence(error: Any, tree: Tree, schema: type[Config]) -> str:
+def _format_error(error: Any, tree: Tree, schema: type[Config]) -> str:
     kind = error["type"]
-    path = _path(error["loc"], tree, kind == "missing")
+    path = _key_path(error["loc"], tree, kind == "missing")
     if kind == "extra_forbidden":
         known = [key for key, _ in keys(schema)]
         group = path.rpartition(".")[0]
         if path in known:  # of another kind
             return f"{group}.kind={_kind(tree.get(group), [group], schema)} has no key {path}"
-        return f"unknown key {path}{_nearest(path, known)}"
+        return f"unknown key {path}{_suggest_key(path, known)}"
     if kind == "union_tag_invalid":
         return f"{path}.kind: '{error['ctx']['tag']}' is not one of {error['ctx']['expected_tags']}"
     if kind == "value_error":
@@ -192,11 +198,11 @@ def _sentence(error: Any, tree: Tree, schema: type[Config]) -> str:
         return f"{path}: give more values, with commas between them"
     hint = HINTS.get(kind) or error["msg"][0].lower() + error["msg"][1:].replace("Input should be", "it should be")
     hint = hint.replace("input should", "it should")
-    given = "" if kind == "missing" else f"'{error['input']}': "
-    return f"{path}: {given}{hint}"
+    value = "" if kind == "missing" else f"'{error['input']}': "
+    return f"{path}: {value}{hint}"
 
 
-def _path(location: tuple[Any, ...], tree: Any, missing: bool) -> str:
+def _key_path(location: tuple[Any, ...], tree: Any, missing: bool) -> str:
     """The dotted key that an error speaks of, without the tags and type names that pydantic puts in between."""
     parts: list[str] = []
     for part in location:
@@ -206,26 +212,29 @@ def _path(location: tuple[Any, ...], tree: Any, missing: bool) -> str:
     return ".".join(parts)
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def _suggest_key(name: str, known: list[str]) -> str:
     """`; did you mean ...?` where something is near, comparing the last part of a dotted key too."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not near:
-        ends = {key.rsplit(".", 1)[-1]: key for key in known}
-        near = [ends[end] for end in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(ends), n=1, cutoff=0.7)]
-    return f"; did you mean {near[0]}?" if near else ""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not matches:
+        last_parts = {key.rsplit(".", 1)[-1]: key for key in known}
+        matches = [
+            last_parts[last_part]
+            for last_part in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last_parts), n=1, cutoff=0.7)
+        ]
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def keys(schema: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every dotted key of a schema with its field, `kind` first; a union contributes the keys of all its kinds."""
     for name, field in sorted(schema.model_fields.items(), key=lambda item: item[0] != "kind"):
-        groups = [m for m in _members(field.annotation) if isinstance(m, type) and issubclass(m, Config)]
+        groups = [m for m in _union_members(field.annotation) if isinstance(m, type) and issubclass(m, Config)]
         for group in groups:
             yield from keys(group, f"{prefix}{name}.")
         if not groups:
             yield prefix + name, field
 
 
-def describe(schema: type[Config]) -> str:
+def format_help(schema: type[Config]) -> str:
     """Every key with its type, default and meaning, from the fields themselves."""
     lines = []
     if "run" in schema.model_fields:
@@ -233,27 +242,27 @@ def describe(schema: type[Config]) -> str:
     for name, field in keys(schema):
         group, _, last = name.rpartition(".")
         if last == "kind":
-            chosen = schema.model_fields[group].default.kind == field.default
-            lines.append(f"\n  {name}={field.default}{'  (the default)' if chosen else ''}")
+            is_default = schema.model_fields[group].default.kind == field.default
+            lines.append(f"\n  {name}={field.default}{'  (the default)' if is_default else ''}")
             continue
-        shown = "must be given" if field.default is PydanticUndefined else f"default {_text(field.default)}"
-        lines.append(f"  {name}  ({_type(field.annotation)}; {shown})  {field.description or ''}".rstrip())
+        default = "must be given" if field.default is PydanticUndefined else f"default {_format_value(field.default)}"
+        lines.append(f"  {name}  ({_format_type(field.annotation)}; {default})  {field.description or ''}".rstrip())
     return "\n".join(lines)
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def _type(annotation: Any) -> str:
+def _format_type(annotation: Any) -> str:
     names = []
-    for member in _members(annotation):
+    for member in _union_members(annotation):
         if get_origin(member) is Literal:
             names.append("|".join(map(str, get_args(member))))
         elif get_origin(member) is tuple:
-            names.append(",".join("..." if a is Ellipsis else _type(a) for a in get_args(member)))
+            names.append(",".join("..." if a is Ellipsis else _format_type(a) for a in get_args(member)))
         else:
             names.append("none" if member is type(None) else member.__name__)
     return " or ".join(names)
@@ -271,9 +280,9 @@ def _kind_first(tree: Any) -> Any:
     return {key: _kind_first(tree[key]) for key in sorted(tree, key=lambda key: key != "kind")}
 
 
-def differences(old: Tree, new: Tree) -> list[str]:
+def diff(old: Tree, new: Tree) -> list[str]:
     """Dotted keys whose text differs between two dumped objects, as `key: old -> new`."""
-    before, after = ({".".join(p): v for p, v in leaves(t)} for t in (old, new))
+    before, after = ({".".join(p): v for p, v in flatten(t)} for t in (old, new))
     names = [*before, *(name for name in after if name not in before)]
     return [
         f"{name}: {before.get(name, '(unset)')} -> {after.get(name, '(unset)')}"
@@ -282,6 +291,6 @@ def differences(old: Tree, new: Tree) -> list[str]:
     ]
 
 
-def usage(arguments: list[str]) -> bool:
+def wants_help(arguments: list[str]) -> bool:
     """Whether the command line asks for help."""
     return any(re.fullmatch(r"-h|--help|help", argument) for argument in arguments)

@@ -11,107 +11,107 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssl_vit.errors import Refusal, verdict
+from ssl_vit.errors import ExitError, to_exit_error
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Value = TypeVar("Value")
-AGAIN = 5.0  # seconds
+REPEAT_WINDOW = 5.0  # seconds
 
 
-Beat = Callable[[str], None]
+Heartbeat = Callable[[str], None]
 """Hears where the training is, before everything that takes long."""
 
 
-def silent(place: str) -> None:
+def no_heartbeat(phase: str) -> None:
     """Hears nothing."""
 
 
-def from_main(accelerator: "Accelerator", make: Callable[[], Value], beat: Beat = silent) -> Value:
-    """What `make` returns on the main process, on every process; where it fails there, all raise the same Refusal."""
+def run_on_main(accelerator: "Accelerator", fn: Callable[[], Value], heartbeat: Heartbeat = no_heartbeat) -> Value:
+    """What `make` returns on the main process, on every process; where it fails there, all raise the same ExitError."""
     if accelerator.num_processes == 1:
-        return make()
-    box: list[Any] = [None]
+        return fn()
+    objects: list[Any] = [None]
     cause = None
     if accelerator.is_main_process:
         try:
-            box = [make()]
+            objects = [fn()]
         except Exception as error:
-            end = verdict(error)
-            cause, box = error, [Refusal(end.code, end.message, shared=True)]
-    beat("waiting for rank 0")  # which hears it when it is done, and is behind the others until then
-    dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], Refusal):
-        raise box[0] from cause
-    return box[0]
+            exit_error = to_exit_error(error)
+            cause, objects = error, [ExitError(exit_error.code, exit_error.message, shared=True)]
+    heartbeat("waiting for rank 0")  # which hears it when it is done, and is behind the others until then
+    dist.broadcast_object_list(objects, src=0)
+    if isinstance(objects[0], ExitError):
+        raise objects[0] from cause
+    return objects[0]
 
 
-def everyone(accelerator: "Accelerator", value: Any) -> list[Any]:
+def all_gather(accelerator: "Accelerator", value: Any) -> list[Any]:
     """Each process's value, by rank, on every process."""
-    found = [value]
+    values = [value]
     if accelerator.num_processes > 1:
-        found = [None] * accelerator.num_processes
-        dist.all_gather_object(found, value)
-    return found
+        values = [None] * accelerator.num_processes
+        dist.all_gather_object(values, value)
+    return values
 
 
-def together(accelerator: "Accelerator", make: Callable[[], Value]) -> Value:
-    """What `make` returns on this process; where it fails on any, all raise the first such Refusal."""
+def run_on_all(accelerator: "Accelerator", fn: Callable[[], Value]) -> Value:
+    """What `make` returns on this process; where it fails on any, all raise the first such ExitError."""
     if accelerator.num_processes == 1:
-        return make()
-    value, found, cause = None, None, None
+        return fn()
+    value, failure, cause = None, None, None
     try:
-        value = make()
+        value = fn()
     except Exception as error:
-        end, cause = verdict(error), error
-        found = end.code, f"rank {accelerator.process_index} on {socket.gethostname()}: {end}"
-    refuse_first(everyone(accelerator, found), cause)
+        exit_error, cause = to_exit_error(error), error
+        failure = exit_error.code, f"rank {accelerator.process_index} on {socket.gethostname()}: {exit_error}"
+    raise_first(all_gather(accelerator, failure), cause)
     return value  # type: ignore[return-value]
 
 
-def refuse_first(found: list[Any], cause: BaseException | None = None) -> None:
+def raise_first(failures: list[Any], cause: BaseException | None = None) -> None:
     """Raise the first of many processes' findings, saying how many there are."""
-    wrong = [one for one in found if one is not None]
-    if wrong:
-        code, text, *_ = wrong[0].args if isinstance(wrong[0], Refusal) else wrong[0]
-        more = f" (processes: {len(wrong)})" if len(wrong) > 1 else ""
-        raise Refusal(code, f"{text}{more}", shared=True) from cause
+    errors = [failure for failure in failures if failure is not None]
+    if errors:
+        code, text, *_ = errors[0].args if isinstance(errors[0], ExitError) else errors[0]
+        suffix = f" (processes: {len(errors)})" if len(errors) > 1 else ""
+        raise ExitError(code, f"{text}{suffix}", shared=True) from cause
 
 
-def total(accelerator: "Accelerator", sums: dict[str, Tensor]) -> dict[str, Tensor]:
+def all_reduce_sum(accelerator: "Accelerator", sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sums over all processes, as tensors on the CPU; the given ones stay as they are."""
-    whole = {name: value.detach().clone() for name, value in sorted(sums.items())}
+    totals = {name: value.detach().clone() for name, value in sorted(sums.items())}
     if accelerator.num_processes > 1:
-        for value in whole.values():
+        for value in totals.values():
             dist.all_reduce(value)
-    return {name: value.cpu() for name, value in whole.items()}
+    return {name: value.cpu() for name, value in totals.items()}
 
 
-class Later:
+class AsyncAllReduce:
     """Sums over all processes that are started in one step and read in the next, on the CPU: no step waits for them."""
 
     def __init__(self, accelerator: "Accelerator"):
-        self._several = accelerator.num_processes > 1
-        self._group: Any = dist.new_group(backend="gloo") if self._several else None
+        self._distributed = accelerator.num_processes > 1
+        self._group: Any = dist.new_group(backend="gloo") if self._distributed else None
         self._pending: tuple[Any, Tensor] | None = None
 
     def sums(self, values: Tensor, wait: bool = False) -> list[list[float]]:
         """Give this step's values; returns the sums of the last step, and with `wait` this step's too, oldest first."""
-        if not self._several:
+        if not self._distributed:
             return [values.tolist()]
-        found = self.close()
+        finished = self.close()
         total = values.clone()
         self._pending = dist.all_reduce(total, group=self._group, async_op=True), total
-        return found + (self.close() if wait else [])
+        return finished + (self.close() if wait else [])
 
-    def first(self, value: Value | None) -> Value | None:
+    def first_not_none(self, value: Value | None) -> Value | None:
         """The first process's value that is not None, on every process, which all have to ask at once."""
-        found: list[Any] = [value]
-        if self._several:
-            found = [None] * dist.get_world_size()
-            dist.all_gather_object(found, value, group=self._group)
-        return next((one for one in found if one is not None), None)
+        values: list[Any] = [value]
+        if self._distributed:
+            values = [None] * dist.get_world_size()
+            dist.all_gather_object(values, value, group=self._group)
+        return next((item for item in values if item is not None), None)
 
     def close(self) -> list[list[float]]:
         """Wait for the sums that are under way."""
@@ -130,29 +130,31 @@ class StopSignal:
     AGAIN it is taken for the same one, which Slurm sends twice.
     """
 
-    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self, accelerator: "Accelerator"):
-        self.raised, self.when = 0, 0.0
-        self._later = Later(accelerator)
-        self._before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
+        self.signal_number, self.signal_time = 0, 0.0
+        self._all_reduce = AsyncAllReduce(accelerator)
+        self._previous_handlers = {signum: signal.signal(signum, self._handle) for signum in self.SIGNALS}
 
-    def _handle(self, number: int, frame: object) -> None:
+    def _handle(self, signum: int, frame: object) -> None:
         del frame
-        if self.raised and time.monotonic() - self.when > AGAIN:
-            os._exit(128 + number)
-        if not self.raised:
-            self.raised, self.when = number, time.monotonic()
+        if self.signal_number and time.monotonic() - self.signal_time > REPEAT_WINDOW:
+            os._exit(128 + signum)
+        if not self.signal_number:
+            self.signal_number, self.signal_time = signum, time.monotonic()
 
-    def agreed(self, now: bool = False) -> bool:
+    def stop_requested(self, now: bool = False) -> bool:
         """Called by every process at the same places: True on all of them at the same one.
 
         A signal counts at the next place, so that no step waits for the others' votes; with `now` it counts at once.
         """
-        return any(bool(votes) for (votes,) in self._later.sums(torch.tensor([float(self.raised)]), wait=now))
+        return any(
+            bool(votes) for (votes,) in self._all_reduce.sums(torch.tensor([float(self.signal_number)]), wait=now)
+        )
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""
-        self._later.close()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._all_reduce.close()
+        for signum, handler in self._previous_handlers.items():
+            signal.signal(signum, handler)

@@ -1,4 +1,4 @@
-"""Faults on demand, for tests and drills; without SSL_VIT_FAULT in the environment every `point` does nothing.
+"""Faults on demand, for tests and drills; without SSL_VIT_FAULT in the environment every `fault_point` does nothing.
 
     SSL_VIT_FAULT=ACTION:point=PLACE[:rank=R][:step=K or K-L][:seconds=S][,...]
 
@@ -17,27 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_vit.errors import USAGE, Refusal
+from ssl_vit.errors import ExitCode, ExitError
 
-VARIABLE = "SSL_VIT_FAULT"
+ENV_VARIABLE = "SSL_VIT_FAULT"
 SIGNALS = {name: f"SIG{name.upper()}" for name in ("kill", "stop", "term", "int", "usr1", "usr2")}
 ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "eacces": errno.EACCES}
 FOREVER = 1e9  # seconds
 
 
-def _flip(parameters: dict[str, Tensor]) -> None:
+def _flip_exponent_bit(parameters: dict[str, Tensor]) -> None:
     """Flip the highest bit of an exponent in the first parameter."""
-    first = next(iter(parameters.values())).data.view(-1).view(torch.int32)
-    first[0] ^= 1 << 30
+    bits = next(iter(parameters.values())).data.view(-1).view(torch.int32)
+    bits[0] ^= 1 << 30
 
 
-CHANGES: dict[str, Callable[[Any], Any]] = {
+VALUE_FAULTS: dict[str, Callable[[Any], Any]] = {
     "nan": lambda loss: loss * float("nan"),
     "inf": lambda loss: loss * float("inf"),
     "spike": lambda loss: loss * 1000,
-    "flip": _flip,
+    "flip": _flip_exponent_bit,
 }
-ACTIONS = {*SIGNALS, *ERRORS, *CHANGES, "abort", "raise", "oom", "sleep", "hang"}
+ACTIONS = {*SIGNALS, *ERRORS, *VALUE_FAULTS, "abort", "raise", "oom", "sleep", "hang"}
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Fault:
     action: str
     point: str
     rank: int | None = None
-    first: int = 0
-    last: int | None = None
+    first_step: int = 0
+    last_step: int | None = None
     seconds: float = 5.0
 
     def __call__(self, value: Any) -> Any:
         """Let it happen; returns the value that the place goes on with."""
-        if self.action in CHANGES:
-            return CHANGES[self.action](value)
+        if self.action in VALUE_FAULTS:
+            return VALUE_FAULTS[self.action](value)
         if self.action in SIGNALS:
             os.kill(os.getpid(), getattr(signal, SIGNALS[self.action]))
         elif self.action in ERRORS:
@@ -70,46 +70,46 @@ class Fault:
         return value
 
 
-def parse(text: str) -> list[Fault]:
-    """The faults that a variable's text asks for; Refusal(USAGE) names what is wrong with it."""
-    found = []
+def parse_faults(text: str) -> list[Fault]:
+    """The faults that a variable's text asks for; ExitError(USAGE) names what is wrong with it."""
+    faults = []
     for part in filter(None, text.split(",")):
         action, *pairs = part.split(":")
         try:
-            given = dict(pair.split("=") for pair in pairs)
-            first, _, last = given.pop("step", "").partition("-")
-            rank, seconds = (given.pop(name, None) for name in ("rank", "seconds"))
-            fault = Fault(action, given.pop("point"), rank if rank is None else int(rank))
+            options = dict(pair.split("=") for pair in pairs)
+            first, _, last = options.pop("step", "").partition("-")
+            rank, seconds = (options.pop(name, None) for name in ("rank", "seconds"))
+            fault = Fault(action, options.pop("point"), rank if rank is None else int(rank))
             steps = (int(first), int(last or first)) if first else (0, None)
-            if action not in ACTIONS or given:
-                raise ValueError(action, given)
-            found.append(Fault(action, fault.point, fault.rank, *steps, float(seconds or fault.seconds)))
+            if action not in ACTIONS or options:
+                raise ValueError(action, options)
+            faults.append(Fault(action, fault.point, fault.rank, *steps, float(seconds or fault.seconds)))
         except (ValueError, KeyError) as error:
-            cure = f"ACTION:point=PLACE[:rank=R][:step=K], ACTION one of {' '.join(sorted(ACTIONS))}"
-            raise Refusal(USAGE, f"{VARIABLE}: {part!r} is not {cure}") from error
-    return found
+            usage = f"ACTION:point=PLACE[:rank=R][:step=K], ACTION one of {' '.join(sorted(ACTIONS))}"
+            raise ExitError(ExitCode.USAGE, f"{ENV_VARIABLE}: {part!r} is not {usage}") from error
+    return faults
 
 
-def _nothing(place: str, step: int = 0, value: Any = None) -> Any:
-    del place, step
+def _no_fault(point: str, step: int = 0, value: Any = None) -> Any:
+    del point, step
     return value
 
 
-point = _nothing
-"""`point(place, step, value)`: a place where faults may be asked for; returns `value`, which some of them change."""
+fault_point = _no_fault
+"""`fault_point(place, step, value)`: a place where a fault may happen; returns `value`, which some faults change."""
 
 
-def arm(text: str) -> None:
-    """Have `point` do what the text asks for, from now on and in this process; an empty one disarms it."""
-    global point
-    faults = parse(text)
+def enable_faults(text: str) -> None:
+    """Have `fault_point` do what the text asks for, from now on and in this process; an empty one disarms it."""
+    global fault_point
+    faults = parse_faults(text)
     rank = int(os.environ.get("RANK", "0"))
 
-    def armed(place: str, step: int = 0, value: Any = None) -> Any:
+    def inject(point: str, step: int = 0, value: Any = None) -> Any:
         for fault in faults:
-            after = fault.last is not None and step > fault.last
-            if fault.point == place and fault.rank in (None, rank) and step >= fault.first and not after:
+            is_over = fault.last_step is not None and step > fault.last_step
+            if fault.point == point and fault.rank in (None, rank) and step >= fault.first_step and not is_over:
                 value = fault(value)
         return value
 
-    point = armed if faults else _nothing
+    fault_point = inject if faults else _no_fault

@@ -2,7 +2,7 @@
 
 Legend, for every tensor file: B images, H x W pixels, C channels, N patches, P prefix tokens (class token and
 registers), T = P + N tokens, D width, K corrupted patches. `image` is uint8 [B, C, H, W]; `pixels` are the encoder's
-normalised floats; `patches` [B, N, D] are patch embeddings before positions; `tokens` are encoder output.
+normalized floats; `patches` [B, N, D] are patch embeddings before positions; `tokens` are encoder output.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,7 +43,7 @@ class Encoder(Protocol):
     mean: Tensor
     std: Tensor
 
-    def normalise(self, image: Tensor) -> Tensor:
+    def normalize(self, image: Tensor) -> Tensor:
         """image uint8 [B, C, H, W] -> pixels float [B, C, H, W]."""
         ...
 
@@ -63,29 +63,29 @@ class Model(nn.Module):
         self.encoder = encoder
         self.head = head
 
-    def forward(self, batch: Batch, tokens: bool = False, panel: bool = False):
-        """The head's Output; or with `tokens` the encoder's tokens; or with `panel` a picture uint8 [3, h, w].
+    def forward(self, batch: Batch, tokens: bool = False, visualize: bool = False):
+        """The head's Output; or with `tokens` the encoder's tokens; or with `visualize` a picture uint8 [3, h, w].
 
         All three go through one call, because DDP, FSDP2 and ZeRO-3 act on `__call__` of the outer module only.
         """
         if tokens:
             return self.encoder(batch["image"])
-        if panel:
-            return self.head.panel(self.encoder, batch)
+        if visualize:
+            return self.head.visualize(self.encoder, batch)
         return self.head(self.encoder, batch)
 
 
-def mean_over(valid: Tensor, values: Tensor) -> Tensor:
+def masked_mean(valid: Tensor, values: Tensor) -> Tensor:
     """The mean of the per-image `values` [B] over the images that count."""
     return (values * valid).sum() / valid.sum().clamp(min=1)
 
 
-def pooled(encoder: Encoder, image: Tensor) -> Tensor:
+def pool_features(encoder: Encoder, image: Tensor) -> Tensor:
     """One vector an image, [B, D], as `encoder.pool` says."""
-    return read_out(encoder(image), encoder.pool, encoder.prefix)
+    return pool_tokens(encoder(image), encoder.pool, encoder.prefix)
 
 
-def read_out(tokens: Tensor, pool: str, prefix: int) -> Tensor:
+def pool_tokens(tokens: Tensor, pool: str, prefix: int) -> Tensor:
     """tokens [B, T, D] -> [B, D]: the class token, or the mean of the patch tokens."""
     return tokens[:, 0] if pool == "class" else tokens[:, prefix:].mean(1)
 
@@ -101,9 +101,9 @@ Sums = dict[str, Tensor]
 class Evaluator(Protocol):
     """Judges a model, wrapped or not, that is in eval mode."""
 
-    def run(self, model: nn.Module, between: Callable[[], None]) -> Iterator[tuple[str, float]]:
+    def run(self, model: nn.Module, on_batch: Callable[[], None]) -> Iterator[tuple[str, float]]:
         """What was measured, name by name; the same on every process.
 
-        All processes call `between` after every batch; it raises where they are to leave.
+        All processes call `on_batch` after every batch; it raises where they are to leave.
         """
         ...

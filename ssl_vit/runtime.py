@@ -19,18 +19,18 @@ ENGINES: tuple[Engine, ...] = ("ddp", "zero1", "zero2", "fsdp2", "zero3")  # as 
 PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent(number: signal.Signals) -> None:
+def set_parent_death_signal(signum: signal.Signals) -> None:
     """Have the kernel send this process a signal when its parent ends; elsewhere than on Linux nothing happens."""
     parent = os.getppid()
     try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signum))
     except (OSError, AttributeError):
         return
     if os.getppid() != parent:  # it ended before the kernel knew
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signum)
 
 
-def launcher_words() -> list[str]:
+def launcher_argv() -> list[str]:
     """The command line of the process that started this one; empty where the system does not show it."""
     try:
         return Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
@@ -38,49 +38,51 @@ def launcher_words() -> list[str]:
         return []
 
 
-def follow_launcher() -> None:
+def die_with_launcher() -> None:
     """Where a launcher started this process, take its end as SIGTERM: accelerate's and torchrun's leave orphans.
 
     Without a launcher the parent is a shell, which may well end before the training does.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent(signal.SIGTERM)
+        set_parent_death_signal(signal.SIGTERM)
 
 
-def serve_parent() -> None:
+def detach_worker_signals() -> None:
     """For a worker: signals to the process group are the parent's to answer, and without it there is no work."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    end_with_parent(signal.SIGKILL)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
+    set_parent_death_signal(signal.SIGKILL)
 
 
-IMPORTED = time.monotonic()
-RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+IMPORT_TIME = time.monotonic()
+RESTART_VARIABLES = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 Precision = Literal["auto", "fp32", "bf16", "bf16_residual"]
 
 
-def age() -> float:
+def uptime() -> float:
     """Seconds since this process began, imports and all."""
     try:
-        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # ticks since the machine did
+        start_ticks = int(
+            Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        )  # ticks since the machine did
     except (OSError, ValueError, IndexError):  # not Linux
-        return time.monotonic() - IMPORTED
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK")
+        return time.monotonic() - IMPORT_TIME
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks / os.sysconf("SC_CLK_TCK")
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes the launcher started, known before Accelerate is."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def restarted() -> bool:
+def is_restart() -> bool:
     """Whether a launcher or a scheduler repeats a command of its own accord."""
-    return any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)
+    return any(os.environ.get(name, "0") not in ("", "0") for name in RESTART_VARIABLES)
 
 
 def on_gpu() -> bool:
     """Whether this training runs on GPUs."""
-    return torch.cuda.is_available() and not flag("ACCELERATE_USE_CPU")
+    return torch.cuda.is_available() and not env_flag("ACCELERATE_USE_CPU")
 
 
 def uses_bf16(precision: Precision) -> bool:
@@ -88,30 +90,30 @@ def uses_bf16(precision: Precision) -> bool:
     return precision in ("bf16", "bf16_residual") or (precision == "auto" and on_gpu())
 
 
-def flag(name: str) -> bool:
+def env_flag(name: str) -> bool:
     """Whether a variable says yes."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
 
 
-def engine() -> Engine:
+def current_engine() -> Engine:
     """The engine that was asked for by accelerate's launcher."""
-    if flag("ACCELERATE_USE_DEEPSPEED"):
+    if env_flag("ACCELERATE_USE_DEEPSPEED"):
         stages: dict[str, Engine] = {"1": "zero1", "2": "zero2", "3": "zero3"}
         return stages.get(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", ""), "zero2")
-    return "fsdp2" if flag("ACCELERATE_USE_FSDP") else "ddp"
+    return "fsdp2" if env_flag("ACCELERATE_USE_FSDP") else "ddp"
 
 
-def memory() -> tuple[int, int]:
+def peak_and_total_memory() -> tuple[int, int]:
     """Bytes that this process used at its peak, and those there are: of its GPU, or else of the machine."""
     if on_gpu():
         return torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return peak, there if limit == resource.RLIM_INFINITY else min(there, limit)
+    return peak, total if limit == resource.RLIM_INFINITY else min(total, limit)
 
 
-def choose(engine: Engine, zero: dict[str, Any] | None = None) -> None:
+def select_engine(engine: Engine, zero: dict[str, Any] | None = None) -> None:
     """Ask for an engine as accelerate's launcher does, by the environment: where one process uses several.
 
     `zero` goes into the zero_optimization section of DeepSpeed's config.
@@ -125,6 +127,6 @@ def choose(engine: Engine, zero: dict[str, Any] | None = None) -> None:
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": config}
 
 
-def command() -> str:
+def command_line() -> str:
     """The command line of this start."""
     return shlex.join(["python", *sys.argv])

@@ -20,22 +20,22 @@ from random import Random
 from pydantic import Field
 
 from ssl_vit import config
-from ssl_vit.convert.make_shards import MakeShards, convert
-from ssl_vit.errors import CANNOT_CREATE, DISK, INTEGRITY, INTERNAL, PREEMPTED
+from ssl_vit.convert.make_shards import MakeShards, convert_images
+from ssl_vit.errors import ExitCode
 from ssl_vit.train import checkpoint
 from tests import tiny_runs
 from tests.conftest import draw_squares
-from tests.starts import Start
+from tests.processes import Start
 
-FAULTY = 6  # starts of a life that may meet a fault; the one after them is left in peace
-SPAN = {1: 1.5, 2: 2.2}  # seconds in which a fault from outside comes
-WAIT, LATE = 90.0, 25.0  # seconds after which a start hangs; from a signal to the end
+MAX_FAULTY_STARTS = 6  # starts of a life that may meet a fault; the one after them is left in peace
+FAULT_WINDOW = {1: 1.5, 2: 2.2}  # seconds in which a fault from outside comes
+START_TIMEOUT, SIGNAL_TIMEOUT = 90.0, 25.0  # seconds after which a start hangs; from a signal to the end
 STEPS = 60
-WORDS = [f"steps={STEPS}", "timeout=8", "data.timeout=4"]
+SOAK_ARGS = [f"steps={STEPS}", "timeout=8", "data.timeout=4"]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-PLACES = "batch loss weights update row eval.batch save.begin save.mid save.written save.published save.pruned"
-ONCE = "claimed resume.chosen resume.loaded finish"
-KILLED, DONE = -9, 0
+FAULT_POINTS = "batch loss weights update row eval.batch save.begin save.mid save.written save.published save.pruned"
+SINGLE_POINTS = "claimed resume.chosen resume.loaded finish"
+KILLED, SUCCESS = -9, 0
 
 
 class Soak(config.Config):
@@ -56,63 +56,71 @@ class Life:
         self.random = Random(f"{seed}-{number}")
         self.shards, self.folder = root / "shards", root / f"life-{number}"
         self.run = self.folder / "run"
-        self.words = tiny_runs.words(self.shards, self.run, *WORDS)
-        self.resumed = 0  # the step that the last start went on from
+        self.args = tiny_runs.run_args(self.shards, self.run, *SOAK_ARGS)
+        self.resume_step = 0  # the step that the last start went on from
         self.starts = self.orphans = 0
         self.steps = 0  # done in all starts together, as far as rows and exit.json tell
         self.seconds = 0.0
-        self.met = Counter[str]()
+        self.fault_counts = Counter[str]()
 
     def rank(self) -> int:
         return self.random.randrange(self.world)
 
     def step(self) -> int:
         """Soon after the step that the start goes on from."""
-        return self.random.randrange(min(self.resumed, STEPS - 1), STEPS)
+        return self.random.randrange(min(self.resume_step, STEPS - 1), STEPS)
 
-    def until(self, condition: Callable[[], bool]) -> bool:
+    def wait_until(self, condition: Callable[[], bool]) -> bool:
         """Wait for it while the start runs; whether the start is still running then."""
         while self.start.running and not condition():
             time.sleep(0.002)
         return self.start.running
 
-    def meet(self) -> bool:
+    def wait_for_lock(self) -> bool:
         """Until the ranks hold the folder; see `runs.holds`."""
-        return self.until(lambda: tiny_runs.holds(self.start, self.run))
+        return self.wait_until(lambda: tiny_runs.holds_lock(self.start, self.run))
 
-    def sleep(self, met: bool = False) -> bool:
+    def sleep(self, locked: bool = False) -> bool:
         """Until a random moment of the start, or of the time after they have met."""
-        end = time.monotonic() + self.random.uniform(0, SPAN[self.world]) if not met or self.meet() else 0
-        return self.until(lambda: time.monotonic() >= end)
+        deadline = (
+            time.monotonic() + self.random.uniform(0, FAULT_WINDOW[self.world])
+            if not locked or self.wait_for_lock()
+            else 0
+        )
+        return self.wait_until(lambda: time.monotonic() >= deadline)
 
-    def sound(self) -> list[Path]:
-        return [folder for folder in checkpoint.steps(self.run / "checkpoints") if checkpoint.flaw(folder) is None]
+    def valid_checkpoints(self) -> list[Path]:
+        return [
+            folder
+            for folder in checkpoint.list_checkpoints(self.run / "checkpoints")
+            if checkpoint.find_corruption(folder) is None
+        ]
 
-    def reached(self) -> int:
+    def last_step(self) -> int:
         """The step that the run came to, from the rows and exit.json."""
         path = self.run / "metrics.jsonl"
         lines = path.read_bytes().splitlines() if path.exists() else []
         rows = [json.loads(line) for line in lines[-1:] if line.endswith(b"}")]
-        told = tiny_runs.told(self.run)["step"] if (self.run / "exit.json").exists() else 0
-        return max([told, *(row["step"] for row in rows)])
+        exit_step = tiny_runs.read_exit(self.run)["step"] if (self.run / "exit.json").exists() else 0
+        return max([exit_step, *(row["step"] for row in rows)])
 
-    def go(self, fault: "Fault", before: str = "") -> list[int]:
+    def start_once(self, fault: "Fault", damage_name: str = "") -> list[int]:
         """One start with a fault, perhaps after a damage; its exit codes."""
-        damaged = DAMAGES[before](self) if before else False
-        self.resumed = int(self.sound()[-1].name[-8:]) if self.sound() else 0
-        began = time.monotonic()
+        is_damaged = DAMAGES[damage_name](self) if damage_name else False
+        self.resume_step = int(self.valid_checkpoints()[-1].name[-8:]) if self.valid_checkpoints() else 0
+        start_time = time.monotonic()
         variable = fault.variable(self)
-        self.start = Start(self.words, self.folder / "logs", self.world, variable)
+        self.start = Start(self.args, self.folder / "logs", self.world, variable)
         self.starts += 1
-        fault.during(self)
-        codes = self.start.wait(WAIT)
-        self.seconds += time.monotonic() - began
-        self.steps += max(0, self.reached() - self.resumed)
+        fault.action(self)
+        codes = self.start.wait(START_TIMEOUT)
+        self.seconds += time.monotonic() - start_time
+        self.steps += max(0, self.last_step() - self.resume_step)
         self.orphans += len(self.start.orphans)
-        self.met.update([before] * damaged + [fault.name] * (set(codes) != {DONE} or fault.quiet))
-        what = f"{f'{before}, ' if before else ''}{fault.name}{f' ({variable})' if variable else ''}"
-        print(f"life {self.number}, {self.world} ranks, start {self.starts}: {what}: {codes}", flush=True)
-        assert set(codes) <= {DONE, *fault.ends}, f"{what} ended with {codes}:\n{self.start.said()}"
+        self.fault_counts.update([damage_name] * is_damaged + [fault.name] * (set(codes) != {SUCCESS} or fault.quiet))
+        description = f"{f'{damage_name}, ' if damage_name else ''}{fault.name}{f' ({variable})' if variable else ''}"
+        print(f"life {self.number}, {self.world} ranks, start {self.starts}: {description}: {codes}", flush=True)
+        assert set(codes) <= {SUCCESS, *fault.exit_codes}, f"{description} ended with {codes}:\n{self.start.output()}"
         return codes
 
 
@@ -121,33 +129,33 @@ class Fault:
     """What happens to a start: to it from outside, or in it at a place; and how it may end."""
 
     name: str
-    ends: set[int]
-    during: Callable[[Life], object] = lambda life: None
+    exit_codes: set[int]
+    action: Callable[[Life], object] = lambda life: None
     variable: Callable[[Life], str] = lambda life: ""
     worlds: tuple[int, ...] = (1, 2)
     quiet: bool = False  # it may have happened though the start ended well
 
 
 def signal_some(life: Life, everyone: bool) -> None:
-    life.until(life.start.hears)
+    life.wait_until(life.start.handles_signals)
     if life.sleep():
-        sent = time.monotonic()
+        signal_time = time.monotonic()
         life.start.signal(life.random.choice(SIGNALS), None if everyone else life.rank())
-        life.start.wait(WAIT)
-        lasted = max(life.start.ended.values()) - sent
-        assert lasted <= LATE, f"{lasted:.1f} s from a signal to the end: {life.start.said()}"
+        life.start.wait(START_TIMEOUT)
+        delay = max(life.start.end_times.values()) - signal_time
+        assert delay <= SIGNAL_TIMEOUT, f"{delay:.1f} s from a signal to the end: {life.start.output()}"
 
 
 def signal_twice(life: Life) -> None:
     """During a save that hangs: the second signal ends what the first one cannot."""
-    draft, began = life.run / "checkpoints" / ".step-00000014.tmp", time.time()
-    life.until(lambda: draft.exists() and draft.stat().st_mtime > began)  # not one that was left behind
+    draft, start_time = life.run / "checkpoints" / ".step-00000014.tmp", time.time()
+    life.wait_until(lambda: draft.exists() and draft.stat().st_mtime > start_time)  # not one that was left behind
     for _ in range(2):
         life.start.signal(signal.SIGTERM)
         time.sleep(5.5)
 
 
-def stop(life: Life) -> None:
+def stop_rank(life: Life) -> None:
     """A process alone goes on after it; of two, the other one sees it and ends it."""
     if life.sleep(True):
         rank = life.rank()
@@ -158,61 +166,74 @@ def stop(life: Life) -> None:
 
 
 def second_start(life: Life) -> None:
-    if life.meet():
-        other = Start(life.words, life.folder / "logs", life.world)
-        life.until(lambda: not other.running)
-        held = life.start.running
-        codes = other.wait(WAIT)
-        refused = codes == [CANNOT_CREATE] * life.world
-        assert refused or not held, f"a second start on the folder ended with {codes}:\n{other.said()}"
+    if life.wait_for_lock():
+        second = Start(life.args, life.folder / "logs", life.world)
+        life.wait_until(lambda: not second.running)
+        still_running = life.start.running
+        codes = second.wait(START_TIMEOUT)
+        is_refused = codes == [ExitCode.CANNOT_CREATE] * life.world
+        assert is_refused or not still_running, f"a second start on the folder ended with {codes}:\n{second.output()}"
 
 
-def injected(actions: str, places: str = PLACES) -> Callable[[Life], str]:
+def inject_fault(actions: str, points: str = FAULT_POINTS) -> Callable[[Life], str]:
     """At one of the places; those of a step soon after the one that the start goes on from."""
 
     def variable(life: Life) -> str:
-        action, place = (life.random.choice(names.split()) for names in (actions, places))
-        steps = "" if places == ONCE else f":step={(step := life.step())}-{step + 6}:seconds=0.5"
-        return f"{action}:point={place}:rank={life.rank()}{steps}"
+        action, point = (life.random.choice(names.split()) for names in (actions, points))
+        steps = "" if points == SINGLE_POINTS else f":step={(step := life.step())}-{step + 6}:seconds=0.5"
+        return f"{action}:point={point}:rank={life.rank()}{steps}"
 
     return variable
 
 
-HANGS = "hang:point=save.mid:rank=0:step=14"
-FLIP = "flip:point=weights:rank=1:step="
+HANG_FAULT = "hang:point=save.mid:rank=0:step=14"
+FLIP_FAULT = "flip:point=weights:rank=1:step="
 FAULTS = [
     Fault("none", set()),
     Fault("kill -9 of all", {KILLED}, lambda life: life.sleep() and life.start.kill()),
-    Fault("kill -9 of a rank", {KILLED, INTERNAL}, lambda life: life.sleep(True) and life.start.signal(9, life.rank())),
-    Fault("signal to a rank", {PREEMPTED}, lambda life: signal_some(life, False)),
-    Fault("signal to all", {PREEMPTED}, lambda life: signal_some(life, True)),
-    Fault("second signal", {PREEMPTED, 128 + signal.SIGTERM, INTERNAL}, signal_twice, lambda life: HANGS),
-    Fault("SIGSTOP of a rank", {KILLED, INTERNAL}, stop, quiet=True),
-    Fault("killed at a place", {KILLED, INTERNAL}, variable=injected("kill")),
-    Fault("error at a place", {INTERNAL, DISK}, variable=injected("raise oom enospc eio")),
-    Fault("slow at a place", set(), variable=injected("sleep"), quiet=True),
-    Fault("signal at a place", {PREEMPTED}, variable=injected("term int usr1 usr2")),
-    Fault("fault of a worker", {INTERNAL}, variable=injected("kill abort raise stop hang", "sample")),
-    Fault("killed at the start or end", {KILLED, INTERNAL}, variable=injected("kill", ONCE)),
-    Fault("error at the start or end", {INTERNAL, DISK, CANNOT_CREATE}, variable=injected("raise enospc eacces", ONCE)),
-    Fault("flipped weight", {INTEGRITY}, variable=lambda life: f"{FLIP}{life.step() + 1}", worlds=(2,)),
+    Fault(
+        "kill -9 of a rank",
+        {KILLED, ExitCode.INTERNAL},
+        lambda life: life.sleep(True) and life.start.signal(9, life.rank()),
+    ),
+    Fault("signal to a rank", {ExitCode.PREEMPTED}, lambda life: signal_some(life, False)),
+    Fault("signal to all", {ExitCode.PREEMPTED}, lambda life: signal_some(life, True)),
+    Fault(
+        "second signal",
+        {ExitCode.PREEMPTED, 128 + signal.SIGTERM, ExitCode.INTERNAL},
+        signal_twice,
+        lambda life: HANG_FAULT,
+    ),
+    Fault("SIGSTOP of a rank", {KILLED, ExitCode.INTERNAL}, stop_rank, quiet=True),
+    Fault("killed at a place", {KILLED, ExitCode.INTERNAL}, variable=inject_fault("kill")),
+    Fault("error at a place", {ExitCode.INTERNAL, ExitCode.DISK}, variable=inject_fault("raise oom enospc eio")),
+    Fault("slow at a place", set(), variable=inject_fault("sleep"), quiet=True),
+    Fault("signal at a place", {ExitCode.PREEMPTED}, variable=inject_fault("term int usr1 usr2")),
+    Fault("fault of a worker", {ExitCode.INTERNAL}, variable=inject_fault("kill abort raise stop hang", "sample")),
+    Fault("killed at the start or end", {KILLED, ExitCode.INTERNAL}, variable=inject_fault("kill", SINGLE_POINTS)),
+    Fault(
+        "error at the start or end",
+        {ExitCode.INTERNAL, ExitCode.DISK, ExitCode.CANNOT_CREATE},
+        variable=inject_fault("raise enospc eacces", SINGLE_POINTS),
+    ),
+    Fault("flipped weight", {ExitCode.INTEGRITY}, variable=lambda life: f"{FLIP_FAULT}{life.step() + 1}", worlds=(2,)),
     Fault("second start", set(), second_start, quiet=True),
 ]
 
 
-def damage(life: Life, cut: bool) -> bool:
+def damage_checkpoint(life: Life, truncate: bool) -> bool:
     """A bit flipped, or a file cut, in the newest checkpoint; where it is the only one, nothing could bear that."""
-    folders = life.sound()
+    folders = life.valid_checkpoints()
     if len(folders) > 1:
         path = life.random.choice(sorted(folders[-1].iterdir()))
         content = bytearray(path.read_bytes())
-        place = life.random.randrange(len(content))
-        content[place] ^= 1 << life.random.randrange(8)
-        path.write_bytes(content[:place] if cut else content)
+        offset = life.random.randrange(len(content))
+        content[offset] ^= 1 << life.random.randrange(8)
+        path.write_bytes(content[:offset] if truncate else content)
     return len(folders) > 1
 
 
-def spoil(path: Path, data: bytes, mode: str = "wb") -> bool:
+def overwrite(path: Path, data: bytes, mode: str = "wb") -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open(mode) as file:
         file.write(data)
@@ -220,73 +241,86 @@ def spoil(path: Path, data: bytes, mode: str = "wb") -> bool:
 
 
 DRAFTS = [f"checkpoints/.step-{name}/model.safetensors" for name in ("00000007.tmp", "00000099.tmp", "00000001.trash")]
-HINTS = (b"", b"../../x", b"step-99999999", b"\0\xc3\xbf", b"/tmp")
-TORN = (b'{"step": 9, "lo', b"\0" * 40, b"\xff\xfe{", b"\n\n", b'"a"\n[1]\nnull\n')  # when the power went in a row
+BAD_HINTS = (b"", b"../../x", b"step-99999999", b"\0\xc3\xbf", b"/tmp")
+TORN_ROWS = (b'{"step": 9, "lo', b"\0" * 40, b"\xff\xfe{", b"\n\n", b'"a"\n[1]\nnull\n')  # when the power went in a row
 DAMAGES: dict[str, Callable[[Life], bool]] = {
-    "bit flipped in a checkpoint": lambda life: damage(life, cut=False),
-    "file cut in a checkpoint": lambda life: damage(life, cut=True),
-    "leftover drafts": lambda life: all(spoil(life.run / name, b"half") for name in DRAFTS),
-    "latest overwritten": lambda life: spoil(life.run / "checkpoints" / "latest", life.random.choice(HINTS)),
+    "bit flipped in a checkpoint": lambda life: damage_checkpoint(life, truncate=False),
+    "file cut in a checkpoint": lambda life: damage_checkpoint(life, truncate=True),
+    "leftover drafts": lambda life: all(overwrite(life.run / name, b"half") for name in DRAFTS),
+    "latest overwritten": lambda life: overwrite(life.run / "checkpoints" / "latest", life.random.choice(BAD_HINTS)),
     "torn row of metrics": lambda life: (
-        (life.run / "metrics.jsonl").exists() and spoil(life.run / "metrics.jsonl", life.random.choice(TORN), "ab")
+        (life.run / "metrics.jsonl").exists()
+        and overwrite(life.run / "metrics.jsonl", life.random.choice(TORN_ROWS), "ab")
     ),
 }
 
 
-def live(life: Life, reference: dict[str, bytes]) -> dict[str, int]:
+def run_life(life: Life, reference: dict[str, bytes]) -> dict[str, int]:
     """Start until the run is done; what is left to find fault with."""
-    able = [fault for fault in FAULTS if life.world in fault.worlds]
-    for _ in range(FAULTY):
-        before = life.random.choice(["", *DAMAGES])
-        if set(life.go(life.random.choice(able), before)) == {DONE}:
+    candidates = [fault for fault in FAULTS if life.world in fault.worlds]
+    for _ in range(MAX_FAULTY_STARTS):
+        damage_name = life.random.choice(["", *DAMAGES])
+        if set(life.start_once(life.random.choice(candidates), damage_name)) == {SUCCESS}:
             break
-    manual = 0
-    while set(codes := life.go(FAULTS[0])) != {DONE}:
-        manual += 1
-        assert manual < 2, f"a start in peace ended with {codes}"
-    found = tiny_runs.differing(reference, tiny_runs.results(life.run))
-    hidden = sorted(path.name for path in (life.run / "checkpoints").glob(".*"))
-    assert not hidden, f"left behind: {hidden}"
-    lost = tiny_runs.lost_samples(life.run, life.shards, STEPS)
-    return {"bits differing": sum(found.values()), "manual actions": manual, "good samples lost": lost}
+    manual_restarts = 0
+    while set(codes := life.start_once(FAULTS[0])) != {SUCCESS}:
+        manual_restarts += 1
+        assert manual_restarts < 2, f"a start in peace ended with {codes}"
+    differences = tiny_runs.differing_bits(reference, tiny_runs.run_bits(life.run))
+    leftovers = sorted(path.name for path in (life.run / "checkpoints").glob(".*"))
+    assert not leftovers, f"left behind: {leftovers}"
+    num_lost = tiny_runs.lost_samples(life.run, life.shards, STEPS)
+    return {
+        "bits differing": sum(differences.values()),
+        "manual actions": manual_restarts,
+        "good samples lost": num_lost,
+    }
 
 
-def soak(asked: Soak, folder: Path) -> int:
+def run_soak(soak_config: Soak, folder: Path) -> int:
     """Lives until the time is up; prints the table and returns the exit code."""
     draw_squares(folder / "squares")
     options = {"val_fraction": 0.3, "shard_samples": 7, "workers": 1, "quiet": True}
-    convert(MakeShards(input=str(folder / "squares"), output=str(folder / "shards"), **options))
-    reference, peace = {}, {}
+    convert_images(MakeShards(input=str(folder / "squares"), output=str(folder / "shards"), **options))
+    reference, baseline_seconds = {}, {}
     for world in (1, 2):
-        began = time.monotonic()
-        reference[world] = tiny_runs.results(
-            tiny_runs.straight(folder / "shards", world, folder / f"straight-{world}", *WORDS)
+        start_time = time.monotonic()
+        reference[world] = tiny_runs.run_bits(
+            tiny_runs.run_straight(folder / "shards", world, folder / f"straight-{world}", *SOAK_ARGS)
         )
-        peace[world] = time.monotonic() - began
+        baseline_seconds[world] = time.monotonic() - start_time
     sums, lives = Counter[str](), list[Life]()
-    bad, end = "", time.monotonic() + 60 * asked.minutes
-    while not bad and (time.monotonic() < end if asked.only is None else not lives):
-        life = Life(len(lives) + (asked.only or 0), asked.seed, folder)
+    failure, deadline = "", time.monotonic() + 60 * soak_config.minutes
+    while not failure and (time.monotonic() < deadline if soak_config.only is None else not lives):
+        life = Life(len(lives) + (soak_config.only or 0), soak_config.seed, folder)
         lives.append(life)
         try:
-            found = live(life, reference[life.world]) | {"orphan processes": life.orphans}
-            sums.update(found)
-            bad = str(found) if any(found.values()) else ""
+            counts = run_life(life, reference[life.world]) | {"orphan processes": life.orphans}
+            sums.update(counts)
+            failure = str(counts) if any(counts.values()) else ""
         except AssertionError as error:
-            bad = str(error)
+            failure = str(error)
     starts, steps, seconds = (sum(getattr(life, name) for life in lives) for name in ("starts", "steps", "seconds"))
-    needed, least = STEPS * len(lives), sum(peace[life.world] for life in lives)
-    twice, met = max(0, steps - needed), sum((life.met for life in lives), Counter[str]())
+    needed_steps, min_seconds = STEPS * len(lives), sum(baseline_seconds[life.world] for life in lives)
+    repeated_steps, fault_counts = (
+        max(0, steps - needed_steps),
+        sum((life.fault_counts for life in lives), Counter[str]()),
+    )
     rows: dict[str, object] = {"runs": len(lives), "starts": starts, **sums, "steps done": steps}
-    rows["steps done twice"] = f"{twice} ({twice / needed:.0%} of {needed})"
-    rows["seconds"] = f"{seconds:.0f}, in peace {least:.0f}: {(seconds - least) / max(1, starts):.2f} more a start"
-    rows |= {f"survived: {name}": count for name, count in sorted(met.items())} | {"seed": asked.seed}
+    rows["steps done twice"] = f"{repeated_steps} ({repeated_steps / needed_steps:.0%} of {needed_steps})"
+    rows["seconds"] = (
+        f"{seconds:.0f}, in peace {min_seconds:.0f}: {(seconds - min_seconds) / max(1, starts):.2f} more a start"
+    )
+    rows |= {f"survived: {name}": count for name, count in sorted(fault_counts.items())} | {"seed": soak_config.seed}
     print("\n".join(f"{name:<40}{value}" for name, value in rows.items()))
-    if bad:
-        print(f"a promise does not hold: {bad}\nagain: python -m tests.chaos seed={asked.seed} only={lives[-1].number}")
-    return 1 if bad else 0
+    if failure:
+        print(
+            f"a promise does not hold: {failure}\n"
+            f"again: python -m tests.chaos seed={soak_config.seed} only={lives[-1].number}"
+        )
+    return 1 if failure else 0
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
-        sys.exit(soak(config.parse(Soak, sys.argv[1:], Path()), Path(temporary)))
+        sys.exit(run_soak(config.parse(Soak, sys.argv[1:], Path()), Path(temporary)))

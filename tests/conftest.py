@@ -16,7 +16,7 @@ from filelock import FileLock
 from hypothesis import settings
 from PIL import Image
 
-from ssl_vit.convert.make_shards import MakeShards, convert
+from ssl_vit.convert.make_shards import MakeShards, convert_images
 from tests.count_starts import StartCounter
 
 COLORS = {"blue": (20, 40, 220), "green": (30, 200, 60), "red": (220, 30, 40)}
@@ -28,7 +28,7 @@ TINY = [
 ]
 """Overrides of a model and a batch that train in milliseconds."""
 
-_file: Path | None = None  # that of the last test
+_last_path: Path | None = None  # that of the last test
 
 torch.set_num_threads(1)
 
@@ -54,17 +54,17 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep together what shares a module fixture, and on one worker all that starts several ranks (`ranks`)."""
-    of_ranks = {item.path for item in items if item.get_closest_marker("ranks")}
+    rank_paths = {item.path for item in items if item.get_closest_marker("ranks")}
     for item in items:
-        shares = any(part.scope in ("module", "class") for part in _fixtures(item))
-        if item.get_closest_marker("ranks") or (shares and item.path in of_ranks):
+        shares_fixture = any(fixture.scope in ("module", "class") for fixture in _fixture_defs(item))
+        if item.get_closest_marker("ranks") or (shares_fixture and item.path in rank_paths):
             item.add_marker(pytest.mark.xdist_group("ranks"))
-        elif shares:
+        elif shares_fixture:
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
     if (seed := config.option.shuffle) is not None:
-        order = random.Random(seed)
-        files = {item.nodeid.partition("::")[0]: order.random() for item in items}
-        items.sort(key=lambda item: (files[item.nodeid.partition("::")[0]], order.random()))
+        rng = random.Random(seed)
+        file_order = {item.nodeid.partition("::")[0]: rng.random() for item in items}
+        items.sort(key=lambda item: (file_order[item.nodeid.partition("::")[0]], rng.random()))
     items.sort(key=lambda item: item.get_closest_marker("ranks") is None)  # the longest group begins first
 
 
@@ -75,19 +75,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """
     torch.manual_seed(0)
     np.random.seed(0)
-    global _file
-    if item.path != _file:
-        _file = item.path
+    global _last_path
+    if item.path != _last_path:
+        _last_path = item.path
         gc.collect()
         gc.freeze()
 
 
-def _fixtures(item: pytest.Item) -> list[pytest.FixtureDef]:
-    found = getattr(item, "_fixtureinfo", None)
-    return [parts[-1] for parts in found.name2fixturedefs.values()] if found else []
+def _fixture_defs(item: pytest.Item) -> list[pytest.FixtureDef]:
+    info = getattr(item, "_fixtureinfo", None)
+    return [definitions[-1] for definitions in info.name2fixturedefs.values()] if info else []
 
 
-def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+def build_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """The folder of this name that `make` has filled, once for all workers of this session."""
     root = factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
@@ -102,12 +102,12 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
 
 
 def draw_squares(folder: Path, count: int = 12, side: int = 20) -> None:
-    """Write `count` noisy squares a class, folder/COLOUR/NN.png."""
-    random = np.random.default_rng(0)
+    """Write `count` noisy squares a class, folder/COLOR/NN.png."""
+    rng = np.random.default_rng(0)
     for name, color in COLORS.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            noise = random.integers(-20, 20, (side, side, 3))
+            noise = rng.integers(-20, 20, (side, side, 3))
             pixels = (np.array(color) + noise).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i:02d}.png")
 
@@ -125,8 +125,8 @@ def fresh_accelerate() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A class folder of coloured squares; tests only read it."""
-    return once(tmp_path_factory, "squares", draw_squares)
+    """A class folder of colored squares; tests only read it."""
+    return build_once(tmp_path_factory, "squares", draw_squares)
 
 
 @pytest.fixture(scope="session")
@@ -135,9 +135,9 @@ def shards(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def make(folder: Path) -> None:
         options = {"val_fraction": 0.3, "shard_samples": 7, "workers": 1, "quiet": True}
-        convert(MakeShards(input=str(squares), output=str(folder), **options))
+        convert_images(MakeShards(input=str(squares), output=str(folder), **options))
 
-    return once(tmp_path_factory, "shards", make)
+    return build_once(tmp_path_factory, "shards", make)
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +146,7 @@ def tiny_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     from tests import tiny_runs
 
     def get(world: int) -> Path:
-        make = partial(tiny_runs.straight, shards, world)
-        return once(tmp_path_factory, f"tiny-run-{world}", make) / "run"
+        make = partial(tiny_runs.run_straight, shards, world)
+        return build_once(tmp_path_factory, f"tiny-run-{world}", make) / "run"
 
     return get

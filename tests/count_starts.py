@@ -1,6 +1,6 @@
 """Count the processes that tests start, and print the sum after each run: `pytest ... --starts` lists them by file.
 
-A start is a command or a rank: a subprocess, a rank of tests/starts.py, a fork of tests/train/children.py. Loader and
+A start is a command or rank: a subprocess, a rank of tests/processes.py, a fork of tests/train/children.py. Loader and
 conversion workers, which belong to what started them, are not counted.
 """
 
@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-OWNER = os.getpid()  # a fork of this process inherits the hook, but counts nothing
-RANKS = "live"  # the function that tests/starts.py gives to a rank's process
+OWNER_PID = os.getpid()  # a fork of this process inherits the hook, but counts nothing
+RANK_FUNCTION = "run_tool_process"  # the function that tests/processes.py gives to a rank's process
 
 
 class StartCounter:
@@ -22,29 +22,29 @@ class StartCounter:
     def __init__(self) -> None:
         self.starts: Counter[str] = Counter()  # by file
         self._library_fork = False
-        self._start = process.BaseProcess.start
-        process.BaseProcess.start = self._count_process(self._start)  # type: ignore[method-assign]
+        self._original_start = process.BaseProcess.start
+        process.BaseProcess.start = self._count_process(self._original_start)  # type: ignore[method-assign]
         sys.addaudithook(self._count_event)
 
-    def _note(self) -> None:
-        if os.getpid() == OWNER and (test := os.environ.get("PYTEST_CURRENT_TEST")):
+    def _count_start(self) -> None:
+        if os.getpid() == OWNER_PID and (test := os.environ.get("PYTEST_CURRENT_TEST")):
             self.starts[test.partition("::")[0]] += 1
 
     def _count_event(self, event: str, arguments: Any) -> None:
         if event == "subprocess.Popen" or (event == "os.fork" and not self._library_fork):
-            self._note()
+            self._count_start()
 
     def _count_process(self, start: Any) -> Any:
-        def counted(process: Any) -> None:
-            if getattr(process._target, "__name__", "") == RANKS:
-                self._note()
+        def start_and_count(process: Any) -> None:
+            if getattr(process._target, "__name__", "") == RANK_FUNCTION:
+                self._count_start()
             self._library_fork = True
             try:
                 start(process)
             finally:
                 self._library_fork = False
 
-        return counted
+        return start_and_count
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Hand the counts of a worker to the controller."""

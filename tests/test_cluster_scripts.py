@@ -1,4 +1,4 @@
-"""tools/slurm.sbatch and tools/hosts.sh, with stubs in place of Slurm, ssh and the launcher.
+"""tools/slurm.sbatch and tools/launch_ssh.sh, with stubs in place of Slurm, ssh and the launcher.
 
 What the real ones do was seen first (docs/scaling.md); the stubs copy it: srun gives a signal to every process of a
 step, a launcher ends with 1 whatever its ranks end with, and a start that is refused early writes no exit.json.
@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from tests.starts import members
+from tests.processes import living_pids
 
 ROOT = Path(__file__).parent.parent
-LIMIT = 60  # seconds
+TIMEOUT = 60  # seconds
 STUBS = {
     "srun": """#!/bin/bash
         until [[ $1 == bash ]]; do shift; done
@@ -79,142 +79,153 @@ def stubs(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "the place" / "tools").symlink_to(ROOT / "tools")
     yield folder
     groups = {int(path.name.removeprefix("group-")) for path in folder.glob("group-*")}
-    wait_until(lambda: not members(groups), "a process was left behind")
+    wait_until(lambda: not living_pids(groups), "a process was left behind")
 
 
-def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
-    deadline = time.monotonic() + LIMIT
+def wait_until(condition: Callable[[], bool], message: str) -> None:
+    deadline = time.monotonic() + TIMEOUT
     while not condition():
-        assert time.monotonic() < deadline, otherwise
+        assert time.monotonic() < deadline, message
         time.sleep(0.01)
 
 
-def start(stubs: Path, plan: object, *words: str) -> subprocess.Popen[str]:
+def start_script(stubs: Path, plan: object, *args: str) -> subprocess.Popen[str]:
     """Start a script; `plan` is the code that rank 0 writes and ends with, null for a crash, or "wait" for a signal."""
     (stubs / "plan").write_text(json.dumps(plan))
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "n[0-1]"}
-    environment = {"PATH": f"{stubs}:/usr/bin:/bin", "STUBS": str(stubs), **slurm}
+    slurm_env = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_JOB_NODELIST": "n[0-1]",
+    }
+    env = {"PATH": f"{stubs}:/usr/bin:/bin", "STUBS": str(stubs), **slurm_env}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    command = ["env", "--default-signal", "bash", *words]
-    process = subprocess.Popen(command, cwd=stubs.parent / "the place", env=environment, **pipes)
+    command = ["env", "--default-signal", "bash", *args]
+    process = subprocess.Popen(command, cwd=stubs.parent / "the place", env=env, **pipes)
     (stubs / f"group-{process.pid}").touch()
     return process
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+def finish_script(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and closing line."""
-    out, errors = process.communicate(timeout=LIMIT)
+    out, errors = process.communicate(timeout=TIMEOUT)
     assert errors in ("", "Hangup\n")  # bash says so of its sleep, where a terminal closes
     return process.returncode, out.splitlines()[-1]
 
 
-def launched(stubs: Path) -> list[list]:
+def launcher_calls(stubs: Path) -> list[list]:
     """What the two launchers were given, once both run: the signals they ignore, and their words."""
     files = [stubs / "launch-0.json", stubs / "launch-1.json"]
     wait_until(lambda: all(file.exists() for file in files), "they do not run")
     return [json.loads(file.read_text()) for file in files]
 
 
-SLURM = ("tools/slurm.sbatch", "recipe=mpp", "run=my run", "data.train=it's $HOME")
-HOSTS = ("tools/hosts.sh", "a,me@b", *SLURM[1:])
-STOPPED = 'hosts.sh: ended with code 75: it \\"said\\" 75'
+SLURM_COMMAND = ("tools/slurm.sbatch", "recipe=mpp", "run=my run", "data.train=it's $HOME")
+SSH_COMMAND = ("tools/launch_ssh.sh", "a,me@b", *SLURM_COMMAND[1:])
+STOPPED_LINE = 'launch_ssh.sh: ended with code 75: it \\"said\\" 75'
 
 
-def expected(rank: int, address: str, port: str) -> list[str]:
-    machines = f"--num_machines 2 --num_processes 8 --main_process_ip {address} --main_process_port {port}".split()
-    machine = ["launch", "--machine_rank", str(rank), "--config_file", "accelerate_config.yaml", *machines]
-    return [*machine, "tools/pretrain.py", *SLURM[1:]]
+def launcher_args(rank: int, address: str, port: str) -> list[str]:
+    cluster_args = f"--num_machines 2 --num_processes 8 --main_process_ip {address} --main_process_port {port}".split()
+    machine_args = ["launch", "--machine_rank", str(rank), "--config_file", "accelerate_config.yaml", *cluster_args]
+    return [*machine_args, "tools/pretrain.py", *SLURM_COMMAND[1:]]
 
 
 def test_a_job_that_is_done_ends_with_0(stubs: Path):
-    assert finish(start(stubs, 0, *SLURM)) == (0, "slurm.sbatch: job 7: done")
+    assert finish_script(start_script(stubs, 0, *SLURM_COMMAND)) == (0, "slurm.sbatch: job 7: done")
     # a step's signal reaches launchers and ranks alike: the former must leave it to the latter
-    assert launched(stubs) == [[["SIGTERM", "SIGUSR2"], expected(rank, "n0", "10007")] for rank in (0, 1)]
+    assert launcher_calls(stubs) == [[["SIGTERM", "SIGUSR2"], launcher_args(rank, "n0", "10007")] for rank in (0, 1)]
     assert not (stubs / "requeued").exists()
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(("state", "requeued"), [("RUNNING", True), ("COMPLETING", False)])
-def test_a_warned_job_saves_and_is_requeued_unless_it_was_cancelled(stubs: Path, state: str, requeued: bool):
-    process = start(stubs, "wait", *SLURM)
-    launched(stubs)
+def test_a_warned_job_saves_and_is_requeued_unless_it_was_canceled(stubs: Path, state: str, requeued: bool):
+    process = start_script(stubs, "wait", *SLURM_COMMAND)
+    launcher_calls(stubs)
     (stubs / "state").write_text(state)
     process.send_signal(signal.SIGUSR2)
-    code, line = finish(process)
+    code, line = finish_script(process)
     assert line.startswith('slurm.sbatch: job 7: it \\"said\\" 75; ' + ("requeued" if requeued else "not requeued"))
     assert (code, (stubs / "requeued").exists()) == ((0, True) if requeued else (75, False))
 
 
 @pytest.mark.process
 def test_a_refusal_is_not_requeued(stubs: Path):
-    said = 'slurm.sbatch: job 7: ended with code 78: it \\"said\\" 78; not requeued'
-    assert finish(start(stubs, 78, *SLURM)) == (78, said)
+    last_line = 'slurm.sbatch: job 7: ended with code 78: it \\"said\\" 78; not requeued'
+    assert finish_script(start_script(stubs, 78, *SLURM_COMMAND)) == (78, last_line)
     # one that came before the folder was held leaves the exit.json of an earlier start
     (stubs.parent / "the place" / "my run" / "exit.json").write_text('{\n "code": 75,\n')
     (stubs / "refused").write_text("64")
-    said = "slurm.sbatch: job 7: refused with code 64, see above; not requeued"
-    assert finish(start(stubs, None, *SLURM)) == (64, said)
-    assert (stubs / "dry_run").read_text() == f"8 tools/pretrain.py {' '.join(SLURM[1:])} dry_run=true\n"
+    last_line = "slurm.sbatch: job 7: refused with code 64, see above; not requeued"
+    assert finish_script(start_script(stubs, None, *SLURM_COMMAND)) == (64, last_line)
+    assert (stubs / "dry_run").read_text() == f"8 tools/pretrain.py {' '.join(SLURM_COMMAND[1:])} dry_run=true\n"
     assert not (stubs / "requeued").exists()
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("crash", [None, 70])
 def test_a_crash_is_requeued_a_few_times_without_progress(stubs: Path, crash: int | None):
-    def codes(starts: int) -> list[int]:
-        return [finish(start(stubs, crash, *SLURM))[0] for _ in range(starts)]
+    def exit_codes(starts: int) -> list[int]:
+        return [finish_script(start_script(stubs, crash, *SLURM_COMMAND))[0] for _ in range(starts)]
 
-    assert codes(3) == [0, 0, 70]
+    assert exit_codes(3) == [0, 0, 70]
     (stubs.parent / "the place" / "my run" / "checkpoints" / "step-00000010").mkdir(parents=True)
-    assert codes(3) == [0, 0, 70]
+    assert exit_codes(3) == [0, 0, 70]
     assert (stubs / "requeued").read_text() == "requeue 7\n" * 4
 
 
 @pytest.mark.process
 def test_the_run_folder_is_the_recipes_and_the_tool_is_the_first_word(stubs: Path):
-    words = ["tools/finetune.py", "recipe=../other/mpp_v1.yaml", "steps=2"]
-    _, errors = start(stubs, 0, "tools/slurm.sbatch", *words).communicate(timeout=LIMIT)
+    args = ["tools/finetune.py", "recipe=../other/mpp_v1.yaml", "steps=2"]
+    _, errors = start_script(stubs, 0, "tools/slurm.sbatch", *args).communicate(timeout=TIMEOUT)
     assert "StopIteration" in errors  # the stub of rank 0 has no run= to write to
     assert (stubs.parent / "the place" / "runs" / "mpp_v1").is_dir()
-    assert launched(stubs)[1][1][-3:] == words
+    assert launcher_calls(stubs)[1][1][-3:] == args
 
 
 def test_hosts_that_are_done_end_with_0(stubs: Path):
     (stubs / "list").write_text("# the lab\na slots=4\n\nme@b # new\n")
-    process = start(stubs, 0, HOSTS[0], str(stubs / "list"), *HOSTS[2:])
-    assert finish(process) == (0, "hosts.sh: done")
+    process = start_script(stubs, 0, SSH_COMMAND[0], str(stubs / "list"), *SSH_COMMAND[2:])
+    assert finish_script(process) == (0, "launch_ssh.sh: done")
     port = str(10000 + process.pid % 20000)
-    assert [words for _, words in launched(stubs)] == [expected(rank, "a", port) for rank in (0, 1)]
+    assert [args for _, args in launcher_calls(stubs)] == [launcher_args(rank, "a", port) for rank in (0, 1)]
     assert set((stubs / "hosts").read_text().split()) == {"a", "me@b"}
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_a_stopped_script_stops_its_hosts(stubs: Path, number: signal.Signals):
-    process = start(stubs, "wait", *HOSTS)
-    launched(stubs)
-    terminal = number in (signal.SIGINT, signal.SIGHUP)  # which signals the whole group
-    (os.killpg if terminal else os.kill)(process.pid, number)
+    process = start_script(stubs, "wait", *SSH_COMMAND)
+    launcher_calls(stubs)
+    from_terminal = number in (signal.SIGINT, signal.SIGHUP)  # which signals the whole group
+    (os.killpg if from_terminal else os.kill)(process.pid, number)
     if number == signal.SIGKILL:  # the fixture sees that the launchers end
-        process.communicate(timeout=LIMIT)
+        process.communicate(timeout=TIMEOUT)
     else:
-        assert finish(process) == (75, STOPPED)
+        assert finish_script(process) == (75, STOPPED_LINE)
 
 
 @pytest.mark.process
 def test_where_a_host_fails_the_others_are_stopped(stubs: Path):
-    process = start(stubs, "wait", HOSTS[0], "a,down,b", *HOSTS[2:])
-    out, errors = process.communicate(timeout=LIMIT)
+    process = start_script(stubs, "wait", SSH_COMMAND[0], "a,down,b", *SSH_COMMAND[2:])
+    out, errors = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, errors) == (75, "")
-    assert out.splitlines()[1:] == ["hosts.sh: down failed; stopping the others", STOPPED]
+    assert out.splitlines()[1:] == ["launch_ssh.sh: down failed; stopping the others", STOPPED_LINE]
 
 
 @pytest.mark.process
 def test_hosts_refusals_and_crashes(stubs: Path):
-    assert finish(start(stubs, 78, *HOSTS)) == (78, 'hosts.sh: ended with code 78: it \\"said\\" 78')
-    code, line = finish(start(stubs, None, *HOSTS))
+    assert finish_script(start_script(stubs, 78, *SSH_COMMAND)) == (
+        78,
+        'launch_ssh.sh: ended with code 78: it \\"said\\" 78',
+    )
+    code, line = finish_script(start_script(stubs, None, *SSH_COMMAND))
     assert code == 70
     assert line.endswith(" failed, see above; the same command goes on from the last checkpoint")
     (stubs / "refused").write_text("64")
-    assert finish(start(stubs, None, *HOSTS)) == (64, "hosts.sh: refused with code 64, see above")
-    assert finish(start(stubs, 0, HOSTS[0], "down", *HOSTS[2:]))[0] == 70
+    assert finish_script(start_script(stubs, None, *SSH_COMMAND)) == (
+        64,
+        "launch_ssh.sh: refused with code 64, see above",
+    )
+    assert finish_script(start_script(stubs, 0, SSH_COMMAND[0], "down", *SSH_COMMAND[2:]))[0] == 70

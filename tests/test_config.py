@@ -8,13 +8,13 @@ import yaml
 
 from ssl_vit import config, recipes
 from ssl_vit.encoders.vit import Vit
-from ssl_vit.errors import USAGE, Refusal
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.heads.classifier import Classifier
 from ssl_vit.recipes import Finetune, Pretrain
 
 
-def pretrain(*arguments: str) -> Pretrain:
-    return config.parse(Pretrain, list(arguments), recipes.FOLDER)
+def parse_pretrain(*arguments: str) -> Pretrain:
+    return config.parse(Pretrain, list(arguments), recipes.RECIPES_FOLDER)
 
 
 @pytest.mark.parametrize(
@@ -36,17 +36,17 @@ def pretrain(*arguments: str) -> Pretrain:
 def test_a_value_means_the_same_on_the_command_line_and_in_a_file(argument, key, value, tmp_path: Path):
     path, text = argument.split("=", 1)
     tree: dict = {}
-    config.assign(tree, path.split("."), text, Pretrain)
+    config.set_key(tree, path.split("."), text, Pretrain)
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(tree).replace(f"'{text}'", text))  # unquoted, as one writes it
-    for made in (pretrain(argument), pretrain(f"recipe={file}")):
+    for parsed in (parse_pretrain(argument), parse_pretrain(f"recipe={file}")):
         for name in key.split("."):
-            made = getattr(made, name)
-        assert made == value
-        assert type(made) is type(value)
+            parsed = getattr(parsed, name)
+        assert parsed == value
+        assert type(parsed) is type(value)
 
 
-NO_RECIPES = {
+BAD_RECIPES = {
     "a: [": "is not YAML: ",
     "- 1": "is not a set of keys",
     "# empty": "is not a set of keys",
@@ -65,7 +65,7 @@ NO_RECIPES = {
         ("optim.lr=fast", "optim.lr: 'fast': give a number, like 1e-3"),
         ("data.flip=maybe", "data.flip: 'maybe': give true or false"),
         ("precision=fp64", "precision: 'fp64': it should be 'auto', 'fp32', 'bf16' or 'bf16_residual'"),
-        ("head.kind=colour", "head.kind: 'colour' is not one of 'mean_color', 'patch_colors',"),
+        ("head.kind=color", "head.kind: 'color' is not one of 'mean_color', 'patch_colors',"),
         ("head.mix=0.5,0.1,0.1", "head: mix (0.5, 0.1, 0.1) does not add up to 1"),
         ("data=x", "data: 'x': it is a group of keys, give one of them"),
         ("steps", "'steps' is not key=value; try --help"),
@@ -74,43 +74,45 @@ NO_RECIPES = {
         ("encoder.width=10 encoder.heads=3", "encoder: width 10 is not a multiple of heads"),
         ("recipe=mpp_vit_b61", "; did you mean mpp_vit_b16?"),
         *((f"{key}={number}", key) for key in ("optim.lr", "head.ratio") for number in ("nan", "inf")),
-        *NO_RECIPES.items(),
+        *BAD_RECIPES.items(),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(argument: str, message: str, tmp_path: Path):
-    given = argument.split()
-    if argument in NO_RECIPES:
+    arguments = argument.split()
+    if argument in BAD_RECIPES:
         (tmp_path / "bad.yaml").write_text(argument)
-        given = [f"recipe={tmp_path}/bad.yaml"]
-    with pytest.raises(Refusal) as end:
-        pretrain(*given)
-    assert end.value.code == USAGE
+        arguments = [f"recipe={tmp_path}/bad.yaml"]
+    with pytest.raises(ExitError) as end:
+        parse_pretrain(*arguments)
+    assert end.value.code == ExitCode.USAGE
     assert message in str(end.value)
     assert "\n" not in str(end.value)
 
 
 def test_a_kind_that_changes_drops_the_keys_of_the_old_one():
-    assert pretrain("recipe=mpp_vit_b16", "head.kind=classifier").head == Classifier()
-    assert pretrain("head.hidden=9", "head.kind=classifier").head == Classifier(hidden=9)  # in any order
-    assert pretrain("optim.lr=5", "optim.kind=adamw").optim.lr == 5
+    assert parse_pretrain("recipe=mpp_vit_b16", "head.kind=classifier").head == Classifier()
+    assert parse_pretrain("head.hidden=9", "head.kind=classifier").head == Classifier(hidden=9)  # in any order
+    assert parse_pretrain("optim.lr=5", "optim.kind=adamw").optim.lr == 5
 
 
 def test_overrides_win_over_the_recipe_and_the_recipe_over_its_base(tmp_path: Path):
     (tmp_path / "low.yaml").write_text("steps: 5\nbatch: 6\nhead: {kind: mean_color, ratio: 0.3}\n")
     (tmp_path / "high.yaml").write_text("base: low\nbatch: 7\nhead: {kind: classifier}\n")
-    made = config.parse(Pretrain, ["recipe=high", "steps=8"], tmp_path)
-    assert (made.steps, made.batch, made.head, made.run) == (8, 7, Classifier(), "runs/high")
+    recipe = config.parse(Pretrain, ["recipe=high", "steps=8"], tmp_path)
+    assert (recipe.steps, recipe.batch, recipe.head, recipe.run) == (8, 7, Classifier(), "runs/high")
 
 
 def test_a_dump_reads_back_to_the_same_object(tmp_path: Path):
     for schema, name in [(Pretrain, "mpp_vit_b16"), (Finetune, "finetune_flowers")]:
-        made = config.parse(schema, [f"recipe={name}", "optim.clip=none", "data.image_size=32,64"], recipes.FOLDER)
-        (tmp_path / "again.yaml").write_text(config.dump(made))
-        assert config.parse(schema, ["recipe=again"], tmp_path) == made
+        recipe = config.parse(
+            schema, [f"recipe={name}", "optim.clip=none", "data.image_size=32,64"], recipes.RECIPES_FOLDER
+        )
+        (tmp_path / "again.yaml").write_text(config.dump(recipe))
+        assert config.parse(schema, ["recipe=again"], tmp_path) == recipe
 
 
 def test_help_names_every_key_with_its_meaning():
-    text = config.describe(Pretrain)
+    text = config.format_help(Pretrain)
     for name, field in config.keys(Pretrain):
         assert f"{name}  (" in text or name.endswith(".kind")
         assert field.description or name.endswith(".kind"), f"{name} has no description"
@@ -118,23 +120,25 @@ def test_help_names_every_key_with_its_meaning():
 
 # the surface is a promise: adding a key is a decision, and is written down here
 KEYS = """
-fresh allow_change on_save_error check_every verify_step spike data.timeout
+restart allow_recipe_change on_save_error replica_check_every verify_step
+on_loss_spike data.timeout
 steps batch micro_batch seed log_every save_every eval_every keep precision compile tracker quiet run dry_run init
-activation_checkpointing attention profile panel_every timeout world device.tflops device.memory_gb device.gpus_per_node
-device.gpu device.mfu device.network_gbps device.cores device.storage_gbs
+activation_checkpointing attention profile visualize_every timeout world hardware.tflops hardware.memory_gb
+hardware.gpus_per_node
+hardware.gpu hardware.mfu hardware.network_gbps hardware.cores hardware.storage_gbs
 data.train data.val data.image_size data.crop_area data.flip data.eval_crop data.subset data.workers data.lanes
-data.reader data.cache data.cache_gb data.verify data.max_bad
-data.window encoder.kind encoder.size encoder.patch encoder.image encoder.channels encoder.width encoder.depth
+data.reader data.cache data.cache_gb data.verify data.max_bad_samples
+data.shuffle_window encoder.kind encoder.size encoder.patch encoder.image encoder.channels encoder.width encoder.depth
 encoder.heads encoder.mlp encoder.positions encoder.pool encoder.dropout encoder.mean encoder.std head.kind
 optim.kind optim.lr optim.warmup_steps optim.schedule
 optim.weight_decay optim.clip optim.betas optim.momentum
-init_share optim.drops encoder.positions_at encoder.class_token encoder.stem encoder.name encoder.widen
-average best data.hold_out data.auto_augment data.whole encoder.drop_path head.keep head.smoothing head.mixup
+init_min_fraction optim.drops encoder.position_placement encoder.class_token encoder.stem encoder.name encoder.widen
+ema_decay best data.holdout data.auto_augment data.crop encoder.drop_path head.keep head.smoothing head.mixup
 head.cutmix optim.layer_decay data.empty_classes
 """
-ONLY = {
-    Pretrain: """head.ratio head.mix head.bits head.unit head.blocks
-    head.normalise head.codebook head.hidden head.loss head.bias online.train online.val online.samples online.k
+SCHEMA_KEYS = {
+    Pretrain: """head.ratio head.mix head.bits head.mask_unit head.mask_blockwise
+    head.normalize head.codebook head.hidden head.loss head.bias online.train online.val online.samples online.k
     online.shots""",
     Finetune: """sweep.lr sweep.fraction sweep.val seeds tasks tasks_root metrics.label_sets metrics.class_map
     metrics.bootstrap metrics.predictions benchmark.name benchmark.classes benchmark.train benchmark.test benchmark.get
@@ -144,7 +148,7 @@ ONLY = {
 
 @pytest.mark.parametrize("schema", [Pretrain, Finetune])
 def test_the_keys_are_these(schema):
-    assert {name for name, _ in config.keys(schema)} == set((KEYS + ONLY[schema]).split())
+    assert {name for name, _ in config.keys(schema)} == set((KEYS + SCHEMA_KEYS[schema]).split())
 
 
 def test_python_values_do_as_well_as_text_and_a_choice_of_numbers_is_made_in_text(tmp_path: Path):
@@ -154,5 +158,5 @@ def test_python_values_do_as_well_as_text_and_a_choice_of_numbers_is_made_in_tex
         depth: Literal[50, 101] = 50
 
     assert config.parse(Deep, ["depth=101"], tmp_path).depth == 101
-    with pytest.raises(Refusal, match=r"depth: '51': it should be 50 or 101"):
+    with pytest.raises(ExitError, match=r"depth: '51': it should be 50 or 101"):
         config.parse(Deep, ["depth=51"], tmp_path)

@@ -9,7 +9,7 @@ from ssl_vit.encoders.axial import Axial
 from ssl_vit.encoders.timm_encoder import Bit, TimmZoo
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.estimate import cost
-from tests.starts import call
+from tests.processes import call_tool
 from tools.benchmarks import models
 
 # reference 1.2 (C1.1): parameters without head; reference 6.1: GMAC with all taps, and with those inside of the image
@@ -36,37 +36,43 @@ TABLE: dict[str, tuple[int | None, float, float | None]] = {
     "Axial-ViT-B/16": (170_851_584, 33.511, 33.511),
     "AxialR50x1": (None, 5.26, None),
 }
-FEW = ("ViT-B/32", "ViT-B/16", "R50+ViT-L/16", "R50x1", "Axial-ViT-B/16")
+FEW_CASES = ("ViT-B/32", "ViT-B/16", "R50+ViT-L/16", "R50x1", "Axial-ViT-B/16")
 """One of each kind, with the entry of Table 6 that is wrong and the one that is judged more loosely."""
 VIT_B16 = ["85,798,656 parameters", "17.563 GMAC", "100,000 steps of 4,096", "MB an image in bf16"]
 CODEBOOK = ["that of 4,096 clusters", f"clusters: {4096 * 769 + 768:,} parameters"]  # is still to be fitted
 
 
-@pytest.mark.parametrize("cases", [FEW, pytest.param(tuple(TABLE), marks=pytest.mark.process)], ids=["few", "all"])
+@pytest.mark.parametrize(
+    "cases", [FEW_CASES, pytest.param(tuple(TABLE), marks=pytest.mark.process)], ids=["few", "all"]
+)
 def test_an_encoder_costs_what_the_reference_says(
     cases: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    if cases == FEW:
-        monkeypatch.setattr(models, "CASES", [case for case in models.CASES if case.encoder.title in FEW])
-    assert call("benchmark", ["models", f"output={tmp_path}", "activations=false"]).code == 0
+    if cases == FEW_CASES:
+        monkeypatch.setattr(models, "CASES", [case for case in models.CASES if case.encoder.title in FEW_CASES])
+    assert call_tool("benchmark", ["models", f"output={tmp_path}", "activations=false"]).code == 0
     rows = json.loads((tmp_path / "models.json").read_text())["rows"]
     assert {row["case"] for row in rows} >= set(cases)
     for row in rows:
-        parameters, *macs = TABLE.get(row["case"], (None, None, None))
+        parameters, *expected_macs = TABLE.get(row["case"], (None, None, None))
         assert parameters is None or row["parameters"] == parameters, row["case"]
-        for made, known in zip((row["macs"], row.get("macs_in_image")), macs, strict=True):
-            assert known is None or round(made / 1e9, len(f"{known}".split(".")[1])) == known, row["case"]
+        for actual, expected in zip((row["macs"], row.get("macs_in_image")), expected_macs, strict=True):
+            assert expected is None or round(actual / 1e9, len(f"{expected}".split(".")[1])) == expected, row["case"]
         if "timm_macs" in row:
             assert (row["parameters"], row["macs"]) == (row["timm_parameters"], row["timm_macs"]), row["case"]
         if row.get("within"):
-            near = 0.0205 if row["case"] == "ViT-B/32" else 0.01
-            assert row["exaflops"] == pytest.approx(row["paper_exaflops"], rel=near)
-    timms = {row["case"] for row in rows if "timm_macs" in row}
-    judged = {(row["case"], row["epochs"]): row["within"] for row in rows if "epochs" in row}
-    assert [case for case, within in judged.items() if within is None] == [("R50+ViT-L/16", 7)]
-    assert all(within in (True, None) for within in judged.values())
+            tolerance = 0.0205 if row["case"] == "ViT-B/32" else 0.01
+            assert row["exaflops"] == pytest.approx(row["paper_exaflops"], rel=tolerance)
+    timm_cases = {row["case"] for row in rows if "timm_macs" in row}
+    verdicts = {(row["case"], row["epochs"]): row["within"] for row in rows if "epochs" in row}
+    assert [case for case, verdict in verdicts.items() if verdict is None] == [("R50+ViT-L/16", 7)]
+    assert all(verdict in (True, None) for verdict in verdicts.values())
     # of all there are 7 ResNets, 6 ViTs and 5 hybrids
-    assert (len(timms), len(judged)) == (3, 5) if cases == FEW else len(timms) >= 12 and len(judged) == 18
+    assert (
+        (len(timm_cases), len(verdicts)) == (3, 5)
+        if cases == FEW_CASES
+        else len(timm_cases) >= 12 and len(verdicts) == 18
+    )
 
 
 def test_a_formula_is_what_torch_counts():
@@ -76,8 +82,8 @@ def test_a_formula_is_what_torch_counts():
         assert cost.encoder_macs(config) == cost.counted_macs(config)
     relative = Vit(size="Ti", image=64, positions="relative")
     patches, width, depth = 16, 192, 12
-    plain = relative.model_copy(update={"positions": "none"})
-    assert cost.encoder_macs(relative) - cost.encoder_macs(plain) == depth * patches**2 * width
+    no_positions = relative.model_copy(update={"positions": "none"})
+    assert cost.encoder_macs(relative) - cost.encoder_macs(no_positions) == depth * patches**2 * width
     assert cost.counted_macs(TimmZoo(name="resnet18", image=32)) > 0
 
 
@@ -100,6 +106,6 @@ def test_taps_on_padding_are_counted_like_a_plain_loop(size: int, kernel: int, s
     ],
 )
 def test_a_recipes_cost_is_printed(words: str, code: int, parts: list[str]):
-    ended = call("benchmark", ["models", *words.split()])
-    assert ended.code == code
-    assert [part for part in parts if part not in ended.said] == []
+    result = call_tool("benchmark", ["models", *words.split()])
+    assert result.code == code
+    assert [part for part in parts if part not in result.output] == []

@@ -8,7 +8,7 @@ import yaml
 
 from ssl_vit import config, recipes
 from tests import test_recipes
-from tests.test_recipes import read
+from tests.test_recipes import read_recipe
 
 IMAGES = {"jft": 303e6, "imagenet21k": 14e6, "imagenet": 1_281_167}
 SCHEDULE = {  # clipping is stated for ImageNet alone; warm-up, steps an epoch: paper.md 4.1
@@ -45,15 +45,15 @@ TABLE_3 = """
     supervised_vit_l16_imagenet     ViT-L/16   300     3e-3  76.53 82.19 97.86 86.35 93.64 89.66
     supervised_vit_l32_imagenet     ViT-L/32   300     3e-3  71.16 77.83 97.94 87.07 91.35 86.36
 """
-ROWS = {row.split()[0]: row.split()[1:] for row in TABLE_3.strip().splitlines()[1:]}
-LONGER = {  # as a documented override: epochs, and what is expected then, where it is published
+SUPERVISED = {row.split()[0]: row.split()[1:] for row in TABLE_3.strip().splitlines()[1:]}
+LONGER_RUNS = {  # as a documented override: epochs, and what is expected then, where it is published
     "supervised_vit_l16_jft": (14, "87.12 89.99 99.38 94.04 97.11 99.56"),
     "supervised_r152x2_jft": (14, "85.56 89.89 99.24 91.92 95.75 98.75"),
     "supervised_r50_vit_l16_jft": (14, "87.12 89.76 99.31 93.89 97.36 99.11"),
     "supervised_vit_l16_imagenet21k": (30, ""),
     "supervised_vit_l32_imagenet21k": (30, ""),
 }
-TOLD = {
+EXTRA_TEXT = {
     # at 224 px, before fine-tuning: paper.md 6.3
     "supervised_vit_b32_imagenet": "val_top1 69.19 %",
     "supervised_vit_b16_imagenet": "val_top1 74.79 %",
@@ -90,10 +90,10 @@ MASKED = {  # kind, share and mix; of 14 x 14 patches corrupted ones; further ke
     "mpp_vit_b16_jft": ("mean_color", 0.5, "paper", 98, {}),
     "mpp_15": ("mean_color", 0.15, "paper", 29, {}),
     "mpp_colors4x4": ("patch_colors", 0.5, "paper", 98, {}),
-    "mpp_pixels": ("patch_pixels", 0.5, "paper", 98, {"normalise": False}),
-    "mpp_normalised": ("patch_pixels", 0.5, "paper", 98, {"normalise": True}),
-    "mpp_units": ("mean_color", 0.6, "all masked", 120, {"unit": 2}),
-    "mpp_blocks": ("mean_color", 0.38, "all masked", 74, {"blocks": True}),
+    "mpp_pixels": ("patch_pixels", 0.5, "paper", 98, {"normalize": False}),
+    "mpp_normalized": ("patch_pixels", 0.5, "paper", 98, {"normalize": True}),
+    "mpp_units": ("mean_color", 0.6, "all masked", 120, {"mask_unit": 2}),
+    "mpp_blocks": ("mean_color", 0.38, "all masked", 74, {"mask_blockwise": True}),
     "mpp_clusters": ("clusters", 0.5, "paper", 98, {"codebook": "codebooks/imagenet_patch16.safetensors"}),
     "mpp_color_clusters": ("clusters", 0.5, "paper", 98, {"codebook": "codebooks/imagenet_color512.safetensors"}),
 }
@@ -108,77 +108,89 @@ BIT_RULE = {  # paper.md 3.2: steps, warm-up, drops, pixels, share of a crop's s
 }
 
 
-def opening(name: str) -> str:
+def header_text(name: str) -> str:
     """The words of the comment that a recipe opens with."""
-    return " ".join(test_recipes.opening(name).split())
+    return " ".join(test_recipes.header_comment(name).split())
 
 
-def overrides(name: str) -> list[list[str]]:
+def documented_overrides(name: str) -> list[list[str]]:
     """The settings that a recipe's opening says in backticks to give besides."""
-    return [words.split() for words in re.findall(r"`([^`]+)`", opening(name)) if re.match(r"[\w.]+=", words)]
+    return [
+        override.split() for override in re.findall(r"`([^`]+)`", header_text(name)) if re.match(r"[\w.]+=", override)
+    ]
 
 
-def table(numbers: str, names: str = "ImageNet ReaL CIFAR-10 CIFAR-100 Pets Flowers") -> str:
+def format_scores(numbers: str, names: str = "ImageNet ReaL CIFAR-10 CIFAR-100 Pets Flowers") -> str:
     return ", ".join(f"{name} {number}" for name, number in zip(names.split(), numbers.split(), strict=True))
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", SUPERVISED)
 def test_supervised_pretraining_is_table_3s(name: str):
-    encoder, epochs, lr, *expected = ROWS[name]
+    encoder, epochs, lr, *expected = SUPERVISED[name]
     data = name.rpartition("_")[2]
     schedule, decay, dropout, clip, loss = SCHEDULE[data]
-    made, optim = read(name), read(name).optim
-    assert made.encoder.title == encoder
-    assert (made.batch, made.data.image_size) == (4096, 224)
-    assert made.steps == round(int(epochs) * IMAGES[data] / 4096)
+    recipe, optim = read_recipe(name), read_recipe(name).optim
+    assert recipe.encoder.title == encoder
+    assert (recipe.batch, recipe.data.image_size) == (4096, 224)
+    assert recipe.steps == round(int(epochs) * IMAGES[data] / 4096)
     assert (optim.kind, optim.betas, optim.lr, optim.warmup_steps) == ("adamw", (0.9, 0.999), float(lr), 10_000)
     assert (optim.schedule, optim.weight_decay, optim.clip) == (schedule, decay, clip)
-    assert getattr(made.encoder, "dropout", 0.0) == dropout
-    assert (made.head.kind, made.head.loss, made.head.hidden) == ("classifier", loss, None)  # a tanh layer: paper D.3
-    assert made.head.bias == (-10 if loss == "sigmoid" else 0)
-    assert made.encoder.pool == ("mean" if made.encoder.kind == "bit" else "class")
-    assert table(" ".join(expected)) in opening(name)
+    assert getattr(recipe.encoder, "dropout", 0.0) == dropout
+    assert (recipe.head.kind, recipe.head.loss, recipe.head.hidden) == (
+        "classifier",
+        loss,
+        None,
+    )  # a tanh layer: paper D.3
+    assert recipe.head.bias == (-10 if loss == "sigmoid" else 0)
+    assert recipe.encoder.pool == ("mean" if recipe.encoder.kind == "bit" else "class")
+    assert format_scores(" ".join(expected)) in header_text(name)
 
 
-@pytest.mark.parametrize("name", {**LONGER, **TOLD})
+@pytest.mark.parametrize("name", {**LONGER_RUNS, **EXTRA_TEXT})
 def test_what_a_recipe_tells_besides_and_other_lengths_as_overrides(name: str):
-    assert TOLD.get(name, "") in opening(name)
-    if name in LONGER:
-        epochs, expected = LONGER[name]
-        made = read(name, *overrides(name)[0])
-        assert len(overrides(name)) == 1
-        assert made.steps == round(epochs * IMAGES[name.rpartition("_")[2]] / 4096)
-        assert made.run == f"runs/{name}_{epochs}"
-        assert not expected or table(expected) in opening(name)
+    assert EXTRA_TEXT.get(name, "") in header_text(name)
+    if name in LONGER_RUNS:
+        epochs, expected = LONGER_RUNS[name]
+        recipe = read_recipe(name, *documented_overrides(name)[0])
+        assert len(documented_overrides(name)) == 1
+        assert recipe.steps == round(epochs * IMAGES[name.rpartition("_")[2]] / 4096)
+        assert recipe.run == f"runs/{name}_{epochs}"
+        assert not expected or format_scores(expected) in header_text(name)
 
 
-def same_but(name: str, base: str, parts: set[str]) -> None:
+def check_same_except(name: str, base: str, allowed: set[str]) -> None:
     """A recipe is another one but for a few of its parts."""
-    mine, other = (read(one).model_dump(mode="json", exclude={"run"}) for one in (name, base))
-    assert {key for key in mine if mine[key] != other[key]} <= parts
+    recipe, base_recipe = (
+        read_recipe(recipe_name).model_dump(mode="json", exclude={"run"}) for recipe_name in (name, base)
+    )
+    assert {key for key in recipe if recipe[key] != base_recipe[key]} <= allowed
 
 
 @pytest.mark.parametrize("name", POSITIONS)
 def test_positions_are_table_8s(name: str):
-    kind, where, expected = POSITIONS[name]
-    made = read(name)
-    assert (made.encoder.title, made.encoder.positions, made.encoder.where) == ("ViT-B/16", kind, where)
-    assert expected in opening(name)
-    same_but(name, "supervised_vit_b16_jft", {"encoder", "online"})
+    kind, placement, expected = POSITIONS[name]
+    recipe = read_recipe(name)
+    assert (recipe.encoder.title, recipe.encoder.positions, recipe.encoder.resolved_placement) == (
+        "ViT-B/16",
+        kind,
+        placement,
+    )
+    assert expected in header_text(name)
+    check_same_except(name, "supervised_vit_b16_jft", {"encoder", "online"})
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_are_table_7s(name: str):
     """SGD's settings are BiT's (arXiv 1912.11370, 3.3), cut from 40 epochs to 7."""
-    made, optim = read(name), read(name).optim
+    recipe, optim = read_recipe(name), read_recipe(name).optim
     base, sgd, mean = OPTIMIZERS[name]
-    same_but(name, base, {"optim"})
+    check_same_except(name, base, {"optim"})
     assert (optim.kind, optim.momentum, optim.weight_decay, optim.warmup_steps) == ("sgd", 0.9, 1e-4, 5_000)
-    assert optim.lr == pytest.approx(0.03 * made.batch / 256)
-    assert optim.drops == tuple(pytest.approx(epoch / 40 * made.steps, abs=1) for epoch in (10, 23, 30, 37))
-    imagenet, _, *others = ROWS[base][3:]  # Adam's, but ReaL
-    for numbers in (sgd, " ".join((imagenet, *others, mean))):
-        assert table(numbers, "ImageNet CIFAR-10 CIFAR-100 Pets Flowers mean") in opening(name)
+    assert optim.lr == pytest.approx(0.03 * recipe.batch / 256)
+    assert optim.drops == tuple(pytest.approx(epoch / 40 * recipe.steps, abs=1) for epoch in (10, 23, 30, 37))
+    imagenet_score, _, *other_scores = SUPERVISED[base][3:]  # Adam's, but ReaL
+    for numbers in (sgd, " ".join((imagenet_score, *other_scores, mean))):
+        assert format_scores(numbers, "ImageNet CIFAR-10 CIFAR-100 Pets Flowers mean") in header_text(name)
         values = [float(number) for number in numbers.split()]
         assert sum(values[:5]) / 5 == pytest.approx(values[5], abs=0.005)  # C3.3
 
@@ -187,49 +199,54 @@ def test_optimizers_are_table_7s(name: str):
 def test_a_shape_moves_on_its_line_alone(name: str):
     """C3.4; the heads stay, and divide every width."""
     base = {"width": 1024, "depth": 8, "heads": 16, "mlp": 2048, "patch": 32}
-    made = read(name)
-    assert {key: getattr(made.encoder, key) for key in base} == base | SHAPES[name]
-    same_but(name, "shape_base", {"encoder"})
-    assert made.encoder.numbers[0] % 16 == 0
+    recipe = read_recipe(name)
+    assert {key: getattr(recipe.encoder, key) for key in base} == base | SHAPES[name]
+    check_same_except(name, "shape_base", {"encoder"})
+    assert recipe.encoder.dims[0] % 16 == 0
 
 
 @pytest.mark.parametrize("name", DATASIZES)
 def test_data_sizes_are_the_papers(name: str):
-    made = [read(name, *words) for words in ([], *overrides(name))]
-    same_but(name, f"supervised_{name.removeprefix('datasize_')}_jft", {"data", "online", "best"})
-    assert made[0].best == "val_top1"  # early stopping on validation
-    assert [one.data.subset * IMAGES["jft"] for one in made] == pytest.approx([9e6, 30e6, 90e6, 303e6], rel=2e-3)
-    assert len({one.run for one in made}) == 4
+    sized_recipes = [read_recipe(name, *override) for override in ([], *documented_overrides(name))]
+    check_same_except(name, f"supervised_{name.removeprefix('datasize_')}_jft", {"data", "online", "best"})
+    assert sized_recipes[0].best == "val_top1"  # early stopping on validation
+    assert [recipe.data.subset * IMAGES["jft"] for recipe in sized_recipes] == pytest.approx(
+        [9e6, 30e6, 90e6, 303e6], rel=2e-3
+    )
+    assert len({recipe.run for recipe in sized_recipes}) == 4
 
 
 @pytest.mark.parametrize("name", [*POSITIONS, *SHAPES, *DATASIZES, "axial_vit_b16", "axial_vit_b32", "axial_resnet50"])
 def test_a_study_is_judged_by_5_shot_on_imagenet(name: str):
     """Of 65,000 images, as the authors' later evaluator has it (paper.md 5.1), whenever it evaluates."""
-    made = read(name)
-    assert (made.online.train, made.online.val) == (("shards/imagenet/train",), ("shards/imagenet/val",))
-    assert (made.online.samples, made.online.shots) == (65_000, (5,))
-    assert made.eval_every is not None
-    assert "val_few_shot_5" in opening(name)
-    assert ("figure only, no number" in opening(name)) == (name not in POSITIONS)
+    recipe = read_recipe(name)
+    assert (recipe.online.train, recipe.online.val) == (("shards/imagenet/train",), ("shards/imagenet/val",))
+    assert (recipe.online.samples, recipe.online.shots) == (65_000, (5,))
+    assert recipe.eval_every is not None
+    assert "val_few_shot_5" in header_text(name)
+    assert ("figure only, no number" in header_text(name)) == (name not in POSITIONS)
     if name.startswith("axial_vit"):  # paper.md 3.7: the mean is read out, at the rate for it
         title = f"Axial-ViT-B/{name[-2:]}"
-        assert (made.encoder.title, made.encoder.pool, made.optim.lr) == (title, "mean", 3e-4)
+        assert (recipe.encoder.title, recipe.encoder.pool, recipe.optim.lr) == (title, "mean", 3e-4)
 
 
 @pytest.mark.parametrize("name", MASKED)
 def test_masked_objectives_are_as_written(name: str):
     """Paper B.1.2 and paper.md 8; all but the head is mpp_vit_b16's, which is the paper's."""
-    kind, ratio, mix, corrupted, further = MASKED[name]
-    made = read(name)
+    kind, ratio, mix, num_corrupted, head_keys = MASKED[name]
+    recipe = read_recipe(name)
     steps = 1_000_000 if name.endswith("_jft") else 100_000
-    assert (made.head.kind, made.head.ratio, made.head.mix) == (kind, ratio, MIXES[mix])
-    assert sum(made.head.counts((14, 14))) == corrupted
-    assert {key: getattr(made.head, key) for key in further} == further
-    assert (made.head.unit > 1, made.head.blocks) == ("unit" in further, "blocks" in further)  # C8.1
-    assert (made.steps, made.batch, made.optim.lr, made.optim.schedule) == (steps, 4096, 2e-4, "cosine")
-    assert (made.optim.warmup_steps, made.encoder.title, made.encoder.pool) == (10_000, "ViT-B/16", "mean")
-    assert "79.9 %" in opening(name)
-    assert made.data.image_size == 224
+    assert (recipe.head.kind, recipe.head.ratio, recipe.head.mix) == (kind, ratio, MIXES[mix])
+    assert sum(recipe.head.counts((14, 14))) == num_corrupted
+    assert {key: getattr(recipe.head, key) for key in head_keys} == head_keys
+    assert (recipe.head.mask_unit > 1, recipe.head.mask_blockwise) == (
+        "mask_unit" in head_keys,
+        "mask_blockwise" in head_keys,
+    )  # C8.1
+    assert (recipe.steps, recipe.batch, recipe.optim.lr, recipe.optim.schedule) == (steps, 4096, 2e-4, "cosine")
+    assert (recipe.optim.warmup_steps, recipe.encoder.title, recipe.encoder.pool) == (10_000, "ViT-B/16", "mean")
+    assert "79.9 %" in header_text(name)
+    assert recipe.data.image_size == 224
 
 
 @pytest.mark.parametrize(
@@ -242,9 +259,9 @@ def test_masked_objectives_are_as_written(name: str):
     ],
 )
 def test_the_rate(name: str, steps: int, rates: dict[float, float]):
-    made = read(name)
-    assert made.steps == steps
-    assert [made.optim.rate(step, steps) for step in rates] == pytest.approx([*rates.values()], abs=1e-12)
+    recipe = read_recipe(name)
+    assert recipe.steps == steps
+    assert [recipe.optim.lr_at(step, steps) for step in rates] == pytest.approx([*rates.values()], abs=1e-12)
 
 
 @pytest.mark.parametrize(("data", "decayed"), [("imagenet", 9e-4), ("jft", 8e-5), ("imagenet21k", 3e-5)])
@@ -254,7 +271,7 @@ def test_a_step_without_gradient_shrinks_kernels_alone(data: str, decayed: float
     kernel, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     for parameter in layer.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    read(f"supervised_vit_b16_{data}").optim.build(layer).step()
+    read_recipe(f"supervised_vit_b16_{data}").optim.build(layer).step()
     assert torch.allclose(1 - layer.weight / kernel, torch.tensor(decayed), rtol=0, atol=2e-7)
     assert torch.equal(layer.bias, bias)
 
@@ -262,55 +279,58 @@ def test_a_step_without_gradient_shrinks_kernels_alone(data: str, decayed: float
 @pytest.mark.parametrize("name", TABLE_2)
 def test_the_best_fine_tuning_is_table_2s(name: str):
     """As ImageNet's in Table 4 (test_benchmarks.py) but for what Table 2 has on top."""
-    title, side, said = TABLE_2[name]
-    made, base = read(f"finetune_imagenet_{name}"), read("finetune_imagenet")
-    assert (made.encoder.title, made.data.image_size, made.average, made.seeds) == (title, side, 0.9999, 3)
-    assert (made.encoder.pool, base.average, base.data.image_size) == ("class", None, 384)
-    same_but(f"finetune_imagenet_{name}", "finetune_imagenet", {"encoder", "data", "average", "benchmark"})
-    assert said in opening(f"finetune_imagenet_{name}")
+    title, side, expected = TABLE_2[name]
+    recipe, base = read_recipe(f"finetune_imagenet_{name}"), read_recipe("finetune_imagenet")
+    assert (recipe.encoder.title, recipe.data.image_size, recipe.ema_decay, recipe.seeds) == (title, side, 0.9999, 3)
+    assert (recipe.encoder.pool, base.ema_decay, base.data.image_size) == ("class", None, 384)
+    check_same_except(f"finetune_imagenet_{name}", "finetune_imagenet", {"encoder", "data", "ema_decay", "benchmark"})
+    assert expected in header_text(f"finetune_imagenet_{name}")
 
 
 @pytest.mark.parametrize("name", BIT_RULE)
 def test_fine_tuning_of_resnets_is_bits(name: str):
     steps, warmup, drops, side, crop, mixup = BIT_RULE[name]
-    made, optim = read(name), read(name).optim
-    assert (made.steps, made.batch, made.data.image_size, made.head.mixup) == (steps, 512, side, mixup)
-    assert made.data.crop_area == pytest.approx((crop**2, crop**2), rel=1e-4)
+    recipe, optim = read_recipe(name), read_recipe(name).optim
+    assert (recipe.steps, recipe.batch, recipe.data.image_size, recipe.head.mixup) == (steps, 512, side, mixup)
+    assert recipe.data.crop_area == pytest.approx((crop**2, crop**2), rel=1e-4)
     assert (optim.kind, optim.lr, optim.momentum, optim.weight_decay, optim.clip) == ("sgd", 0.003, 0.9, 0.0, None)
     assert (optim.schedule, optim.warmup_steps, optim.drops) == ("step", warmup, drops)
-    assert (made.encoder.kind, made.sweep.lr, made.eval_every) == ("bit", (), None)
-    twin = read(name.replace("bit_", "") if name != "finetune_bit" else "finetune_imagenet")
-    mine, other = ((one.data.train, one.data.val, one.benchmark.model_dump(exclude={"paper"})) for one in (made, twin))
-    assert mine == other
+    assert (recipe.encoder.kind, recipe.sweep.lr, recipe.eval_every) == ("bit", (), None)
+    vit_recipe = read_recipe(name.replace("bit_", "") if name != "finetune_bit" else "finetune_imagenet")
+    actual, expected = (
+        (source.data.train, source.data.val, source.benchmark.model_dump(exclude={"paper"}))
+        for source in (recipe, vit_recipe)
+    )
+    assert actual == expected
     column = {"bit": 3, "cifar10": 5, "cifar100": 6, "pets": 7, "flowers102": 8}[name.rpartition("_")[2]]
     for model in ("R50x1", "R50x2", "R101x1", "R152x1", "R152x2", "R200x3"):
-        assert f"{model} {ROWS[f'supervised_{model.lower()}_jft'][column]}" in opening(name)
+        assert f"{model} {SUPERVISED[f'supervised_{model.lower()}_jft'][column]}" in header_text(name)
 
 
 def test_a_page_lists_every_recipe():
     """docs/recipes.md: each once in its tables, and nothing else; with the numbers above, which are all."""
-    page = (recipes.FOLDER.parent / "docs" / "recipes.md").read_text()
-    row = {line.split("`")[1]: line for line in page.splitlines() if re.match(r"\| `\w+` \|", line)}
-    listed = re.findall(r"^\| `(\w+)` \|", page, re.M)
-    assert sorted(listed) == test_recipes.NAMES
-    for rows, start in ((ROWS, "supervised_"), (POSITIONS, "positions_")):
+    page = (recipes.RECIPES_FOLDER.parent / "docs" / "recipes.md").read_text()
+    row_by_name = {line.split("`")[1]: line for line in page.splitlines() if re.match(r"\| `\w+` \|", line)}
+    listed_names = re.findall(r"^\| `(\w+)` \|", page, re.M)
+    assert sorted(listed_names) == test_recipes.NAMES
+    for rows, start in ((SUPERVISED, "supervised_"), (POSITIONS, "positions_")):
         assert sorted(rows) == [name for name in test_recipes.NAMES if name.startswith(start)]
-    for name, (_, epochs, lr, *expected) in ROWS.items():
-        assert f"| {lr} | {epochs} |" in row[name]
-        assert all(number in row[name] for number in expected), name
+    for name, (_, epochs, lr, *expected) in SUPERVISED.items():
+        assert f"| {lr} | {epochs} |" in row_by_name[name]
+        assert all(number in row_by_name[name] for number in expected), name
     for name, (_, _, value) in POSITIONS.items():
-        assert value in row[name]
+        assert value in row_by_name[name]
     for name, (_, sgd, _) in OPTIMIZERS.items():
-        assert all(number in row[name] for number in sgd.split())
+        assert all(number in row_by_name[name] for number in sgd.split())
 
 
 @pytest.mark.parametrize("name", test_recipes.NAMES)
 def test_a_base_stands_by_itself(name: str):
     """One level deep; and a recipe says what is other than its base, no more."""
-    tree = yaml.load((recipes.FOLDER / f"{name}.yaml").read_text(), config.Plain)
+    tree = yaml.load((recipes.RECIPES_FOLDER / f"{name}.yaml").read_text(), config.TextLoader)
     if "base" in tree:
-        below = yaml.load((recipes.FOLDER / f"{tree['base']}.yaml").read_text(), config.Plain)
-        assert "base" not in below
-        kinds = {part for part, keys in tree.items() if isinstance(keys, dict) and "kind" in keys}
-        mine, known = config.leaves(tree), dict(config.leaves(below))
-        assert not [path for path, value in mine if path[0] not in kinds and known.get(path) == value]
+        base_tree = yaml.load((recipes.RECIPES_FOLDER / f"{tree['base']}.yaml").read_text(), config.TextLoader)
+        assert "base" not in base_tree
+        kinds = {group for group, keys in tree.items() if isinstance(keys, dict) and "kind" in keys}
+        flat, flat_base = config.flatten(tree), dict(config.flatten(base_tree))
+        assert not [path for path, value in flat if path[0] not in kinds and flat_base.get(path) == value]

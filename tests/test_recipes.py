@@ -18,176 +18,180 @@ from ssl_vit.estimate import cost
 from ssl_vit.evaluate.config import Evaluate
 from ssl_vit.heads import clusters
 from ssl_vit.heads.classifier import Classifier
-from ssl_vit.heads.masked_prediction import Masked
+from ssl_vit.heads.masked_prediction import MaskedPrediction
 from ssl_vit.model import count_parameters
 from ssl_vit.recipes import Finetune, Pretrain
-from ssl_vit.train.optim import set_rate
+from ssl_vit.train.optim import set_lr
 from tests.test_models import TABLE
 
 ROOT = Path(__file__).parent.parent
-NAMES = sorted(path.stem for path in recipes.FOLDER.glob("*.yaml"))
-JUDGING = [name for name in NAMES if name.startswith("evaluate")]
-TRAINING = [name for name in NAMES if name not in JUDGING]
-STUDIES = ("supervised_", "shape_", "positions_", "optimizer_", "datasize_", "axial_", "finetune_bit", "mpp_")
-OURS = ("mpp_demo", "mpp_flowers", "mpp_vit_b16")  # their headers tell what they took, or in words of their own
+NAMES = sorted(path.stem for path in recipes.RECIPES_FOLDER.glob("*.yaml"))
+EVALUATION = [name for name in NAMES if name.startswith("evaluate")]
+TRAINING = [name for name in NAMES if name not in EVALUATION]
+STUDY_PREFIXES = ("supervised_", "shape_", "positions_", "optimizer_", "datasize_", "axial_", "finetune_bit", "mpp_")
+OWN_RECIPES = ("mpp_demo", "mpp_flowers", "mpp_vit_b16")  # their headers tell what they took, or in words of their own
 SCHEMAS = {"pretrain": Pretrain, "finetune": Finetune, "fit_clusters": FitClusters, "make_shards": MakeShards}
-PAPERS = [name for name in TRAINING if name.startswith(STUDIES) and name not in OURS]
+PAPER_RECIPES = [name for name in TRAINING if name.startswith(STUDY_PREFIXES) and name not in OWN_RECIPES]
 LARGE = re.compile("r101|r152|r200|bit_")  # ResNets, which take long to build; by default the others of their kind
-TIERED = [pytest.param(name, marks=pytest.mark.process if LARGE.search(name) else ()) for name in TRAINING]
-CLASSES = 3
-CENTERS = 8  # of the codebooks here
+MARKED_RECIPES = [pytest.param(name, marks=pytest.mark.process if LARGE.search(name) else ()) for name in TRAINING]
+NUM_CLASSES = 3
+NUM_CENTERS = 8  # of the codebooks here
 
 
-def schema(name: str) -> type[Pretrain] | type[Finetune]:
+def recipe_schema(name: str) -> type[Pretrain] | type[Finetune]:
     return Finetune if name.startswith(("finetune", "vtab")) else Pretrain
 
 
-def opening(name: str) -> str:
+def header_comment(name: str) -> str:
     """The comment that a recipe opens with, without its signs."""
-    lines = (recipes.FOLDER / f"{name}.yaml").read_text().splitlines()
-    end = next(number for number, line in enumerate(lines) if not line.startswith("#"))
-    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:end])
+    lines = (recipes.RECIPES_FOLDER / f"{name}.yaml").read_text().splitlines()
+    num_lines = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:num_lines])
 
 
-def codebook(name: str, folder: Path, words: list[str]) -> list[str]:
+def write_noise_codebook(name: str, folder: Path, args: list[str]) -> list[str]:
     """A codebook of noise in the place of the recipe's: of its space, as its command fits it, for its patches."""
-    made = read(name, *words)
-    if made.head.kind != "clusters":
+    recipe = read_recipe(name, *args)
+    if recipe.head.kind != "clusters":
         return []
-    size = 3 if "space=color" in opening(name) else 3 * made.encoder.patch**2
-    centers = torch.rand(CENTERS, size, generator=torch.Generator().manual_seed(0))
-    clusters.write(folder / "codebook.safetensors", centers, {})
+    size = 3 if "space=color" in header_comment(name) else 3 * recipe.encoder.patch**2
+    centers = torch.rand(NUM_CENTERS, size, generator=torch.Generator().manual_seed(0))
+    clusters.write_codebook(folder / "codebook.safetensors", centers, {})
     return [f"head.codebook={folder / 'codebook.safetensors'}"]
 
 
-def read(name: str, *more: str) -> Any:
-    return config.parse(schema(name), [f"recipe={name}", *more], recipes.FOLDER)
+def read_recipe(name: str, *overrides: str) -> Any:
+    return config.parse(recipe_schema(name), [f"recipe={name}", *overrides], recipes.RECIPES_FOLDER)
 
 
-def small(name: str) -> list[str]:
+def small_overrides(name: str) -> list[str]:
     """Overrides that leave a recipe its parts, and take their size."""
-    encoder = read(name).encoder
+    encoder = read_recipe(name).encoder
     if encoder.kind in ("vit", "axial"):
         grid = 2 if encoder.patch == 32 else 4
-        numbers = {"width": 32, "depth": 2, "heads": 2, "mlp": 32}
-        return [f"data.image_size={grid * encoder.patch}", *(f"encoder.{key}={n}" for key, n in numbers.items())]
+        sizes = {"width": 32, "depth": 2, "heads": 2, "mlp": 32}
+        return [f"data.image_size={grid * encoder.patch}", *(f"encoder.{key}={size}" for key, size in sizes.items())]
     if encoder.kind == "bit":
         return ["data.image_size=32", "encoder.widen=1", *(["encoder.depth=50"] if encoder.depth != 50 else [])]
     return ["data.image_size=64"]
 
 
-def blind(head: Any) -> float | None:
+def initial_loss(head: Any) -> float | None:
     """The loss of a head that starts at zero, where it does not depend on the images."""
     if isinstance(head, Classifier) and head.loss == "sigmoid":
-        return math.log1p(math.exp(-head.bias)) + (CLASSES - 1) * math.log1p(math.exp(head.bias))
-    answers = CLASSES
-    if isinstance(head, Masked):
-        answers = {"mean_color": 512, "patch_colors": 512, "clusters": CENTERS}.get(head.kind)  # type: ignore[attr-defined]
-    return math.log(answers) if answers else None
+        return math.log1p(math.exp(-head.bias)) + (NUM_CLASSES - 1) * math.log1p(math.exp(head.bias))
+    num_outputs = NUM_CLASSES
+    if isinstance(head, MaskedPrediction):
+        num_outputs = {"mean_color": 512, "patch_colors": 512, "clusters": NUM_CENTERS}.get(head.kind)  # type: ignore[attr-defined]
+    return math.log(num_outputs) if num_outputs else None
 
 
-@pytest.mark.parametrize("name", TIERED)
+@pytest.mark.parametrize("name", MARKED_RECIPES)
 def test_a_recipe_builds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """At full size, on the meta device."""
-    built: list[Any] = []
-    given = read(name, *codebook(name, tmp_path, []))
-    build = type(given.head).build
-    monkeypatch.setattr(type(given.head), "build", lambda *what, **more: built.append(build(*what, **more)))
-    made, _, _ = recipes.resolve(given)
-    (tmp_path / "again.yaml").write_text(config.dump(given))  # a resume compares the two
-    assert config.parse(schema(name), ["recipe=again", f"run={given.run}"], tmp_path) == given
-    assert count_parameters(built[0]) > 0
-    assert all(parameter.is_meta for parameter in built[0].parameters())
-    assert made.run == f"runs/{name}"
-    assert f"recipe={name}" in opening(name)
-    assert "accelerate launch" in opening(name)
+    models: list[Any] = []
+    recipe = read_recipe(name, *write_noise_codebook(name, tmp_path, []))
+    build = type(recipe.head).build
+    monkeypatch.setattr(type(recipe.head), "build", lambda *args, **kwargs: models.append(build(*args, **kwargs)))
+    resolved, _, _ = recipes.resolve_recipe(recipe)
+    (tmp_path / "again.yaml").write_text(config.dump(recipe))  # a resume compares the two
+    assert config.parse(recipe_schema(name), ["recipe=again", f"run={recipe.run}"], tmp_path) == recipe
+    assert count_parameters(models[0]) > 0
+    assert all(parameter.is_meta for parameter in models[0].parameters())
+    assert resolved.run == f"runs/{name}"
+    assert f"recipe={name}" in header_comment(name)
+    assert "accelerate launch" in header_comment(name)
 
 
-@pytest.mark.parametrize("name", TIERED)
+@pytest.mark.parametrize("name", MARKED_RECIPES)
 def test_a_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Two steps, because the first moves nothing below a layer that starts at zero."""
-    monkeypatch.setitem(timm_encoder.LAYERS, 50, (1, 1, 1, 1))
-    words = [*small(name), "seed=1", "precision=fp32"]
-    made, _, _ = recipes.resolve(read(name, *words, *codebook(name, tmp_path, words)))
-    model = setup.build(made, CLASSES).train()
-    before = {value: value.detach().clone() for value in model.parameters()}
-    optimizer = made.optim.build(model)
-    set_rate(optimizer.param_groups, made.optim.rate(made.optim.warmup_steps, made.steps))
-    random = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (2, 3, *made.data.image_hw), generator=random, dtype=torch.uint8)
-    ones = {"label": torch.tensor([0, 2]), "seed": torch.arange(2), "valid": torch.ones(2, dtype=torch.bool)}
+    monkeypatch.setitem(timm_encoder.BLOCKS_PER_STAGE, 50, (1, 1, 1, 1))
+    args = [*small_overrides(name), "seed=1", "precision=fp32"]
+    recipe, _, _ = recipes.resolve_recipe(read_recipe(name, *args, *write_noise_codebook(name, tmp_path, args)))
+    model = setup.build_model(recipe, NUM_CLASSES).train()
+    initial = {value: value.detach().clone() for value in model.parameters()}
+    optimizer = recipe.optim.build(model)
+    set_lr(optimizer.param_groups, recipe.optim.lr_at(recipe.optim.warmup_steps, recipe.steps))
+    rng = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (2, 3, *recipe.data.image_hw), generator=rng, dtype=torch.uint8)
+    targets = {"label": torch.tensor([0, 2]), "seed": torch.arange(2), "valid": torch.ones(2, dtype=torch.bool)}
     losses = []
     for _ in range(2):
         optimizer.zero_grad()
-        loss = model({"image": image, **ones}).loss
+        loss = model({"image": image, **targets}).loss
         loss.backward()
-        if made.optim.clip is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), made.optim.clip)
+        if recipe.optim.clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip)
         optimizer.step()
         losses.append(loss.item())
     assert all(map(math.isfinite, losses))
-    expected = blind(made.head)
+    expected = initial_loss(recipe.head)
     assert losses[0] == pytest.approx(expected, rel=1e-5) if expected else losses[0] > 0
     assert losses[1] != losses[0]
-    for part in (model.encoder, model.head):
-        assert any((value != before[value]).any() for value in part.parameters())
+    for module in (model.encoder, model.head):
+        assert any((value != initial[value]).any() for value in module.parameters())
     # decay by itself moves weights too
     assert sum(float(value.grad.abs().sum()) for value in model.encoder.parameters() if value.grad is not None) > 0
 
 
-@pytest.mark.parametrize("name", JUDGING)
+@pytest.mark.parametrize("name", EVALUATION)
 def test_a_recipe_judges(name: str):
-    made = config.parse(Evaluate, [f"recipe={name}"], recipes.FOLDER)
-    assert made.methods == ("classifier",)
-    assert made.metrics.label_sets or made.metrics.class_map
-    assert (made.run, made.data.image_size, made.data.eval_crop) == (f"runs/{name}", 384, 0.8572)
-    assert f"tools/evaluate.py recipe={name}" in opening(name)
+    recipe = config.parse(Evaluate, [f"recipe={name}"], recipes.RECIPES_FOLDER)
+    assert recipe.methods == ("classifier",)
+    assert recipe.metrics.label_sets or recipe.metrics.class_map
+    assert (recipe.run, recipe.data.image_size, recipe.data.eval_crop) == (f"runs/{name}", 384, 0.8572)
+    assert f"tools/evaluate.py recipe={name}" in header_comment(name)
 
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_the_commands_of_a_recipe_are_taken(name: str):
     """The one at its top, and what it says in backticks to give besides, is known to the tool it is for."""
-    text = re.sub(r"\\\n\s*", " ", opening(name))
+    text = re.sub(r"\\\n\s*", " ", header_comment(name))
     commands = re.findall(r"tools/(\w+)\.py ([^\n]+)", re.sub(r"`[^`]+`", "", text))
-    assert any(f"recipe={name}" in rest.split() for _, rest in commands)
-    quoted = [" ".join(words.split()) for words in re.findall(r"`([^`]+)`", text)]
-    for tool, rest in [*re.findall(r"tools/(\w+)\.py (.*)", "\n".join(quoted)), *commands]:
-        words = [word for word in rest.split() if re.match(r"[\w.]+=.", word)]
-        made = config.parse(SCHEMAS[tool], words, recipes.FOLDER)
-        if isinstance(made, Finetune) and made.init == f"runs/{name}" and made.encoder.kind == "vit":
-            read(name).encoder.model_copy(update={"image": made.data.image_size}).check()  # patches tile its images
-    for words in quoted:
-        if re.match(r"[\w.]+=\S", words):
-            other = read(name, *words.split())
-            assert other != read(name)
-            if "encoder." in words:
-                recipes.resolve(other)
+    assert any(f"recipe={name}" in arguments.split() for _, arguments in commands)
+    quoted = [" ".join(args.split()) for args in re.findall(r"`([^`]+)`", text)]
+    for tool, arguments in [*re.findall(r"tools/(\w+)\.py (.*)", "\n".join(quoted)), *commands]:
+        quote = [word for word in arguments.split() if re.match(r"[\w.]+=.", word)]
+        recipe = config.parse(SCHEMAS[tool], quote, recipes.RECIPES_FOLDER)
+        if isinstance(recipe, Finetune) and recipe.init == f"runs/{name}" and recipe.encoder.kind == "vit":
+            read_recipe(name).encoder.model_copy(
+                update={"image": recipe.data.image_size}
+            ).check_config()  # patches tile its images
+    for quote in quoted:
+        if re.match(r"[\w.]+=\S", quote):
+            changed = read_recipe(name, *quote.split())
+            assert changed != read_recipe(name)
+            if "encoder." in quote:
+                recipes.resolve_recipe(changed)
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", PAPER_RECIPES)
 def test_a_recipe_of_the_paper_says_what_it_costs_and_what_to_expect(name: str):
-    text = " ".join(opening(name).split())
+    text = " ".join(header_comment(name).split())
     assert "Hardware: not run here." in text
     assert "Expected" in text
-    made = read(name)
-    if isinstance(made, Finetune):
+    recipe = read_recipe(name)
+    if isinstance(recipe, Finetune):
         return  # of the encoder that init brings
-    assert made.data.image_size == made.encoder.image
-    title = made.encoder.title
-    macs = TABLE[title][1] * 1e9 if title.startswith(("R", "AxialR")) else cost.encoder_macs(made.encoder)
-    if isinstance(made.head, Masked):
-        answers = {"mean_color": 512, "patch_colors": 16 * 512, "patch_pixels": 768}.get(made.head.kind)  # type: ignore[attr-defined]
-        answers = answers or int(re.findall(r"clusters=(\d+)", text)[0])
-        macs += sum(made.head.counts(made.encoder.grid)) * made.encoder.numbers[0] * answers
-    wanted = cost.exaflops(macs, made.steps * made.batch)
+    assert recipe.data.image_size == recipe.encoder.image
+    title = recipe.encoder.title
+    macs = TABLE[title][1] * 1e9 if title.startswith(("R", "AxialR")) else cost.encoder_macs(recipe.encoder)
+    if isinstance(recipe.head, MaskedPrediction):
+        num_outputs = {"mean_color": 512, "patch_colors": 16 * 512, "patch_pixels": 768}.get(recipe.head.kind)  # type: ignore[attr-defined]
+        num_outputs = num_outputs or int(re.findall(r"clusters=(\d+)", text)[0])
+        macs += sum(recipe.head.counts(recipe.encoder.grid)) * recipe.encoder.dims[0] * num_outputs
+    expected = cost.exaflops(macs, recipe.steps * recipe.batch)
     pattern = r"not run here\. ([\d.]+) exaFLOPs.*?: ([\d.]+) (hours|days) of eight H100 at an assumed 400 TFLOP/s"
     ((exaflops, length, unit),) = re.findall(pattern, text)
-    assert float(exaflops) == pytest.approx(wanted, rel=0.006)
+    assert float(exaflops) == pytest.approx(expected, rel=0.006)
     hours = float(length) * {"hours": 1, "days": 24}[unit]
-    assert hours == pytest.approx(wanted * 1e18 / (8 * 400e12) / 3600, rel=0.03)
+    assert hours == pytest.approx(expected * 1e18 / (8 * 400e12) / 3600, rel=0.03)
 
 
-@pytest.mark.parametrize("path", [ROOT / "accelerate_config.yaml", *sorted((recipes.FOLDER / "launch").glob("*.yaml"))])
+@pytest.mark.parametrize(
+    "path", [ROOT / "accelerate_config.yaml", *sorted((recipes.RECIPES_FOLDER / "launch").glob("*.yaml"))]
+)
 def test_a_launch_file_is_what_accelerate_reads(path: Path):
     from accelerate.commands.config.config_args import ClusterConfig
 

@@ -1,7 +1,7 @@
 """Look into an encoder: python tools/analyze.py encoder=runs/NAME data=shards/val run=runs/analyze
 
 Writes a page with the paper's pictures (attention rollout, attention distance, filters, positions), reconstructions,
-features and neighbours; the pictures as PNG, the numbers as JSON and CSV.
+features and neighbors; the pictures as PNG, the numbers as JSON and CSV.
 """
 
 import sys
@@ -12,11 +12,11 @@ from ssl_vit.commands import analyze
 
 
 def main(arguments: list[str]) -> int:
-    if config.usage(arguments):
-        print(f"{__doc__}\n{config.describe(sections.Analyze)}")
+    if config.wants_help(arguments):
+        print(f"{__doc__}\n{config.format_help(sections.Analyze)}")
         return 0
-    return analyze.run(config.parse(sections.Analyze, arguments, recipes.FOLDER))
+    return analyze.run(config.parse(sections.Analyze, arguments, recipes.RECIPES_FOLDER))
 
 
 if __name__ == "__main__":
-    sys.exit(errors.run(main))
+    sys.exit(errors.run_main(main))

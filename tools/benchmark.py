@@ -9,4 +9,4 @@ from ssl_vit import errors
 from tools.benchmarks.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(errors.run(main))
+    sys.exit(errors.run_main(main))

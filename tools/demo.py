@@ -1,6 +1,6 @@
 """The main job on pictures that this file makes: folder -> shards -> pretraining -> fine-tuning, and one table.
 
-Handwritten digits in random colours lie on crops of two photographs; both ship with scikit-learn. Everything is
+Handwritten digits in random colors lie on crops of two photographs; both ship with scikit-learn. Everything is
 written under runs/demo, and the commands are the ones a user would type.
 """
 
@@ -24,21 +24,21 @@ DIGIT = 28
 
 def main(arguments: list[str]) -> int:
     """Arguments are key=value overrides for both trainings, such as steps=20."""
-    began = time.monotonic()
+    start = time.monotonic()
     images = RUNS / "images"
     if not images.exists():
         make_images(images)
     data = [f"data.train={RUNS}/shards/train", f"data.val={RUNS}/shards/val"]
-    python("make_shards", f"input={images}", f"output={RUNS}/shards", "val_fraction=0.2", "shard_samples=256")
-    launch("pretrain", "recipe=mpp_demo", f"run={RUNS}/pretrain", *data, *arguments)
+    run_tool("make_shards", f"input={images}", f"output={RUNS}/shards", "val_fraction=0.2", "shard_samples=256")
+    launch_tool("pretrain", "recipe=mpp_demo", f"run={RUNS}/pretrain", *data, *arguments)
     for name, init in {"finetune": f"{RUNS}/pretrain", "scratch": "none"}.items():
-        launch("finetune", "recipe=finetune_demo", f"run={RUNS}/{name}", f"init={init}", *data, *arguments)
-    print(table())
+        launch_tool("finetune", "recipe=finetune_demo", f"run={RUNS}/{name}", f"init={init}", *data, *arguments)
+    print(results_table())
     picture = RUNS / "pretrain" / "reconstruction.png"
-    print(f"\npicture (input, corrupted, predicted and true colours, error): {picture}")
-    python("analyze", f"encoder={RUNS}/pretrain", f"data={RUNS}/shards", f"run={RUNS}/inside", "quiet=true")
+    print(f"\npicture (input, corrupted, predicted and true colors, error): {picture}")
+    run_tool("analyze", f"encoder={RUNS}/pretrain", f"data={RUNS}/shards", f"run={RUNS}/inside", "quiet=true")
     print(f"what the encoder has learned, in pictures: {RUNS / 'inside' / 'report.html'}")
-    print(f"the whole demo took {time.monotonic() - began:.0f} s")
+    print(f"the whole demo took {time.monotonic() - start:.0f} s")
     return 0
 
 
@@ -66,17 +66,17 @@ def make_images(folder: Path) -> None:
     draft.rename(folder)
 
 
-def table() -> str:
+def results_table() -> str:
     """What came out: accuracy from the pretrained encoder and from scratch, and the loss beside its baselines."""
     results, speed = {}, {}
     for name in ("pretrain", "finetune", "scratch"):
         results[name] = json.loads((RUNS / name / "results.json").read_text())
         rows = [json.loads(line) for line in (RUNS / name / "metrics.jsonl").read_text().splitlines()]
         speed[name] = np.median([row["images_per_second"] for row in rows])
-    masked, line = results["pretrain"], "{:<16}{:>12}{:>20}{:>20}{:>9}{:>10}".format
-    numbers = [f"{masked[key]:.3f}" for key in ("loss", "neighbour_loss", "unigram_entropy", "uniform")]
+    pretrain, line = results["pretrain"], "{:<16}{:>12}{:>20}{:>20}{:>9}{:>10}".format
+    numbers = [f"{pretrain[key]:.3f}" for key in ("loss", "neighbor_loss", "unigram_entropy", "uniform")]
     lines = [
-        line("pretraining", "masked loss", "copying neighbours", "by label frequency", "uniform", "images/s"),
+        line("pretraining", "masked loss", "copying neighbors", "by label frequency", "uniform", "images/s"),
         line("", *numbers, f"{speed['pretrain']:.0f}"),
         line("fine-tuning", "top-1", "top-5", "", "samples", "images/s"),
     ]
@@ -86,20 +86,20 @@ def table() -> str:
     return "\n" + "\n".join(lines)
 
 
-def python(tool: str, *arguments: str) -> None:
+def run_tool(tool: str, *arguments: str) -> None:
     """Run a tool in this interpreter's environment; its failure is ours."""
-    command([sys.executable, f"tools/{tool}.py", *arguments])
+    run_command([sys.executable, f"tools/{tool}.py", *arguments])
 
 
-def launch(tool: str, *arguments: str) -> None:
+def launch_tool(tool: str, *arguments: str) -> None:
     """Run a training tool by `accelerate launch`, as the README does."""
     accelerate = Path(sys.executable).with_name("accelerate")
     threads = ["--num_cpu_threads_per_process", os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))]
     config = ["--config_file", "recipes/launch/cpu.yaml", *threads]
-    command([str(accelerate), "launch", *config, f"tools/{tool}.py", *arguments])
+    run_command([str(accelerate), "launch", *config, f"tools/{tool}.py", *arguments])
 
 
-def command(parts: list[str]) -> None:
+def run_command(parts: list[str]) -> None:
     print("\n$ " + " ".join([Path(parts[0]).name, *parts[1:]]), flush=True)
     code = subprocess.run(parts).returncode
     if code:

@@ -7,11 +7,11 @@ from ssl_vit.commands import evaluate
 
 
 def main(arguments: list[str]) -> int:
-    if config.usage(arguments):
-        print(f"{__doc__}\n\n{config.describe(evaluate.Evaluate)}")
+    if config.wants_help(arguments):
+        print(f"{__doc__}\n\n{config.format_help(evaluate.Evaluate)}")
         return 0
-    return evaluate.run(config.parse(evaluate.Evaluate, arguments, recipes.FOLDER))
+    return evaluate.run(config.parse(evaluate.Evaluate, arguments, recipes.RECIPES_FOLDER))
 
 
 if __name__ == "__main__":
-    sys.exit(errors.run(main))
+    sys.exit(errors.run_main(main))

@@ -12,12 +12,12 @@ from ssl_vit.commands import export
 
 
 def main(arguments: list[str]) -> int:
-    if config.usage(arguments):
-        print(f"{__doc__}\n\n{config.describe(export.Export)}")
+    if config.wants_help(arguments):
+        print(f"{__doc__}\n\n{config.format_help(export.Export)}")
         return 0
     print(export.run(config.parse(export.Export, arguments, Path("recipes"))))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(errors.run(main))
+    sys.exit(errors.run_main(main))

@@ -7,11 +7,11 @@ from ssl_vit.commands import train
 
 
 def main(arguments: list[str]) -> int:
-    if config.usage(arguments):
-        print(f"{__doc__}\n\n{config.describe(recipes.Finetune)}")
+    if config.wants_help(arguments):
+        print(f"{__doc__}\n\n{config.format_help(recipes.Finetune)}")
         return 0
-    return train.run(config.parse(recipes.Finetune, arguments, recipes.FOLDER))
+    return train.run(config.parse(recipes.Finetune, arguments, recipes.RECIPES_FOLDER))
 
 
 if __name__ == "__main__":
-    sys.exit(errors.run(main))
+    sys.exit(errors.run_main(main))

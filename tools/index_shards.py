@@ -8,16 +8,16 @@ import sys
 from pathlib import Path
 
 from ssl_vit import config, errors
-from ssl_vit.convert.index_shards import IndexShards, index
+from ssl_vit.convert.index_shards import IndexShards, index_tars
 
 
 def main(arguments: list[str]) -> int:
-    if config.usage(arguments):
-        print(f"{__doc__}\n\n{config.describe(IndexShards)}")
+    if config.wants_help(arguments):
+        print(f"{__doc__}\n\n{config.format_help(IndexShards)}")
         return 0
-    index(config.parse(IndexShards, arguments, Path("recipes")))
+    index_tars(config.parse(IndexShards, arguments, Path("recipes")))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(errors.run(main))
+    sys.exit(errors.run_main(main))

@@ -9,31 +9,31 @@ import sys
 from pathlib import Path
 
 from ssl_vit import config, errors
-from ssl_vit.convert.make_shards import REJECTS, MakeShards, convert
+from ssl_vit.convert.make_shards import REJECTS, MakeShards, convert_images
 
 
 def main(arguments: list[str]) -> int:
-    if config.usage(arguments):
-        print(f"{__doc__}\n\n{config.describe(MakeShards)}")
+    if config.wants_help(arguments):
+        print(f"{__doc__}\n\n{config.format_help(MakeShards)}")
         return 0
     options = config.parse(MakeShards, arguments, Path("recipes"))
-    rank, world = launched()
-    made = convert(options, rank, world)
-    for part in made.values():
-        rejected, doubled = part.job["rejects"], part.job.get("duplicates")
-        note = f", {rejected} rejected (see {part.name}/{REJECTS})" if rejected else ""
-        note += f", {doubled} equal to an earlier one" if doubled else ""
-        print(f"{part.name}: {part.samples} samples, {len(part.classes)} classes, {len(part.shards)} shards{note}")
-    if not made:
+    rank, world = rank_and_world()
+    manifests = convert_images(options, rank, world)
+    for split in manifests.values():
+        rejected, duplicates = split.job["rejects"], split.job.get("duplicates")
+        note = f", {rejected} rejected (see {split.name}/{REJECTS})" if rejected else ""
+        note += f", {duplicates} equal to an earlier one" if duplicates else ""
+        print(f"{split.name}: {split.samples} samples, {len(split.classes)} classes, {len(split.shards)} shards{note}")
+    if not manifests:
         print(f"process {rank} of {world}: its shards are done; the one that ends last writes the manifest")
     return 0
 
 
-def launched() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """This process's number, and how many torchrun, accelerate or srun started."""
     names = [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")]
     return next(((int(os.environ[r]), int(os.environ[w])) for r, w in names if w in os.environ), (0, 1))
 
 
 if __name__ == "__main__":
-    sys.exit(errors.run(main))
+    sys.exit(errors.run_main(main))

@@ -8,11 +8,11 @@ from ssl_vit.commands import predict
 
 
 def main(arguments: list[str]) -> int:
-    if config.usage(arguments):
-        print(f"{__doc__}\n\n{config.describe(predict.Predict)}")
+    if config.wants_help(arguments):
+        print(f"{__doc__}\n\n{config.format_help(predict.Predict)}")
         return 0
     return predict.run(config.parse(predict.Predict, arguments, Path()))
 
 
 if __name__ == "__main__":
-    sys.exit(errors.run(main))
+    sys.exit(errors.run_main(main))

@@ -13,16 +13,18 @@ import sys
 from pathlib import Path
 
 from ssl_vit import config, errors
-from ssl_vit.commands.runs import Runs, report
+from ssl_vit.commands.runs import Runs, report_runs
 
 
 def main(arguments: list[str]) -> int:
-    if config.usage(arguments):
-        lines = iter([f"{__doc__}\n\n{config.describe(Runs)}"])
+    if config.wants_help(arguments):
+        lines = iter([f"{__doc__}\n\n{config.format_help(Runs)}"])
     else:
-        shown = sys.stdout.isatty()
-        width = shutil.get_terminal_size().columns if shown else None
-        lines = report(config.parse(Runs, arguments, Path("recipes")), width, shown and not os.environ.get("NO_COLOR"))
+        is_terminal = sys.stdout.isatty()
+        width = shutil.get_terminal_size().columns if is_terminal else None
+        lines = report_runs(
+            config.parse(Runs, arguments, Path("recipes")), width, is_terminal and not os.environ.get("NO_COLOR")
+        )
     try:
         for line in lines:
             print(line, flush=True)
@@ -34,4 +36,4 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a folder may have any name
-    sys.exit(errors.run(main))
+    sys.exit(errors.run_main(main))

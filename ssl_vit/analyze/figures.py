@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from ssl_vit.report.page import ascii_of, figure
+from ssl_vit.report.page import make_figure, to_ascii
 
-CLASSES = 20  # that a legend names, and that are told apart by colour
+CLASSES = 20  # that a legend names, and that are told apart by color
 
 
 def shaded(image: np.ndarray, values: np.ndarray, stride: int) -> np.ndarray:
@@ -26,80 +26,86 @@ def shaded(image: np.ndarray, values: np.ndarray, stride: int) -> np.ndarray:
 
 def tiles(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], side: float = 1.4, **options: Any) -> Any:
     """Pictures in rows, one title a column; `options` are imshow's."""
-    wide = max(len(row) for row in rows)
+    num_columns = max(len(row) for row in rows)
     aspect = rows[0][0].shape[0] / rows[0][0].shape[1]
-    made, axes = figure(side * wide, side * aspect * len(rows) + 0.3, nrows=len(rows), ncols=wide, squeeze=False)
-    for number, row in enumerate(rows):
-        for place, one in enumerate(axes[number]):
-            one.axis("off")
-            if place < len(row):
-                one.imshow(row[place], **options)
-            if number == 0 and place < len(titles):
-                one.set_title(ascii_of(titles[place]), fontsize=7)
-    made.subplots_adjust(wspace=0.05, hspace=0.05)
-    return made
+    fig, axes = make_figure(
+        side * num_columns, side * aspect * len(rows) + 0.3, nrows=len(rows), ncols=num_columns, squeeze=False
+    )
+    for row_index, row in enumerate(rows):
+        for column, ax in enumerate(axes[row_index]):
+            ax.axis("off")
+            if column < len(row):
+                ax.imshow(row[column], **options)
+            if row_index == 0 and column < len(titles):
+                ax.set_title(to_ascii(titles[column]), fontsize=7)
+    fig.subplots_adjust(wspace=0.05, hspace=0.05)
+    return fig
 
 
-def distance_dots(found: Mapping[int, Sequence[float]], uniform: float) -> Any:
+def distance_dots(distances: Mapping[int, Sequence[float]], uniform: float) -> Any:
     """A dot for the mean attention distance of each head, pixels, by layer (paper Figure 7, right)."""
-    made, axes = figure()
-    for layer, heads in found.items():
+    fig, axes = make_figure()
+    for layer, heads in distances.items():
         axes.scatter([layer] * len(heads), heads, s=14, c=[f"C{n % 10}" for n in range(len(heads))])
-    axes.axhline(uniform, color="grey", linestyle="--", linewidth=1, label="equal attention to all")
-    most = max(uniform, *map(max, found.values()))
-    axes.set(xlabel="layer", ylabel="mean attention distance, pixels", ylim=(0, 1.1 * most or 1))
+    axes.axhline(uniform, color="gray", linestyle="--", linewidth=1, label="equal attention to all")
+    maximum = max(uniform, *map(max, distances.values()))
+    axes.set(xlabel="layer", ylabel="mean attention distance, pixels", ylim=(0, 1.1 * maximum or 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    return made
+    return fig
 
 
 def filter_tiles(components: np.ndarray, titles: Sequence[str], columns: int = 7) -> Any:
-    """Components [K, C, h, w] as pictures, each by its own maximum: grey is zero."""
-    most = np.abs(components).reshape(len(components), -1).max(1)[:, None, None, None]
-    shown = (0.5 + 0.5 * components / np.maximum(most, 1e-30)).transpose(0, 2, 3, 1)
-    shown = shown if shown.shape[3] == 3 else shown[..., :1].repeat(3, 3)
-    made, axes = figure(1.1 * columns, 1.25 * -(-len(shown) // columns), nrows=-(-len(shown) // columns), ncols=columns)
-    for place, one in enumerate(axes.flat):
-        one.axis("off")
-        if place < len(shown):
-            one.imshow(shown[place])
-            one.set_title(titles[place], fontsize=6)
-    return made
+    """Components [K, C, h, w] as pictures, each by its own maximum: gray is zero."""
+    scale = np.abs(components).reshape(len(components), -1).max(1)[:, None, None, None]
+    pictures = (0.5 + 0.5 * components / np.maximum(scale, 1e-30)).transpose(0, 2, 3, 1)
+    pictures = pictures if pictures.shape[3] == 3 else pictures[..., :1].repeat(3, 3)
+    fig, axes = make_figure(
+        1.1 * columns, 1.25 * -(-len(pictures) // columns), nrows=-(-len(pictures) // columns), ncols=columns
+    )
+    for index, ax in enumerate(axes.flat):
+        ax.axis("off")
+        if index < len(pictures):
+            ax.imshow(pictures[index])
+            ax.set_title(titles[index], fontsize=6)
+    return fig
 
 
-def similarity_tiles(alike: np.ndarray, grid: tuple[int, int]) -> Any:
+def similarity_tiles(similarity: np.ndarray, grid: tuple[int, int]) -> Any:
     """For each patch, in its place, a map of its position's similarity with all others [N, N]."""
     rows, columns = grid
     step_down, step_right = (max(1, -(-side // 14)) for side in grid)  # of large grids every second or third
     down, right = range(0, rows, step_down), range(0, columns, step_right)
     size = min(9.0, 0.6 * len(right))
-    made, axes = figure(size, max(1.0, size * len(down) / len(right)), nrows=len(down), ncols=len(right), squeeze=False)
-    shown = None
+    fig, axes = make_figure(
+        size, max(1.0, size * len(down) / len(right)), nrows=len(down), ncols=len(right), squeeze=False
+    )
+    image = None
     for i, row in enumerate(down):
         for j, column in enumerate(right):
             axes[i, j].set(xticks=[], yticks=[])
-            shown = axes[i, j].imshow(alike[row * columns + column].reshape(grid), vmin=-1, vmax=1, cmap="viridis")
-    made.colorbar(shown, ax=axes, label="cosine similarity", shrink=0.8)
-    return made
+            image = axes[i, j].imshow(similarity[row * columns + column].reshape(grid), vmin=-1, vmax=1, cmap="viridis")
+    fig.colorbar(image, ax=axes, label="cosine similarity", shrink=0.8)
+    return fig
 
 
-def scatter(places: np.ndarray, labels: np.ndarray, names: Sequence[str], axes_names: tuple[str, str]) -> Any:
-    """Images as dots [M, 2], coloured by class; -1 has none."""
-    made, axes = figure(6.5, 5)
-    known = [label for label in np.unique(labels) if label >= 0]
-    rest = ~np.isin(labels, known[:CLASSES])
-    axes.scatter(*places[rest].T, s=6, color="lightgrey", label="others" if known and rest.any() else None)
-    for number, label in enumerate(known[:CLASSES]):
-        color = f"C{number}" if len(known) <= 10 else _color(number)
-        axes.scatter(*places[labels == label].T, s=6, color=color, label=ascii_of(str(names[int(label)])))
+def scatter(points: np.ndarray, labels: np.ndarray, names: Sequence[str], axes_names: tuple[str, str]) -> Any:
+    """Images as dots [M, 2], colored by class; -1 has none."""
+    fig, axes = make_figure(6.5, 5)
+    classes = [label for label in np.unique(labels) if label >= 0]
+    others = ~np.isin(labels, classes[:CLASSES])
+    axes.scatter(*points[others].T, s=6, color="lightgray", label="others" if classes and others.any() else None)
+    for index, label in enumerate(classes[:CLASSES]):
+        color = f"C{index}" if len(classes) <= 10 else _color(index)
+        axes.scatter(*points[labels == label].T, s=6, color=color, label=to_ascii(str(names[int(label)])))
     axes.set(xlabel=axes_names[0], ylabel=axes_names[1], xticks=[], yticks=[])
-    if known:
+    if classes:
         axes.legend(fontsize=6, markerscale=2, loc="center left", bbox_to_anchor=(1, 0.5))
-    return made
+    return fig
 
 
-def _color(number: int) -> Any:
+def _color(index: int) -> Any:
     import matplotlib
 
-    return matplotlib.colormaps["tab20"](number % 20)
+    return matplotlib.colormaps["tab20"](index % 20)

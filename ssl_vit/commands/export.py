@@ -16,7 +16,7 @@ from ssl_vit.config import Config
 from ssl_vit.encoders import export, weights
 from ssl_vit.encoders.vit import VitEncoder
 from ssl_vit.encoders.weights import AnyEncoder
-from ssl_vit.errors import CANNOT_CREATE, USAGE, Refusal
+from ssl_vit.errors import ExitCode, ExitError
 
 ROUNDING = 1e-3  # of the largest number: how far onnxruntime may be off without a word
 
@@ -35,7 +35,7 @@ class Export(Config):
     output: str = Field(default="exported", min_length=1, description="folder to write; of onnx the file, NAME.onnx")
     image_size: int | tuple[int, int] | None = Field(default=None, description="input size, pixels (none: as it is)")
     classifier: bool = Field(default=False, description="with the classifier of a fine-tuned run; not of hf")
-    init_share: float = Field(
+    init_min_fraction: float = Field(
         default=1.0, gt=0, le=1, description="least share of the encoder's numbers that the source has to fill"
     )
 
@@ -50,38 +50,44 @@ class Export(Config):
 def run(options: Export) -> str:
     """Write it; returns what was written and what opens it."""
     if options.encoder is None:
-        raise Refusal(USAGE, "encoder: it must be given: a run, an encoder folder, a weights file, or timm:NAME")
+        raise ExitError(
+            ExitCode.USAGE, "encoder: it must be given: a run, an encoder folder, a weights file, or timm:NAME"
+        )
     if options.classifier and options.format == "hf":
-        raise Refusal(USAGE, "classifier=true: format=hf has no place for it; take timm, onnx or safetensors")
-    encoder, said = _encoder(options)
+        raise ExitError(
+            ExitCode.USAGE, "classifier=true: format=hf has no place for it; take timm, onnx or safetensors"
+        )
+    encoder, load_report = _load_encoder(options)
     head = weights.read_classifier(options.encoder)[1] if options.classifier else None
     target = Path(options.output)
-    with _draft(target, folder=options.format != "onnx") as draft:
-        made = _written(options, encoder, head, draft)
-    return f"{said}\n{target}: {made}"
+    with _staged_output(target, folder=options.format != "onnx") as draft:
+        description = _write_encoder(options, encoder, head, draft)
+    return f"{load_report}\n{target}: {description}"
 
 
 @contextmanager
-def _draft(target: Path, folder: bool) -> Iterator[Path]:
+def _staged_output(target: Path, folder: bool) -> Iterator[Path]:
     """Where to write; files take their place in the end, each whole. What `target` has already may be the source."""
     if target.exists() and target.is_dir() != folder:
-        raise Refusal(CANNOT_CREATE, f"output={target}: is {'no' if folder else 'a'} folder; name another place")
+        raise ExitError(
+            ExitCode.CANNOT_CREATE, f"output={target}: is {'no' if folder else 'a'} folder; name another place"
+        )
     draft = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
         yield draft if folder else draft / target.name
-        place = target if folder else target.parent
-        place.mkdir(exist_ok=True)
-        readers = 0o666 & ~_umask()  # safetensors gives its files to their owner alone
+        destination = target if folder else target.parent
+        destination.mkdir(exist_ok=True)
+        mode = 0o666 & ~_umask()  # safetensors gives its files to their owner alone
         for path in sorted(draft.iterdir()):
-            path.chmod(readers)
-            os.replace(path, place / path.name)
+            path.chmod(mode)
+            os.replace(path, destination / path.name)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
-        why = error.strerror if isinstance(error, OSError) else error
-        raise Refusal(CANNOT_CREATE, f"output={target}: {why}; name another place") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ExitError(ExitCode.CANNOT_CREATE, f"output={target}: {reason}; name another place") from error
     finally:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
@@ -94,34 +100,34 @@ def _umask() -> int:
     return mask
 
 
-def _encoder(options: Export) -> tuple[AnyEncoder, str]:
+def _load_encoder(options: Export) -> tuple[AnyEncoder, str]:
     """The encoder at the size that was asked for, and what became of the source's tensors."""
     source = str(options.encoder)
-    config, tensors = weights.read(source, classifier=options.classifier)
-    wanted = config if options.image_size is None else config.model_copy(update={"image": options.image_size})
+    config, tensors = weights.read_source(source, classifier=options.classifier)
+    resized = config if options.image_size is None else config.model_copy(update={"image": options.image_size})
     try:
-        encoder = wanted.build().eval()
+        encoder = resized.build().eval()
     except ValueError as error:
-        raise Refusal(USAGE, f"image_size={options.image_size}: {error}") from error
-    return encoder, str(weights.fill(encoder, config, tensors, source, options.init_share))
+        raise ExitError(ExitCode.USAGE, f"image_size={options.image_size}: {error}") from error
+    return encoder, str(weights.load_weights(encoder, config, tensors, source, options.init_min_fraction))
 
 
-def _written(options: Export, encoder: AnyEncoder, head: weights.Classifier | None, place: Path) -> str:
+def _write_encoder(options: Export, encoder: AnyEncoder, head: weights.PretrainedClassifier | None, path: Path) -> str:
     kind = encoder.config.kind
     if options.format == "onnx":
-        difference = export.onnx(encoder, place, head)
-        made = "logits" if head else "features"
-        more = "" if difference < ROUNDING else ", more than rounding explains: compare before you use it"
-        return f"image uint8 in, tokens and {made} out; onnxruntime differs by {difference:.1e}{more}"
+        difference = export.export_onnx(encoder, path, head)
+        outputs = "logits" if head else "features"
+        caveat = "" if difference < ROUNDING else ", more than rounding explains: compare before you use it"
+        return f"image uint8 in, tokens and {outputs} out; onnxruntime differs by {difference:.1e}{caveat}"
     if options.format == "hf":
-        export.hugging_face(encoder, place)
+        export.export_hugging_face(encoder, path)
         return "opened by transformers.ViTModel.from_pretrained(FOLDER, add_pooling_layer=False)"
     if options.format == "timm":
-        encoder = export.plain(encoder)
+        encoder = export.with_1d_positions(encoder)
         if export.timm_architecture(encoder.config) is None:
             text = f"timm cannot express this encoder (kind={kind}, or its positions); format=safetensors takes any"
-            raise Refusal(USAGE, f"format=timm: {text}")
+            raise ExitError(ExitCode.USAGE, f"format=timm: {text}")
         if head is not None and not isinstance(encoder, VitEncoder):
             text = f"of kind={kind} there is only our own folder with it, format=safetensors"
-            raise Refusal(USAGE, f"classifier=true with format=timm: {text}")
-    return export.export(encoder, place, head)
+            raise ExitError(ExitCode.USAGE, f"classifier=true with format=timm: {text}")
+    return export.export_encoder(encoder, path, head)

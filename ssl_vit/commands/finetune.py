@@ -9,15 +9,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.commands.results import write_tuned
-from ssl_vit.commands.setup import Session, sources
+from ssl_vit.commands.results import write_finetune_results
+from ssl_vit.commands.setup import Session, prepare_data
 from ssl_vit.commands.training_run import train
-from ssl_vit.convert.resolve import found
-from ssl_vit.convert.sample_names import names
+from ssl_vit.convert.resolve import resolve_for_recipe
+from ssl_vit.convert.sample_names import read_sample_names
 from ssl_vit.data import remote
 from ssl_vit.data.manifest import Manifest
-from ssl_vit.distributed import from_main
-from ssl_vit.errors import DATA, MISMATCH, USAGE, Refusal
+from ssl_vit.distributed import run_on_main
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.evaluate import protocol
 from ssl_vit.evaluate.label_sets import read_label_sets
 from ssl_vit.recipes import Finetune
@@ -25,148 +25,161 @@ from ssl_vit.train.anomalies import Diverged
 from ssl_vit.train.run_folder import Run
 
 
-def ready(recipe: Finetune) -> Finetune:
+def prepare_recipe(recipe: Finetune) -> Finetune:
     """The recipe on shards, into which images are made once for all its trainings.
 
-    Raises Refusal, before hours are spent, where the last of the trainings could not be judged.
+    Raises ExitError, before hours are spent, where the last of the trainings could not be judged.
     """
-    train, val = sources(recipe)
-    judges = found(recipe, recipe.sweep.val, "val") if recipe.sweep.lr and recipe.sweep.val else None
-    if judges is not None and val is not None and judges.identity == val.identity:
-        raise Refusal(USAGE, "sweep.val: is data.val; what chooses the rate may not judge it too; take sweep.fraction")
-    swept, config = recipe.sweep.lr and not recipe.sweep.val, recipe.metrics
-    if swept and recipe.data.hold_out and val is None:
-        cure = "give data.val to be judged on, or sweep.val"
-        raise Refusal(USAGE, f"data.hold_out: what judges the rates would judge the final training too; {cure}")
+    train, val = prepare_data(recipe)
+    sweep_val = resolve_for_recipe(recipe, recipe.sweep.val, "val") if recipe.sweep.lr and recipe.sweep.val else None
+    if sweep_val is not None and val is not None and sweep_val.identity == val.identity:
+        raise ExitError(
+            ExitCode.USAGE, "sweep.val: is data.val; what chooses the rate may not judge it too; take sweep.fraction"
+        )
+    holds_out, config = recipe.sweep.lr and not recipe.sweep.val, recipe.metrics
+    if holds_out and recipe.data.holdout and val is None:
+        hint = "give data.val to be judged on, or sweep.val"
+        raise ExitError(
+            ExitCode.USAGE, f"data.holdout: what judges the rates would judge the final training too; {hint}"
+        )
     images = round(train.samples * recipe.data.subset) if isinstance(train, Manifest) else 0
-    if swept and not isinstance(train, Manifest):
-        raise Refusal(USAGE, "sweep.lr: with data.reader=webdataset give sweep.val; nothing can be held out")
-    if swept and not 0 < round(images * recipe.sweep.fraction) < images:
-        raise Refusal(DATA, f"sweep.fraction={recipe.sweep.fraction:g} of {images} images leaves a part empty")
+    if holds_out and not isinstance(train, Manifest):
+        raise ExitError(ExitCode.USAGE, "sweep.lr: with data.reader=webdataset give sweep.val; nothing can be held out")
+    if holds_out and not 0 < round(images * recipe.sweep.fraction) < images:
+        raise ExitError(
+            ExitCode.DATA, f"sweep.fraction={recipe.sweep.fraction:g} of {images} images leaves a part empty"
+        )
     if val is not None and config.label_sets is not None:
-        read_label_sets(config.label_sets, names(val), len(val.classes))
+        read_label_sets(config.label_sets, read_sample_names(val), len(val.classes))
     if config.class_map is not None:
-        raise Refusal(USAGE, "metrics.class_map: of tools/evaluate.py methods=classifier; leave it out")
+        raise ExitError(ExitCode.USAGE, "metrics.class_map: of tools/evaluate.py methods=classifier; leave it out")
     if recipe.data.reader == "webdataset":
         return recipe
-    placed = {"train": shards_of(recipe, recipe.data.train, "train"), "val": shards_of(recipe, recipe.data.val, "val")}
-    judged_on = recipe.sweep.model_copy(update={"val": shards_of(recipe, recipe.sweep.val, "val")})
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=placed), "sweep": judged_on})
+    data_paths = {
+        "train": shard_paths(recipe, recipe.data.train, "train"),
+        "val": shard_paths(recipe, recipe.data.val, "val"),
+    }
+    sweep = recipe.sweep.model_copy(update={"val": shard_paths(recipe, recipe.sweep.val, "val")})
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=data_paths), "sweep": sweep})
 
 
-def shards_of(recipe: Finetune, paths: tuple[str, ...] | None, split: str) -> tuple[str, ...] | None:
+def shard_paths(recipe: Finetune, paths: tuple[str, ...] | None, split: str) -> tuple[str, ...] | None:
     """The paths, with the shards of a folder of images in its place."""
-    return paths and tuple(str(found(recipe, (p,), split).folder) if Path(p).is_dir() else p for p in paths)
+    return paths and tuple(
+        str(resolve_for_recipe(recipe, (p,), split).folder) if Path(p).is_dir() else p for p in paths
+    )
 
 
-def tasks(recipe: Finetune) -> dict[str, Finetune]:
-    """The fine-tuning of each task; raises Refusal(DATA) where data are missing, before anything is trained."""
+def task_recipes(recipe: Finetune) -> dict[str, Finetune]:
+    """The fine-tuning of each task; raises ExitError(DATA) where data are missing, before anything is trained."""
     if recipe.tasks_root is None:
-        raise Refusal(USAGE, "tasks_root: it must be given: the folder that holds the tasks' shards")
+        raise ExitError(ExitCode.USAGE, "tasks_root: it must be given: the folder that holds the tasks' shards")
     if remote.is_url(recipe.tasks_root):
-        raise Refusal(USAGE, f"tasks_root={recipe.tasks_root}: a folder on this machine, not a URL")
-    root, made, missing = Path(recipe.tasks_root), {}, []
+        raise ExitError(ExitCode.USAGE, f"tasks_root={recipe.tasks_root}: a folder on this machine, not a URL")
+    root, recipes, missing = Path(recipe.tasks_root), {}, []
     for task in recipe.tasks:
-        train, val = tuple(str(root / task.name / part) for part in task.train), str(root / task.name / task.val)
+        train, val = tuple(str(root / task.name / split) for split in task.train), str(root / task.name / task.val)
         missing += [path for path in (*train, val) if not Path(path).is_dir()]
-        whole = {} if task.augment else {"whole": True, "flip": False}
-        data = recipe.data.model_copy(update={"train": train, "val": (val,), **whole})
+        augmentation = {} if task.augment else {"crop": "none", "flip": False}
+        data = recipe.data.model_copy(update={"train": train, "val": (val,), **augmentation})
         name = f"{recipe.benchmark.name or 'suite'}: {task.name}"
-        known = {"name": name, "classes": task.classes, "test": task.test, "paper": task.paper}
-        changed = {"tasks": (), "tasks_root": None, "run": str(Path(recipe.run) / task.name), "data": data}
-        changed["benchmark"] = recipe.benchmark.model_copy(update=known)
-        made[task.name] = recipe.model_copy(update=changed)
+        benchmark_fields = {"name": name, "classes": task.classes, "test": task.test, "paper": task.paper}
+        updates = {"tasks": (), "tasks_root": None, "run": str(Path(recipe.run) / task.name), "data": data}
+        updates["benchmark"] = recipe.benchmark.model_copy(update=benchmark_fields)
+        recipes[task.name] = recipe.model_copy(update=updates)
     if missing:
-        get = f"; {recipe.benchmark.get}" if recipe.benchmark.get else ""
-        raise Refusal(DATA, f"{len(missing)} folders are not there ({', '.join(missing[:3])} ...){get}")
-    return made
+        hint = f"; {recipe.benchmark.get}" if recipe.benchmark.get else ""
+        raise ExitError(ExitCode.DATA, f"{len(missing)} folders are not there ({', '.join(missing[:3])} ...){hint}")
+    return recipes
 
 
-def tuned(session: Session, recipe: Finetune, folder: Run) -> dict[str, Any]:
+def sweep_and_train(session: Session, recipe: Finetune, folder: Run) -> dict[str, Any]:
     """Choose the rate where there is one to choose, then train with it, once or with several seeds; the results."""
-    rate, tried = recipe.optim.lr, []
+    rate, trials = recipe.optim.lr, []
     final = recipe
     if recipe.sweep.lr:
         for rate in recipe.sweep.lr:
-            judged = member(session, trial(recipe, rate), attempted, scrap=True)
-            kept = ("top1", "samples", "diverged")
-            tried.append({"lr": rate, **{name: judged[name] for name in kept if name in judged}})
-        if all("diverged" in one for one in tried):
-            raise Refusal(DATA, f"sweep.lr: not one rate trains ({tried[-1]['diverged']})", shared=True)
-        rate = protocol.chosen([(one["lr"], one["top1"]) for one in tried])
+            result = run_member(session, sweep_member(recipe, rate), train_or_diverge, scrap=True)
+            keys = ("top1", "samples", "diverged")
+            trials.append({"lr": rate, **{name: result[name] for name in keys if name in result}})
+        if all("diverged" in trial for trial in trials):
+            raise ExitError(ExitCode.DATA, f"sweep.lr: not one rate trains ({trials[-1]['diverged']})", shared=True)
+        rate = protocol.best_learning_rate([(trial["lr"], trial["top1"]) for trial in trials])
         final = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": rate})})
         if session.accelerator.is_main_process and not recipe.quiet:
-            text = ", ".join(f"{one['lr']:g}: {one['top1']:.4f}" for one in tried)
+            text = ", ".join(f"{trial['lr']:g}: {trial['top1']:.4f}" for trial in trials)
             print(f"sweep: {text}; optim.lr={rate:g} is taken", flush=True)
     if recipe.seeds == 1:
         finals = [train(session, final, folder)]
     else:
-        finals = [member(session, seeded(final, seed), train) for seed in range(recipe.seeds)]
-    return from_main(session.accelerator, lambda: write_tuned(final, folder, finals, tried))
+        finals = [run_member(session, with_seed(final, seed), train) for seed in range(recipe.seeds)]
+    return run_on_main(session.accelerator, lambda: write_finetune_results(final, folder, finals, trials))
 
 
-def attempted(session: Session, recipe: Finetune, folder: Run) -> dict[str, Any]:
+def train_or_diverge(session: Session, recipe: Finetune, folder: Run) -> dict[str, Any]:
     """A training of a sweep; one that diverges has its results too: no image right."""
     try:
         return train(session, recipe, folder)
     except Diverged as end:
         results = {"top1": 0.0, "samples": 0, "diverged": end.message}
         session.accelerator.free_memory()
-        from_main(session.accelerator, lambda: folder.write_results(results))
+        run_on_main(session.accelerator, lambda: folder.write_results(results))
         return results
 
 
-def trial(recipe: Finetune, rate: float) -> Finetune:
+def sweep_member(recipe: Finetune, rate: float) -> Finetune:
     """The training that judges a rate: without the test set, on a part of the training set or beside a given split."""
-    held = {"val": recipe.sweep.val} if recipe.sweep.val else {"val": None, "hold_out": recipe.sweep.fraction}
-    changed = {
+    split = {"val": recipe.sweep.val} if recipe.sweep.val else {"val": None, "holdout": recipe.sweep.fraction}
+    updates = {
         "run": str(Path(recipe.run) / "sweep" / f"lr-{rate:g}"),
         "optim": recipe.optim.model_copy(update={"lr": rate}),
-        "data": recipe.data.model_copy(update=held),
+        "data": recipe.data.model_copy(update=split),
         "sweep": protocol.Sweep(),
         "seeds": 1,
         "benchmark": protocol.Benchmark(get=recipe.benchmark.get, name=recipe.benchmark.name),
         "metrics": recipe.metrics.model_copy(update={"label_sets": None, "class_map": None}),
     }
-    return recipe.model_copy(update=changed)
+    return recipe.model_copy(update=updates)
 
 
-def seeded(recipe: Finetune, number: int) -> Finetune:
+def with_seed(recipe: Finetune, number: int) -> Finetune:
     """The final training with another seed."""
     seed = recipe.seed + number
-    changed = {"run": str(Path(recipe.run) / f"seed-{seed}"), "seed": seed, "seeds": 1, "sweep": protocol.Sweep()}
-    return recipe.model_copy(update=changed)
+    updates = {"run": str(Path(recipe.run) / f"seed-{seed}"), "seed": seed, "seeds": 1, "sweep": protocol.Sweep()}
+    return recipe.model_copy(update=updates)
 
 
-def member(session: Session, recipe: Finetune, do: Any, scrap: bool = False) -> dict[str, Any]:
+def run_member(session: Session, recipe: Finetune, train_fn: Any, scrap: bool = False) -> dict[str, Any]:
     """One of several trainings, in a folder of its own: its results, at once where they are there already.
 
     With `scrap` nothing of it but numbers is kept.
     """
     accelerator, folder = session.accelerator, Run(Path(recipe.run))
 
-    def claim() -> dict[str, Any] | None:
-        folder.claim(recipe, allowed=recipe.allow_change)
+    def prepare_folder() -> dict[str, Any] | None:
+        folder.acquire(recipe, allowed=recipe.allow_recipe_change)
         path = folder.folder / "results.json"
-        known = json.loads(path.read_text()) if path.exists() else None
-        if known and do is tuned:  # a task's come in two steps
-            return known if "command" in known else None
-        changed = known and known.get("protocol", {}).get("metrics") != recipe.metrics.model_dump(mode="json")
-        if changed and not scrap and any(folder.checkpoints.glob("step-*")):
+        saved = json.loads(path.read_text()) if path.exists() else None
+        if saved and train_fn is sweep_and_train:  # a task's come in two steps
+            return saved if "command" in saved else None
+        metrics_changed = saved and saved.get("protocol", {}).get("metrics") != recipe.metrics.model_dump(mode="json")
+        if metrics_changed and not scrap and any(folder.checkpoints.glob("step-*")):
             return None  # nothing is trained again, but it is measured as metrics.* say now
-        if known and "digests" in known:
-            train_on, val = sources(recipe)
-            now = {"data.train": train_on, "data.val": val or train_on}
-            if any(known["digests"][name] != one.identity for name, one in now.items() if isinstance(one, Manifest)):
-                raise Refusal(MISMATCH, f"run={folder.folder}: has results on other data")
-        return known
+        if saved and "digests" in saved:
+            train_data, val = prepare_data(recipe)
+            current = {"data.train": train_data, "data.val": val or train_data}
+            if any(
+                saved["digests"][name] != data.identity for name, data in current.items() if isinstance(data, Manifest)
+            ):
+                raise ExitError(ExitCode.MISMATCH, f"run={folder.folder}: has results on other data")
+        return saved
 
-    results = from_main(accelerator, claim)
+    results = run_on_main(accelerator, prepare_folder)
     try:
         if results is None:
             if accelerator.is_main_process and not recipe.quiet:
                 print(f"{folder.folder}:", flush=True)
-            results = do(session, recipe, folder)
+            results = train_fn(session, recipe, folder)
         if scrap and accelerator.is_main_process:
             for name in ("checkpoints", "encoder", "classifier"):
                 shutil.rmtree(folder.folder / name, ignore_errors=True)

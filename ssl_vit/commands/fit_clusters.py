@@ -1,4 +1,4 @@
-"""Fitting a codebook of colours or patches to the images of shards, for head.kind=clusters; and its copy in a run."""
+"""Fitting a codebook of colors or patches to the images of shards, for head.kind=clusters; and its copy in a run."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from pydantic import Field
 from ssl_vit.config import Config
 from ssl_vit.convert import resolve
 from ssl_vit.data.dataset import Data
-from ssl_vit.data.loader import Share, TrainingStream, parts
-from ssl_vit.data.webdataset_stream import Tars
-from ssl_vit.errors import CANNOT_CREATE, DATA, USAGE, Refusal
+from ssl_vit.data.loader import ProcessShard, TrainingStream, split_holdout
+from ssl_vit.data.webdataset_stream import TarList
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.heads import clusters
-from ssl_vit.heads.clusters import Space
+from ssl_vit.heads.clusters import ClusterSpace
 
-TOGETHER = 64  # images at once
+BATCH_SIZE = 64  # images at once
 
 
 class FitClusters(Config):
@@ -22,11 +22,11 @@ class FitClusters(Config):
 
     data: Data = Data()
     patch: int = Field(default=16, ge=1, description="side of the encoder's patches, pixels")
-    space: Space = Field(default="patch", description="cluster mean colours, or whole patches")
+    space: ClusterSpace = Field(default="patch", description="cluster mean colors, or whole patches")
     clusters: int = Field(default=4096, ge=2, description="how many; the head has as many outputs")
     images: int = Field(default=10_000, ge=1, description="images to take patches from, cropped as in training")
     points: int = Field(default=200_000, ge=2, description="patches to fit, drawn from all images alike")
-    seed: int = Field(default=0, ge=0, description="of crops, patches and centres")
+    seed: int = Field(default=0, ge=0, description="of crops, patches and centers")
     output: str = Field(default="runs/codebook.safetensors", min_length=1, description="file to write")
 
     @property
@@ -38,45 +38,45 @@ class FitClusters(Config):
 def fit(options: FitClusters) -> str:
     """Fit and write a codebook; says what it made."""
     if options.data.train is None:
-        raise Refusal(USAGE, "data.train: it must be given: a folder of shards, or of images")
+        raise ExitError(ExitCode.USAGE, "data.train: it must be given: a folder of shards, or of images")
     output = Path(options.output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refusal(CANNOT_CREATE, f"output={output}: {error.strerror}; name another file") from error
+        raise ExitError(ExitCode.CANNOT_CREATE, f"output={output}: {error.strerror}; name another file") from error
     if output.is_dir():
-        raise Refusal(CANNOT_CREATE, f"output={output}: is a folder; name a file in it")
-    train = resolve.found(options, options.data.train, "train")
-    assert not isinstance(train, Tars)
-    points = drawn(options, TrainingStream(train, options.data, options.seed, TOGETHER), train.samples)
+        raise ExitError(ExitCode.CANNOT_CREATE, f"output={output}: is a folder; name a file in it")
+    train = resolve.resolve_for_recipe(options, options.data.train, "train")
+    assert not isinstance(train, TarList)
+    points = sample_vectors(options, TrainingStream(train, options.data, options.seed, BATCH_SIZE), train.samples)
     if len(points) < options.clusters:
-        raise Refusal(DATA, f"clusters={options.clusters}: {len(points)} patches are too few to fit them to")
-    centers = clusters.fit(points, options.clusters, options.seed)
-    found = clusters.nearest(points[None], centers)[0]
-    share = found.bincount(minlength=options.clusters).double() / len(found)
-    entropy = float(-(share * share.clamp(min=1e-12).log()).sum())
-    said = {"space": options.space, "patch": str(options.patch), "seed": str(options.seed), "data": train.identity}
-    clusters.write(output, centers, said)
-    error = float((points - centers[found]).square().mean() / (points - points.mean(0)).square().mean())
+        raise ExitError(ExitCode.DATA, f"clusters={options.clusters}: {len(points)} patches are too few to fit them to")
+    centers = clusters.fit_kmeans(points, options.clusters, options.seed)
+    assignments = clusters.nearest_center(points[None], centers)[0]
+    frequencies = assignments.bincount(minlength=options.clusters).double() / len(assignments)
+    entropy = float(-(frequencies * frequencies.clamp(min=1e-12).log()).sum())
+    metadata = {"space": options.space, "patch": str(options.patch), "seed": str(options.seed), "data": train.identity}
+    clusters.write_codebook(output, centers, metadata)
+    error = float((points - centers[assignments]).square().mean() / (points - points.mean(0)).square().mean())
     return (
         f"{options.output}: {options.clusters} clusters of {len(points):,} {options.space} vectors; they leave "
-        f"{error:.1%} of the variance, the commonest holds {float(share.max()):.1%}, entropy {entropy:.2f} nats"
+        f"{error:.1%} of the variance, the commonest holds {float(frequencies.max()):.1%}, entropy {entropy:.2f} nats"
     )
 
 
-def drawn(options: FitClusters, stream: TrainingStream, samples: int) -> torch.Tensor:
+def sample_vectors(options: FitClusters, stream: TrainingStream, samples: int) -> torch.Tensor:
     """About `points` vectors [M, d] of the first `images` of the stream, equally many of each."""
-    count = min(options.images, len(parts(samples, options.data)[0]))
-    each = max(1, options.points // count)
-    random = torch.Generator().manual_seed(options.seed)
-    made, left = [], count
-    for batch in stream.batches(0, Share(micro_batch=TOGETHER), torch.device("cpu")):
+    count = min(options.images, len(split_holdout(samples, options.data)[0]))
+    per_image = max(1, options.points // count)
+    generator = torch.Generator().manual_seed(options.seed)
+    chunks, remaining = [], count
+    for batch in stream.batches(0, ProcessShard(micro_batch=BATCH_SIZE), torch.device("cpu")):
         height, width = batch["image"].shape[2:]
         if height % options.patch or width % options.patch:
-            raise Refusal(USAGE, f"patch={options.patch} does not divide data.image_size={height},{width}")
-        for vectors in clusters.vectors(batch["image"][:left], options.patch, options.space):
-            made.append(vectors[torch.randperm(len(vectors), generator=random)[:each]])
-        left -= TOGETHER
-        if left <= 0:
+            raise ExitError(ExitCode.USAGE, f"patch={options.patch} does not divide data.image_size={height},{width}")
+        for vectors in clusters.patch_vectors(batch["image"][:remaining], options.patch, options.space):
+            chunks.append(vectors[torch.randperm(len(vectors), generator=generator)[:per_image]])
+        remaining -= BATCH_SIZE
+        if remaining <= 0:
             break
-    return torch.cat(made)
+    return torch.cat(chunks)

@@ -9,13 +9,13 @@ from pydantic import Field
 
 from ssl_vit.config import Config
 from ssl_vit.convert import image_list
-from ssl_vit.data.dataset import BadSample, Data, Samples, printable
-from ssl_vit.data.loader import EvaluationStream, Share
+from ssl_vit.data.dataset import BadSample, Data, SampleDataset, printable
+from ssl_vit.data.loader import EvaluationStream, ProcessShard
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.encoders import weights
-from ssl_vit.errors import CANNOT_CREATE, DATA, USAGE, Refusal
-from ssl_vit.evaluate.metrics import TOP, write_table
-from ssl_vit.model import read_out
+from ssl_vit.errors import ExitCode, ExitError
+from ssl_vit.evaluate.metrics import TOP_K, write_table
+from ssl_vit.model import pool_tokens
 
 
 class Predict(Config):
@@ -30,21 +30,21 @@ class Predict(Config):
     quiet: bool = Field(default=False, description="no closing line")
 
 
-class Files(Samples):
+class ImageFiles(SampleDataset):
     """Images of a folder as samples."""
 
     def __init__(self, root: Path, names: list[str], config: Data):
         super().__init__(Manifest(root, {}, [], []), config, seed=0, training=False)
         self.root, self.names = root, names
 
-    def read(self, sample: int) -> tuple[bytes, int]:
+    def read_sample(self, sample: int) -> tuple[bytes, int]:
         """The bytes of a file; raises BadSample where it cannot be read."""
         try:
             return (self.root / self.names[sample]).read_bytes(), -1
         except OSError as error:
-            raise BadSample(f"{self.where(sample)} cannot be read: {error.strerror}") from error
+            raise BadSample(f"{self.describe_sample(sample)} cannot be read: {error.strerror}") from error
 
-    def where(self, sample: int) -> str:
+    def describe_sample(self, sample: int) -> str:
         """The path of a file."""
         return str(self.root / self.names[sample])
 
@@ -53,53 +53,53 @@ def run(recipe: Predict) -> int:
     """Write the table; returns the exit code. Images that cannot be read have empty cells, and are named."""
     output = Path(recipe.output)
     if output.suffix not in (".csv", ".parquet"):
-        raise Refusal(USAGE, f"output={output}: give a name that ends in .csv or .parquet")
+        raise ExitError(ExitCode.USAGE, f"output={output}: give a name that ends in .csv or .parquet")
     if not output.parent.is_dir():
-        raise Refusal(CANNOT_CREATE, f"output={output}: there is no folder {output.parent}")
-    names, _ = image_list.images(Path(recipe.input))
+        raise ExitError(ExitCode.CANNOT_CREATE, f"output={output}: there is no folder {output.parent}")
+    names, _ = image_list.list_images(Path(recipe.input))
     encoder, head = weights.read_classifier(recipe.encoder)
     size = recipe.image_size or encoder.config.image
     if encoder.channels != 3:
         text = f"takes {encoder.channels} channels; images are read as RGB, which has 3"
-        raise Refusal(USAGE, f"{recipe.encoder}: {text}")
+        raise ExitError(ExitCode.USAGE, f"{recipe.encoder}: {text}")
     if size != encoder.config.image:
         source = encoder.config
         try:
             encoder = source.model_copy(update={"image": size}).build().eval()
         except ValueError as error:
-            raise Refusal(USAGE, f"image_size={size}: {error}") from error
-        weights.fill(encoder, source, weights.read(recipe.encoder, classifier=True)[1], recipe.encoder)
+            raise ExitError(ExitCode.USAGE, f"image_size={size}: {error}") from error
+        weights.load_weights(encoder, source, weights.read_source(recipe.encoder, classifier=True)[1], recipe.encoder)
     config = Data(image_size=size, eval_crop=head.crop, workers=recipe.workers)
-    stream = EvaluationStream.over(Files(Path(recipe.input), names, config), len(names), recipe.batch)
-    found: list[list[Any] | None] = [None] * len(names)
-    for place, cells in _classified(encoder, head, stream):
-        found[place] = cells
-    bad = stream.faults.take()
-    for fault in bad[:10]:
+    stream = EvaluationStream.from_dataset(ImageFiles(Path(recipe.input), names, config), len(names), recipe.batch)
+    predictions: list[list[Any] | None] = [None] * len(names)
+    for index, cells in _predict(encoder, head, stream):
+        predictions[index] = cells
+    faults = stream.faults.drain()
+    for fault in faults[:10]:
         print(f"left out: {printable(fault.reason)}", flush=True)
     if stream.faults.fatal:
         raise stream.faults.fatal
-    if len(bad) == len(names):
-        raise Refusal(DATA, f"{recipe.input}: not one of its {len(names)} images can be read")
-    top = min(TOP, head.count)
-    columns = ["file", *(f"{what}{i + 1}" for i in range(top) for what in ("top", "score"))]
+    if len(faults) == len(names):
+        raise ExitError(ExitCode.DATA, f"{recipe.input}: not one of its {len(names)} images can be read")
+    top = min(TOP_K, head.num_classes)
+    columns = ["file", *(f"{prefix}{i + 1}" for i in range(top) for prefix in ("top", "score"))]
     empty = [None] * 2 * top
-    write_table(columns, [[name, *(cells or empty)] for name, cells in zip(names, found, strict=True)], output)
+    write_table(columns, [[name, *(cells or empty)] for name, cells in zip(names, predictions, strict=True)], output)
     if not recipe.quiet:
-        print(f"{output}: {len(names) - len(bad)} images classified, {len(bad)} could not be read", flush=True)
+        print(f"{output}: {len(names) - len(faults)} images classified, {len(faults)} could not be read", flush=True)
     return 0
 
 
 @torch.no_grad()
-def _classified(
-    encoder: weights.AnyEncoder, head: weights.Classifier, stream: EvaluationStream
+def _predict(
+    encoder: weights.AnyEncoder, head: weights.PretrainedClassifier, stream: EvaluationStream
 ) -> Iterator[tuple[int, list[Any]]]:
     """For every image that can be read: its place, and its best classes with their probabilities."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder, weight, bias = encoder.to(device), head.weight.to(device), head.bias.to(device)
-    for place, batch in stream.placed(Share(micro_batch=stream.batch), device):
-        features = read_out(encoder(batch["image"]), encoder.pool, encoder.prefix)
-        scores, top = torch.softmax(features @ weight.T + bias, 1).topk(min(TOP, head.count))
+    for start, batch in stream.enumerate_batches(ProcessShard(micro_batch=stream.batch), device):
+        features = pool_tokens(encoder(batch["image"]), encoder.pool, encoder.prefix)
+        scores, top = torch.softmax(features @ weight.T + bias, 1).topk(min(TOP_K, head.num_classes))
         for row in torch.nonzero(batch["valid"])[:, 0].tolist():
             pairs = zip(top[row].tolist(), scores[row].tolist(), strict=True)
-            yield place + row, [cell for number, score in pairs for cell in (head.names[number], score)]
+            yield start + row, [cell for label, score in pairs for cell in (head.names[label], score)]

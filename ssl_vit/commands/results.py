@@ -7,101 +7,115 @@ from typing import Any
 
 import numpy as np
 
-from ssl_vit.commands.finetune_report import suite_page, tuned_page
-from ssl_vit.commands.setup import sources
+from ssl_vit.commands.finetune_report import finetune_page, suite_page
+from ssl_vit.commands.setup import prepare_data
 from ssl_vit.data.manifest import Manifest
-from ssl_vit.data.webdataset_stream import Tars
+from ssl_vit.data.webdataset_stream import TarList
 from ssl_vit.encoders.checkpoint_formats import Weights
-from ssl_vit.encoders.export import export
-from ssl_vit.encoders.weights import Classifier, digest
-from ssl_vit.errors import MISMATCH, Refusal
+from ssl_vit.encoders.export import export_encoder
+from ssl_vit.encoders.weights import PretrainedClassifier, tensor_digest
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.evaluate import protocol
-from ssl_vit.evaluate.metrics import Predictions, measure
-from ssl_vit.evaluate.report_sections import samples
+from ssl_vit.evaluate.metrics import Predictions, measure_predictions
+from ssl_vit.evaluate.report_sections import add_samples
 from ssl_vit.files import sha256, write_bytes
 from ssl_vit.recipes import Finetune, Recipe
-from ssl_vit.runtime import command
+from ssl_vit.runtime import command_line
 from ssl_vit.train import checkpoint
-from ssl_vit.train.logger import best_row
+from ssl_vit.train.logger import find_best_row
 from ssl_vit.train.run_folder import Run
 
-KEPT = ".predictions-{:08d}.npz"  # of an evaluation, by its step
+PREDICTIONS_FILE = ".predictions-{:08d}.npz"  # of an evaluation, by its step
 
 
-def keep_predictions(folder: Run, found: Predictions, split: str, every: bool) -> None:
+def keep_predictions(folder: Run, predictions: Predictions, split: str, keep_all: bool) -> None:
     """Keep what an evaluation predicted of a split, by its identity, for results that a later start may make.
 
     Those of older evaluations are kept where `every` one may turn out to be the best.
     """
     with io.BytesIO() as buffer:
-        np.savez(buffer, split=split, samples=found.samples, labels=found.labels, top=found.top, scores=found.scores)
-        write_bytes(folder.folder / KEPT.format(folder.step), buffer.getvalue())
-    for old in folder.folder.glob(".predictions-*.npz") if not every else ():
-        if old.name != KEPT.format(folder.step):
-            old.unlink()
+        np.savez(
+            buffer,
+            split=split,
+            samples=predictions.samples,
+            labels=predictions.labels,
+            top=predictions.top,
+            scores=predictions.scores,
+        )
+        write_bytes(folder.folder / PREDICTIONS_FILE.format(folder.step), buffer.getvalue())
+    for path in folder.folder.glob(".predictions-*.npz") if not keep_all else ():
+        if path.name != PREDICTIONS_FILE.format(folder.step):
+            path.unlink()
 
 
-def kept_predictions(folder: Path, step: int, split: str) -> Predictions:
-    """What the evaluation of a step predicted; that of others is removed. Refusal where it was of another split."""
-    path = folder / KEPT.format(step)
-    for old in folder.glob(".predictions-*.npz"):
-        if old != path:
-            old.unlink()
-    with np.load(path) as found:
-        if "split" in found and str(found["split"]) != split:
-            raise Refusal(MISMATCH, f"run={folder}: was judged on other data than data.val holds now")
-        return Predictions(found["samples"], found["labels"], found["top"], found["scores"])
+def load_predictions(folder: Path, step: int, split: str) -> Predictions:
+    """What the evaluation of a step predicted; that of others is removed. ExitError where it was of another split."""
+    path = folder / PREDICTIONS_FILE.format(step)
+    for other in folder.glob(".predictions-*.npz"):
+        if other != path:
+            other.unlink()
+    with np.load(path) as arrays:
+        if "split" in arrays and str(arrays["split"]) != split:
+            raise ExitError(ExitCode.MISMATCH, f"run={folder}: was judged on other data than data.val holds now")
+        return Predictions(arrays["samples"], arrays["labels"], arrays["top"], arrays["scores"])
 
 
-def finish(
+def export_and_write_results(
     recipe: Recipe,
     folder: Run,
     row: dict[str, Any],
-    data: Manifest | Tars,
-    judged_on: Manifest | None,
-    started_from: Weights | None,
+    data: Manifest | TarList,
+    val: Manifest | None,
+    init_weights: Weights | None,
 ) -> dict[str, Any]:
     """Export the encoder, and a classifier, from the last checkpoint or the best; write results.json and return it."""
-    best = best_row(folder.folder, recipe.best)
+    best = find_best_row(folder.folder, recipe.best)
     if best and (folder.checkpoints / f"step-{best['step']:08d}").is_dir():  # on_save_error=continue may have lost it
         row = best
-    saved = checkpoint.trained(folder.checkpoints / f"step-{row['step']:08d}")
+    weights = checkpoint.trained_weights(folder.checkpoints / f"step-{row['step']:08d}")
     encoder = recipe.encoder.build()
     encoder.load_state_dict(
-        {name.removeprefix("encoder."): value for name, value in saved.items() if name.startswith("encoder.")}
+        {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
     )
-    opened: list[str] = []
-    checkpoint.publish(folder.folder / "encoder", lambda draft: opened.append(export(encoder, draft)))
-    judged = {name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}
-    results = {**judged, **{f"train_{n}": row[n] for n in ("loss", "unigram_entropy") if n in row}, "step": row["step"]}
+    descriptions: list[str] = []
+    checkpoint.publish(folder.folder / "encoder", lambda draft: descriptions.append(export_encoder(encoder, draft)))
+    metrics = {name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}
+    results = {
+        **metrics,
+        **{f"train_{n}": row[n] for n in ("loss", "unigram_entropy") if n in row},
+        "step": row["step"],
+    }
     if recipe.best:
         results["best"] = {"metric": recipe.best, "step": row["step"], "value": row.get(recipe.best)}
-    if isinstance(recipe, Finetune) and judged_on is not None:
-        head = Classifier(
-            saved["head.layers.0.weight"], saved["head.layers.0.bias"], data.classes, recipe.data.eval_crop
+    if isinstance(recipe, Finetune) and val is not None:
+        head = PretrainedClassifier(
+            weights["head.layers.0.weight"], weights["head.layers.0.bias"], data.classes, recipe.data.eval_crop
         )
-        checkpoint.publish(folder.folder / "classifier", lambda draft: export(encoder, draft, head))
-        found = kept_predictions(folder.folder, row["step"], judged_on.identity)
-        results |= measure(found, judged_on, data.classes, recipe.metrics, folder.folder)
+        checkpoint.publish(folder.folder / "classifier", lambda draft: export_encoder(encoder, draft, head))
+        predictions = load_predictions(folder.folder, row["step"], val.identity)
+        results |= measure_predictions(predictions, val, data.classes, recipe.metrics, folder.folder)
         results["digests"] = {
             "data.train": data.identity if isinstance(data, Manifest) else None,
-            "data.val": judged_on.identity,
-            "init": digest(started_from) if started_from is not None else None,
+            "data.val": val.identity,
+            "init": tensor_digest(init_weights) if init_weights is not None else None,
             "classifier": sha256(folder.folder / "classifier" / "model.safetensors"),
         }
-        whole = None if recipe.data.hold_out else judged_on
-        if notes := recipe.benchmark.differs(data if isinstance(data, Manifest) else None, whole):
+        full_val = None if recipe.data.holdout else val
+        if notes := recipe.benchmark.describe_mismatches(data if isinstance(data, Manifest) else None, full_val):
             results["not_the_benchmark"] = notes
     results["protocol"] = describe_protocol(recipe)
     folder.write_results(results)
     if not recipe.quiet:
-        shown = {
-            name: value for name, value in judged.items() if name in ("loss", "accuracy", "top1", "top5", "samples")
+        summary = {
+            name: value for name, value in metrics.items() if name in ("loss", "accuracy", "top1", "top5", "samples")
         }
         text = "".join(
-            f", {name} {value:.4f}" if name != "samples" else f" on {value}" for name, value in shown.items()
+            f", {name} {value:.4f}" if name != "samples" else f" on {value}" for name, value in summary.items()
         )
-        print(f"{folder.folder}: done, {row['step']} steps{text}; encoder in {folder.folder / 'encoder'}, {opened[0]}")
+        print(
+            f"{folder.folder}: done, {row['step']} steps{text}; encoder in {folder.folder / 'encoder'}, "
+            f"{descriptions[0]}"
+        )
     return results
 
 
@@ -115,13 +129,13 @@ def describe_protocol(recipe: Recipe) -> dict[str, Any]:
         "data.train": recipe.data.train,
         "data.val": recipe.data.val,
         "data.subset": recipe.data.subset,
-        "data.hold_out": recipe.data.hold_out,
+        "data.holdout": recipe.data.holdout,
         "image_size": recipe.data.image_size,
-        **{f"data.{name}": getattr(recipe.data, name) for name in ("crop_area", "whole", "flip", "eval_crop")},
+        **{f"data.{name}": getattr(recipe.data, name) for name in ("crop", "crop_area", "flip", "eval_crop")},
         "data.auto_augment": recipe.data.auto_augment,
         "pool": recipe.encoder.pool,
         "optim": recipe.optim.model_dump(),
-        "average": recipe.average,
+        "ema_decay": recipe.ema_decay,
         "best": recipe.best,
         "precision": recipe.precision,
         "steps": recipe.steps,
@@ -130,38 +144,44 @@ def describe_protocol(recipe: Recipe) -> dict[str, Any]:
     } | ({"metrics": recipe.metrics.model_dump(mode="json")} if isinstance(recipe, Finetune) else {})
 
 
-def write_tuned(
-    recipe: Finetune, folder: Run, finals: Sequence[dict[str, Any]], tried: Sequence[dict[str, Any]]
+def write_finetune_results(
+    recipe: Finetune, folder: Run, finals: Sequence[dict[str, Any]], trials: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """The results of a fine-tuning with its sweep and its seeds, as results.json and as a page."""
-    results = dict(finals[0]) if len(finals) == 1 else {**protocol.averaged(finals), "samples": finals[0]["samples"]}
+    results = (
+        dict(finals[0]) if len(finals) == 1 else {**protocol.average_results(finals), "samples": finals[0]["samples"]}
+    )
     if len(finals) > 1:
-        kept = ("top1", "top5", "mean_per_class", "top1_interval", "label_sets", "digests", "step")
+        keys = ("top1", "top5", "mean_per_class", "top1_interval", "label_sets", "digests", "step")
         results["seeds"] = [
-            {"seed": one["protocol"]["seed"], **{name: one.get(name) for name in kept}} for one in finals
+            {"seed": result["protocol"]["seed"], **{name: result.get(name) for name in keys}} for result in finals
         ]
         results |= {name: finals[0][name] for name in ("not_the_benchmark", "protocol") if name in finals[0]}
-    if tried:
+    if trials:
         fraction = None if recipe.sweep.val else recipe.sweep.fraction
         results["lr"] = recipe.optim.lr
-        results["sweep"] = {"fraction": fraction, "val": recipe.sweep.val, "tried": tried}
-    results["command"] = command()
+        results["sweep"] = {"fraction": fraction, "val": recipe.sweep.val, "tried": trials}
+    results["command"] = command_line()
     folder.write_results(results)
-    page = tuned_page(recipe, folder.folder, results)
+    page = finetune_page(recipe, folder.folder, results)
     first = folder.folder / f"seed-{recipe.seed}" if recipe.seeds > 1 else folder.folder
-    train, val = sources(recipe)
+    train, val = prepare_data(recipe)
     if isinstance(split := val or train, Manifest):
         step = results.get("step") or results["seeds"][0]["step"]
-        samples(page, split, recipe.data, kept_predictions(first, step, split.identity))
+        add_samples(page, split, recipe.data, load_predictions(first, step, split.identity))
     page.write(folder.folder)
     return results
 
 
-def write_suite(recipe: Finetune, folder: Run, found: dict[str, dict[str, Any]]) -> None:
+def write_suite(recipe: Finetune, folder: Run, task_results: dict[str, dict[str, Any]]) -> None:
     """The results of a suite of tasks: its score, the groups', each task's."""
-    kept = ("top1", "top1_sd", "top5", "mean_per_class", "samples", "not_the_benchmark", "lr", "digests")
-    some = {name: {k: v for k, v in one.items() if k in kept} for name, one in found.items()}
-    results = {**protocol.suite(recipe.tasks, some), "protocol": describe_protocol(recipe), "command": command()}
+    keys = ("top1", "top1_sd", "top5", "mean_per_class", "samples", "not_the_benchmark", "lr", "digests")
+    summaries = {name: {k: v for k, v in result.items() if k in keys} for name, result in task_results.items()}
+    results = {
+        **protocol.suite_results(recipe.tasks, summaries),
+        "protocol": describe_protocol(recipe),
+        "command": command_line(),
+    }
     folder.write_results(results)
     suite_page(recipe, results).write(folder.folder)
     if not recipe.quiet:

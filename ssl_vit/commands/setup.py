@@ -7,24 +7,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ssl_vit.convert.resolve import found
-from ssl_vit.data.dataset import Data, Samples
+from ssl_vit.convert.resolve import resolve_for_recipe
+from ssl_vit.data.dataset import Data, SampleDataset
 from ssl_vit.data.loader import TrainingStream
 from ssl_vit.data.manifest import Manifest
-from ssl_vit.data.webdataset_stream import SequentialStream, Tars, tars
+from ssl_vit.data.webdataset_stream import SequentialStream, TarList, list_tars
 from ssl_vit.encoders import Encoder, weights
-from ssl_vit.errors import DATA, USAGE, Refusal
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.estimate import cost
 from ssl_vit.evaluate.metrics import check_labels
 from ssl_vit.model import Batch, Model
-from ssl_vit.recipes import PANEL, Finetune, Pretrain, Recipe
+from ssl_vit.recipes import VISUALIZED_IMAGES, Finetune, Pretrain, Recipe
 from ssl_vit.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def build(
+def build_model(
     recipe: Recipe,
     classes: int,
     tensors: weights.Weights | None = None,
@@ -38,88 +38,97 @@ def build(
     torch.manual_seed(recipe.seed)
     encoder = recipe.encoder.build()
     if tensors is not None and source is not None:
-        say(str(weights.fill(encoder, source, tensors, recipe.init, recipe.init_share)))
+        say(str(weights.load_weights(encoder, source, tensors, recipe.init, recipe.init_min_fraction)))
     return Model(encoder, recipe.head.build(encoder, classes))
 
 
-def sources(recipe: Recipe) -> tuple[Manifest | Tars, Manifest | None]:
+def prepare_data(recipe: Recipe) -> tuple[Manifest | TarList, Manifest | None]:
     """The training and evaluation data, complete; images are converted first, beside the run."""
     data = recipe.data
     if data.train is None:
-        raise Refusal(USAGE, "data.train: it must be given: a folder of shards, or of images")
-    if isinstance(recipe, Finetune) and data.val is None and not data.hold_out:
-        raise Refusal(USAGE, "data.val: it must be given: fine-tuning is judged on it")
-    if data.hold_out and data.reader == "webdataset":
-        raise Refusal(USAGE, "data.hold_out: needs shards with a manifest, which data.reader=webdataset does without")
-    search = partial(found, recipe)
-    train = tars(data.train, data.store) if data.reader == "webdataset" else search(data.train, "train")
-    val = search(data.val, "val") if data.val is not None else None
-    sound(recipe, train, val)
-    if isinstance(train, Tars):
+        raise ExitError(ExitCode.USAGE, "data.train: it must be given: a folder of shards, or of images")
+    if isinstance(recipe, Finetune) and data.val is None and not data.holdout:
+        raise ExitError(ExitCode.USAGE, "data.val: it must be given: fine-tuning is judged on it")
+    if data.holdout and data.reader == "webdataset":
+        raise ExitError(
+            ExitCode.USAGE, "data.holdout: needs shards with a manifest, which data.reader=webdataset does without"
+        )
+    find_split = partial(resolve_for_recipe, recipe)
+    train = list_tars(data.train, data.cache_dir) if data.reader == "webdataset" else find_split(data.train, "train")
+    val = find_split(data.val, "val") if data.val is not None else None
+    check_shards(recipe, train, val)
+    if isinstance(train, TarList):
         print(f"{train.name}: read by webdataset: neither exactly once an epoch nor exactly resumable", flush=True)
     if recipe.head.needs_labels:
-        _labelled(recipe, train, val)
+        _check_labeled(recipe, train, val)
     return train, val
 
 
-def _labelled(recipe: Recipe, train: Manifest | Tars, val: Manifest | None) -> None:
+def _check_labeled(recipe: Recipe, train: Manifest | TarList, val: Manifest | None) -> None:
     """Refuse data that a classifier cannot be trained on, or judged."""
     if not train.classes:
-        index = " (tools/index_shards.py finds them)" if isinstance(train, Tars) else ""
-        raise Refusal(DATA, f"{train.name}: has no classes{index}, and head.kind={recipe.head.kind} needs labels")
+        index = " (tools/index_shards.py finds them)" if isinstance(train, TarList) else ""
+        raise ExitError(
+            ExitCode.DATA, f"{train.name}: has no classes{index}, and head.kind={recipe.head.kind} needs labels"
+        )
     if val is not None and val.classes != train.classes:
-        cure = "convert both in one go, or give both the same class_map"
-        raise Refusal(DATA, f"{val.name}: its classes are not those of {train.name}; {cure}")
+        hint = "convert both in one go, or give both the same class_map"
+        raise ExitError(ExitCode.DATA, f"{val.name}: its classes are not those of {train.name}; {hint}")
     if isinstance(train, Manifest):
-        check_labels(train.labels, train.classes, train.name, every=not recipe.data.empty_classes)
+        check_labels(train.labels, train.classes, train.name, require_all=not recipe.data.empty_classes)
     if val is not None:
-        check_labels(val.labels, val.classes, val.name, every=False)
+        check_labels(val.labels, val.classes, val.name, require_all=False)
 
 
-def probes(recipe: Recipe) -> tuple[Manifest, Manifest] | None:
-    """The labelled sets that a pretraining is probed with."""
+def prepare_probe_data(recipe: Recipe) -> tuple[Manifest, Manifest] | None:
+    """The labeled sets that a pretraining is probed with."""
     if not isinstance(recipe, Pretrain) or (recipe.online.train is None and recipe.online.val is None):
         return None
     if recipe.online.train is None or recipe.online.val is None:
-        raise Refusal(USAGE, "online.train and online.val: give both, labelled shards to learn from and to be right on")
-    train, val = found(recipe, recipe.online.train, "train"), found(recipe, recipe.online.val, "val")
-    sound(recipe, train, val)
+        raise ExitError(
+            ExitCode.USAGE, "online.train and online.val: give both, labeled shards to learn from and to be right on"
+        )
+    train, val = (
+        resolve_for_recipe(recipe, recipe.online.train, "train"),
+        resolve_for_recipe(recipe, recipe.online.val, "val"),
+    )
+    check_shards(recipe, train, val)
     if not train.classes or train.classes != val.classes:
-        raise Refusal(DATA, f"{val.name}: online.train and online.val need classes, and the same ones")
-    check_labels(train.labels, train.classes, train.name, every=True)
-    check_labels(val.labels, val.classes, val.name, every=False)
+        raise ExitError(ExitCode.DATA, f"{val.name}: online.train and online.val need classes, and the same ones")
+    check_labels(train.labels, train.classes, train.name, require_all=True)
+    check_labels(val.labels, val.classes, val.name, require_all=False)
     return train, val
 
 
-def sound(recipe: Recipe, *sets: Manifest | Tars | None) -> None:
+def check_shards(recipe: Recipe, *sets: Manifest | TarList | None) -> None:
     """Refuse data of which shards are missing or altered on this machine."""
-    for made in sets:
-        if isinstance(made, Manifest):
-            made.check(full=recipe.data.verify)
+    for data in sets:
+        if isinstance(data, Manifest):
+            data.check_shards(full=recipe.data.verify)
 
 
-def streamed(train: Manifest | Tars, recipe: Recipe) -> TrainingStream | SequentialStream:
+def make_stream(train: Manifest | TarList, recipe: Recipe) -> TrainingStream | SequentialStream:
     """The training data as a stream."""
-    kind = SequentialStream if isinstance(train, Tars) else TrainingStream
+    kind = SequentialStream if isinstance(train, TarList) else TrainingStream
     return kind(train, recipe.data, recipe.seed, recipe.batch)  # type: ignore[arg-type]
 
 
 def first_images(source: Manifest | TrainingStream | SequentialStream, data: Data) -> Batch:
     """The first few images of a split as evaluation sees them; of tars without a manifest, as training does."""
     if isinstance(source, SequentialStream):
-        return source.first(PANEL)
+        return source.first(VISUALIZED_IMAGES)
     manifest = source.samples.manifest if isinstance(source, TrainingStream) else source
-    samples = Samples(manifest, data, seed=0, training=False)
-    batch, _ = samples.batch([(0, i) for i in range(min(PANEL, manifest.samples))])
+    samples = SampleDataset(manifest, data, seed=0, training=False)
+    batch, _ = samples.batch([(0, i) for i in range(min(VISUALIZED_IMAGES, manifest.samples))])
     return {name: value.contiguous() for name, value in batch.items()}
 
 
-def flops(model: Model) -> int:
-    """FLOPs of training on an image, by formula: 105.4e9 of ViT-B/16 with the mean-colour head.
+def flops_per_image(model: Model) -> int:
+    """FLOPs of training on an image, by formula: 105.4e9 of ViT-B/16 with the mean-color head.
 
     Of the whole model, also where the last block computes some tokens only, so that figures of others compare.
     """
-    return cost.image_flops(model.encoder.config, model.head.macs)
+    return cost.image_flops(model.encoder.config, model.head.forward_macs)
 
 
 @dataclass

@@ -6,61 +6,65 @@ from pathlib import Path
 
 from ssl_vit import fault_injection
 from ssl_vit.commands.dry_run import preview
-from ssl_vit.commands.finetune import member, ready, tasks, tuned
+from ssl_vit.commands.finetune import prepare_recipe, run_member, sweep_and_train, task_recipes
 from ssl_vit.commands.results import write_suite
 from ssl_vit.commands.setup import Session
 from ssl_vit.commands.training_run import train
 from ssl_vit.data import workers
-from ssl_vit.distributed import from_main
-from ssl_vit.errors import INTERNAL, Refusal, leave, out_of_memory, verdict
-from ssl_vit.estimate.run_estimate import relieved
-from ssl_vit.recipes import Finetune, Recipe, resolve
-from ssl_vit.runtime import follow_launcher, world
-from ssl_vit.train.launch import start
-from ssl_vit.train.preflight import check_alike, check_shared, meet
+from ssl_vit.distributed import run_on_main
+from ssl_vit.errors import ExitCode, ExitError, exit_now, is_out_of_memory, to_exit_error
+from ssl_vit.estimate.run_estimate import explain_out_of_memory
+from ssl_vit.recipes import Finetune, Recipe, resolve_recipe
+from ssl_vit.runtime import die_with_launcher, world_size
+from ssl_vit.train.launch import start_accelerator
+from ssl_vit.train.preflight import check_processes_match, check_shared_folder, wait_for_rendezvous
 from ssl_vit.train.run_folder import Run
 from ssl_vit.train.watchdog import Watchdog
 
-MEETING = 120.0  # seconds that a process waits for the master to be there
+RENDEZVOUS_TIMEOUT = 120.0  # seconds that a process waits for the master to be there
 
 
 def run(recipe: Recipe) -> int:
     """Do what the recipe says, from the checkpoint where there is one; returns the exit code."""
-    follow_launcher()
-    arm_faults()
-    fault_injection.point("start")
-    recipe, tensors, source = resolve(recipe)
-    asked = recipe.asked(recipe.optim.clip, world())
+    die_with_launcher()
+    enable_requested_faults()
+    fault_injection.fault_point("start")
+    recipe, tensors, source = resolve_recipe(recipe)
+    settings = recipe.launch_settings(recipe.optim.clip, world_size())
     if recipe.dry_run:
         return preview(recipe, tensors, source)
     folder = Run(Path(recipe.run))
-    meet(min(recipe.timeout, MEETING))
-    accelerator = start(asked, recipe.tracker, folder.folder)
-    watchdog = Watchdog(accelerator, recipe.timeout, lambda end: folder.write_exit(end.code, end.message))
+    wait_for_rendezvous(min(recipe.timeout, RENDEZVOUS_TIMEOUT))
+    accelerator = start_accelerator(settings, recipe.tracker, folder.folder)
+    watchdog = Watchdog(
+        accelerator, recipe.timeout, lambda exit_error: folder.write_exit(exit_error.code, exit_error.message)
+    )
     try:
-        check_alike(accelerator, recipe)
-        from_main(accelerator, lambda: folder.claim(recipe, recipe.fresh, recipe.allow_change))
-        fault_injection.point("claimed")
-        check_shared(accelerator, folder.folder)
-        folder.held = True  # by one process for all
+        check_processes_match(accelerator, recipe)
+        run_on_main(accelerator, lambda: folder.acquire(recipe, recipe.restart, recipe.allow_recipe_change))
+        fault_injection.fault_point("claimed")
+        check_shared_folder(accelerator, folder.folder)
+        folder.acquired = True  # by one process for all
         session = Session(accelerator, watchdog, tensors, source)
-        everything(session, recipe, folder)
+        run_recipe(session, recipe, folder)
         if accelerator.is_main_process:
             folder.write_exit(0, "done")
     except BaseException as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
             error.filename = str(folder.folder)  # TensorBoard's thread and torch name no file
-        if lost := watchdog.explain(error):
-            folder.write_exit(lost.code, lost.message)
-            leave(lost)
-        told = workers.explain(error) or (Refusal(INTERNAL, relieved(recipe)) if out_of_memory(error) else None)
-        end = told or verdict(error)
-        if accelerator.is_main_process or not end.shared:
-            folder.write_exit(end.code, end.message)
-        if not end.shared:
-            watchdog.fail(end)
-        if told:
-            raise told from error
+        if peer_failure := watchdog.diagnose(error):
+            folder.write_exit(peer_failure.code, peer_failure.message)
+            exit_now(peer_failure)
+        diagnosis = workers.diagnose_worker_failure(error) or (
+            ExitError(ExitCode.INTERNAL, explain_out_of_memory(recipe)) if is_out_of_memory(error) else None
+        )
+        exit_error = diagnosis or to_exit_error(error)
+        if accelerator.is_main_process or not exit_error.shared:
+            folder.write_exit(exit_error.code, exit_error.message)
+        if not exit_error.shared:
+            watchdog.fail(exit_error)
+        if diagnosis:
+            raise diagnosis from error
         raise
     finally:
         watchdog.close()
@@ -69,22 +73,26 @@ def run(recipe: Recipe) -> int:
     return 0
 
 
-def arm_faults() -> None:
+def enable_requested_faults() -> None:
     """Where a drill asks for faults, say so first."""
-    if asked := os.environ.get(fault_injection.VARIABLE, ""):
-        print(f"{fault_injection.VARIABLE}={asked}: faults will be injected", flush=True)
-    fault_injection.arm(asked)
+    if spec := os.environ.get(fault_injection.ENV_VARIABLE, ""):
+        print(f"{fault_injection.ENV_VARIABLE}={spec}: faults will be injected", flush=True)
+    fault_injection.enable_faults(spec)
 
 
-def everything(session: Session, recipe: Recipe, folder: Run) -> None:
+def run_recipe(session: Session, recipe: Recipe, folder: Run) -> None:
     """The one training of a recipe, or all that a fine-tuning is made of."""
     if not isinstance(recipe, Finetune):
         train(session, recipe, folder)
     elif recipe.tasks:
-        of_tasks = from_main(session.accelerator, lambda: tasks(recipe))
-        made_ready = lambda: {name: ready(one) for name, one in of_tasks.items()}  # noqa: E731
-        of_tasks = from_main(session.accelerator, made_ready, session.watchdog.beat)
-        results = {name: member(session, made, tuned) for name, made in of_tasks.items()}
-        from_main(session.accelerator, lambda: write_suite(recipe, folder, results))
+        members = run_on_main(session.accelerator, lambda: task_recipes(recipe))
+        prepare_members = lambda: {name: prepare_recipe(member) for name, member in members.items()}  # noqa: E731
+        members = run_on_main(session.accelerator, prepare_members, session.watchdog.heartbeat)
+        results = {name: run_member(session, member, sweep_and_train) for name, member in members.items()}
+        run_on_main(session.accelerator, lambda: write_suite(recipe, folder, results))
     else:
-        tuned(session, from_main(session.accelerator, lambda: ready(recipe), session.watchdog.beat), folder)
+        sweep_and_train(
+            session,
+            run_on_main(session.accelerator, lambda: prepare_recipe(recipe), session.watchdog.heartbeat),
+            folder,
+        )

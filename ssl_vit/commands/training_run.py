@@ -5,23 +5,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssl_vit import fault_injection
-from ssl_vit.commands.results import finish, keep_predictions
-from ssl_vit.commands.setup import Session, build, first_images, flops, probes, sound, sources, streamed
-from ssl_vit.data.loader import EvaluationStream, Share, parts
+from ssl_vit.commands.results import export_and_write_results, keep_predictions
+from ssl_vit.commands.setup import (
+    Session,
+    build_model,
+    check_shards,
+    first_images,
+    flops_per_image,
+    make_stream,
+    prepare_data,
+    prepare_probe_data,
+)
+from ssl_vit.data.loader import EvaluationStream, ProcessShard, split_holdout
 from ssl_vit.data.manifest import Manifest
-from ssl_vit.data.webdataset_stream import Tars
-from ssl_vit.distributed import from_main, total
+from ssl_vit.data.webdataset_stream import TarList
+from ssl_vit.distributed import all_reduce_sum, run_on_main
 from ssl_vit.encoders import weights
-from ssl_vit.errors import MISMATCH, Refusal
-from ssl_vit.evaluate.evaluators import HeldOut, Probe
+from ssl_vit.errors import ExitCode, ExitError
+from ssl_vit.evaluate.evaluators import FrozenProbe, HeadEvaluator
 from ssl_vit.evaluate.metrics import Predictions
 from ssl_vit.files import sha256, write_bytes
 from ssl_vit.heads import clusters
-from ssl_vit.model import Evaluator, Model, count_parameters, read_out
-from ssl_vit.recipes import Finetune, Pretrain, Recipe, kept_head
-from ssl_vit.train.anomalies import NOTHING, RollBack
-from ssl_vit.train.config import shared
-from ssl_vit.train.loop import Task, fit
+from ssl_vit.model import Evaluator, Model, count_parameters, pool_tokens
+from ssl_vit.recipes import Finetune, Pretrain, Recipe, keeps_classifier
+from ssl_vit.train.anomalies import NO_SKIPS, RollBack
+from ssl_vit.train.config import process_shard
+from ssl_vit.train.loop import TrainingTask, fit
 from ssl_vit.train.preflight import on_each_machine
 from ssl_vit.train.run_folder import Run
 
@@ -31,126 +40,131 @@ if TYPE_CHECKING:
 
 def train(session: Session, recipe: Recipe, folder: Run) -> dict[str, Any]:
     """One training from its data to its results."""
-    accelerator, beat = session.accelerator, session.watchdog.beat
+    accelerator, beat = session.accelerator, session.watchdog.heartbeat
     accelerator.project_configuration.logging_dir = str(folder.folder)  # where its tracker writes
-    data, val = from_main(accelerator, lambda: sources(recipe), beat)
-    probed = from_main(accelerator, lambda: probes(recipe), beat)
-    on_each_machine(accelerator, lambda: sound(recipe, data, val, *(probed or ())))
-    share = shared(recipe, accelerator.process_index, accelerator.num_processes)
-    row, left_out = None, NOTHING
+    data, val = run_on_main(accelerator, lambda: prepare_data(recipe), beat)
+    probe_splits = run_on_main(accelerator, lambda: prepare_probe_data(recipe), beat)
+    on_each_machine(accelerator, lambda: check_shards(recipe, data, val, *(probe_splits or ())))
+    share = process_shard(recipe, accelerator.process_index, accelerator.num_processes)
+    row, skipped = None, NO_SKIPS
     say = partial(print, flush=True) if accelerator.is_main_process and not recipe.quiet else lambda _: None
-    from_main(accelerator, lambda: keep(recipe.head, folder.folder), beat)
+    run_on_main(accelerator, lambda: copy_codebook(recipe.head, folder.folder), beat)
     while row is None:
-        model = build(recipe, len(data.classes), session.tensors, session.source, say)
-        if kept_head(recipe):
-            weights.read_classifier(recipe.init)[1].fill(model.head.layers[0], data.classes, recipe.init)
-        task = _task(session, recipe, model, data, val, probed, share, folder)
-        if left_out is NOTHING:
-            lines = introduction(recipe, task, data, val, accelerator)
+        model = build_model(recipe, len(data.classes), session.tensors, session.source, say)
+        if keeps_classifier(recipe):
+            weights.read_classifier(recipe.init)[1].load_into_layer(model.head.layers[0], data.classes, recipe.init)
+        task = _make_task(session, recipe, model, data, val, probe_splits, share, folder)
+        if skipped is NO_SKIPS:
+            lines = run_summary(recipe, task, data, val, accelerator)
             say("\n".join(lines[: 1 if session.introduced else None]))
             session.introduced = True
         try:
-            row = fit(folder, accelerator, recipe, task, beat, left_out=left_out)
+            row = fit(folder, accelerator, recipe, task, beat, skipped_batches=skipped)
         except RollBack as back:
-            left_out = back.left_out
+            skipped = back.skipped_batches
         del model, task
         accelerator.free_memory()
-    fault_injection.point("finish")
-    judged_on = val or (data if recipe.data.hold_out and isinstance(data, Manifest) else None)
-    return from_main(accelerator, lambda: finish(recipe, folder, row, data, judged_on, session.tensors), beat)
+    fault_injection.fault_point("finish")
+    eval_split = val or (data if recipe.data.holdout and isinstance(data, Manifest) else None)
+    return run_on_main(
+        accelerator, lambda: export_and_write_results(recipe, folder, row, data, eval_split, session.tensors), beat
+    )
 
 
-def introduction(
-    recipe: Recipe, task: Task, data: Manifest | Tars, val: Manifest | None, accelerator: "Accelerator"
+def run_summary(
+    recipe: Recipe, task: TrainingTask, data: Manifest | TarList, val: Manifest | None, accelerator: "Accelerator"
 ) -> list[str]:
     """What is about to be trained, on what, for how long and by whom."""
-    size = f"{count_parameters(task.model) / 1e6:,.1f} M parameters, {task.flops / 1e9:,.2f} GFLOP an image and step"
+    gflops = f"{task.flops_per_image / 1e9:,.2f} GFLOP an image and step"
+    size = f"{count_parameters(task.model) / 1e6:,.1f} M parameters, {gflops}"
     images = f"{recipe.steps:,} steps of {recipe.batch:,} images"
     if isinstance(data, Manifest):
-        taken = task.stream.epoch_samples or data.samples
-        images += f", {recipe.steps * recipe.batch / taken:,.1f} epochs"
-        some = f"{taken:,} of " if taken < data.samples else ""
-        samples = f"{data.name}: {some}{data.samples:,} samples in {len(data.shards):,} shards"
+        num_samples = task.stream.epoch_samples or data.samples
+        images += f", {recipe.steps * recipe.batch / num_samples:,.1f} epochs"
+        prefix = f"{num_samples:,} of " if num_samples < data.samples else ""
+        samples = f"{data.name}: {prefix}{data.samples:,} samples in {len(data.shards):,} shards"
     else:
         samples = data.name
-    judged = f"; judged on {val.name}: {val.samples:,}" if val is not None else ""
-    world, micro = accelerator.num_processes, recipe.micro(accelerator.num_processes)
-    pieces = recipe.batch // world // micro
-    each = f"{micro:,} images" if pieces == 1 else f"{pieces:,} times {micro:,} images"
+    evaluation = f"; judged on {val.name}: {val.samples:,}" if val is not None else ""
+    world, micro = accelerator.num_processes, recipe.local_micro_batch(accelerator.num_processes)
+    micro_batches = recipe.batch // world // micro
+    per_process = f"{micro:,} images" if micro_batches == 1 else f"{micro_batches:,} times {micro:,} images"
     metrics = "metrics.jsonl" if recipe.tracker == "none" else f"metrics.jsonl, {recipe.tracker}"
     if recipe.tracker == "tensorboard":
         metrics += f" (tensorboard --logdir {recipe.run})"
     lines = {
         "run": f"{recipe.run}: {metrics}",
         "model": f"{recipe.encoder.title}, {recipe.head.kind}: {size}",
-        "data": samples + judged,
+        "data": samples + evaluation,
         "length": images,
-        "machine": f"{world} process{'es' * (world > 1)} on {accelerator.device.type}, {each} each a step",
+        "machine": f"{world} process{'es' * (world > 1)} on {accelerator.device.type}, {per_process} each a step",
     }
     return [f"{name:<9}{text}" for name, text in lines.items()]
 
 
-def _task(
+def _make_task(
     session: Session,
     recipe: Recipe,
     model: Model,
-    data: Manifest | Tars,
+    data: Manifest | TarList,
     val: Manifest | None,
-    probed: tuple[Manifest, Manifest] | None,
-    share: Share,
+    probe_splits: tuple[Manifest, Manifest] | None,
+    share: ProcessShard,
     folder: Run,
-) -> Task:
-    stream, device = streamed(data, recipe), session.accelerator.device
+) -> TrainingTask:
+    stream, device = make_stream(data, recipe), session.accelerator.device
     evaluators: list[Evaluator] = []
     if val is not None:
         split = EvaluationStream(val, recipe.data, share.micro_batch)
-        evaluators.append(_held_out(session, recipe, model, split, share, folder))
-    elif recipe.data.hold_out and isinstance(data, Manifest):
-        split = EvaluationStream(data, recipe.data, share.micro_batch, parts(data.samples, recipe.data)[1])
-        evaluators.append(_held_out(session, recipe, model, split, share, folder))
-    if probed is not None and isinstance(recipe, Pretrain):
-        evaluators.append(_probe(session, recipe, model, probed, share))
-    panel = None
-    if hasattr(model.head, "panel"):
-        drawn = first_images(val or stream, recipe.data)
-        panel = {name: value.to(device) for name, value in drawn.items()}
-    return Task(model, stream, recipe.optim, evaluators, panel, flops(model))
+        evaluators.append(_head_evaluator(session, recipe, model, split, share, folder))
+    elif recipe.data.holdout and isinstance(data, Manifest):
+        split = EvaluationStream(data, recipe.data, share.micro_batch, split_holdout(data.samples, recipe.data)[1])
+        evaluators.append(_head_evaluator(session, recipe, model, split, share, folder))
+    if probe_splits is not None and isinstance(recipe, Pretrain):
+        evaluators.append(_frozen_probe(session, recipe, model, probe_splits, share))
+    visualized = None
+    if hasattr(model.head, "visualize"):
+        batch = first_images(val or stream, recipe.data)
+        visualized = {name: value.to(device) for name, value in batch.items()}
+    return TrainingTask(model, stream, recipe.optim, evaluators, visualized, flops_per_image(model))
 
 
-def _held_out(
-    session: Session, recipe: Recipe, model: Model, split: EvaluationStream, share: Share, folder: Run
-) -> HeldOut:
+def _head_evaluator(
+    session: Session, recipe: Recipe, model: Model, split: EvaluationStream, share: ProcessShard, folder: Run
+) -> HeadEvaluator:
     """The head's measures over a split; of a fine-tuning its predictions are kept."""
     accelerator, identity = session.accelerator, split.samples.manifest.identity
 
-    def keep(found: Predictions) -> None:
-        every = recipe.best is not None
-        from_main(accelerator, lambda: keep_predictions(folder, found, identity, every))
+    def save_predictions(predictions: Predictions) -> None:
+        keep_all = recipe.best is not None
+        run_on_main(accelerator, lambda: keep_predictions(folder, predictions, identity, keep_all))
 
-    report, wanted = model.head.report, keep if isinstance(recipe, Finetune) else None
-    return HeldOut(split, share, accelerator.device, partial(total, accelerator), report, wanted)  # type: ignore[arg-type]
+    report, on_predictions = model.head.report, save_predictions if isinstance(recipe, Finetune) else None
+    return HeadEvaluator(split, share, accelerator.device, partial(all_reduce_sum, accelerator), report, on_predictions)  # type: ignore[arg-type]
 
 
-def _probe(session: Session, recipe: Pretrain, model: Model, probed: tuple[Manifest, Manifest], share: Share) -> Probe:
+def _frozen_probe(
+    session: Session, recipe: Pretrain, model: Model, probe_splits: tuple[Manifest, Manifest], share: ProcessShard
+) -> FrozenProbe:
     """k-NN and few-shot on at most `online.samples` images of each split, a fixed random choice."""
 
-    def some(split: Manifest) -> EvaluationStream:
-        share_of_it = {"subset": min(1.0, recipe.online.samples / split.samples), "hold_out": 0.0}
-        data = recipe.data.model_copy(update=share_of_it)
-        return EvaluationStream(split, data, share.micro_batch, parts(split.samples, data)[0])
+    def probe_stream(split: Manifest) -> EvaluationStream:
+        overrides = {"subset": min(1.0, recipe.online.samples / split.samples), "holdout": 0.0}
+        data = recipe.data.model_copy(update=overrides)
+        return EvaluationStream(split, data, share.micro_batch, split_holdout(split.samples, data)[0])
 
     accelerator, encoder = session.accelerator, model.encoder
-    way = partial(read_out, pool=encoder.pool, prefix=encoder.prefix)
-    splits = some(probed[0]), some(probed[1])
-    return Probe(splits, share, accelerator.device, partial(total, accelerator), recipe.online, way)
+    pooling = partial(pool_tokens, pool=encoder.pool, prefix=encoder.prefix)
+    splits = probe_stream(probe_splits[0]), probe_stream(probe_splits[1])
+    return FrozenProbe(splits, share, accelerator.device, partial(all_reduce_sum, accelerator), recipe.online, pooling)
 
 
-def keep(head: object, folder: Path) -> None:
-    """Copy a head's codebook into its run; raises Refusal(MISMATCH) where the run was begun with another one."""
+def copy_codebook(head: object, folder: Path) -> None:
+    """Copy a head's codebook into its run; raises ExitError(MISMATCH) where the run was begun with another one."""
     if not isinstance(head, clusters.Clusters) or head.codebook is None:
         return
-    copy, given = folder / "codebook.safetensors", Path(head.codebook)
+    copy, codebook = folder / "codebook.safetensors", Path(head.codebook)
     if not copy.exists():
-        write_bytes(copy, given.read_bytes())
-    elif sha256(copy) != sha256(given):
-        raise Refusal(MISMATCH, f"head.codebook={given}: not the one that the run was begun with, {copy}")
+        write_bytes(copy, codebook.read_bytes())
+    elif sha256(copy) != sha256(codebook):
+        raise ExitError(ExitCode.MISMATCH, f"head.codebook={codebook}: not the one that the run was begun with, {copy}")

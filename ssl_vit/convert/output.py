@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_vit.data import remote
-from ssl_vit.data.cache import Store
-from ssl_vit.errors import CANNOT_CREATE, Refusal
+from ssl_vit.data.cache import CacheDir
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.files import write_bytes
-from ssl_vit.rng import key
+from ssl_vit.rng import hash_key
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,21 @@ class Target:
         """The folder or URL, for people."""
         return self.url or str(self.folder)
 
-    def below(self, name: str) -> "Target":
+    def subfolder(self, name: str) -> "Target":
         """A folder in it; "" is the target itself."""
         return Target(self.folder / name, f"{self.url}/{name}" if self.url else None) if name else self
 
     def prepare(self) -> None:
-        """Make the folder, or raise Refusal(CANNOT_CREATE)."""
+        """Make the folder, or raise ExitError(CANNOT_CREATE)."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise Refusal(CANNOT_CREATE, f"{self.folder}: {error.strerror}; name another output") from error
+            raise ExitError(ExitCode.CANNOT_CREATE, f"{self.folder}: {error.strerror}; name another output") from error
 
     def read(self, name: str) -> bytes | None:
         """A small file's content, None where it is missing."""
         if self.url:
-            return remote.read(f"{self.url}/{name}")
+            return remote.read_file(f"{self.url}/{name}")
         try:
             return (self.folder / name).read_bytes()
         except OSError:
@@ -47,7 +47,7 @@ class Target:
     def write(self, name: str, data: bytes, flush: bool = True) -> None:
         """Write a small file, whole or not at all; `flush` as for durable.writing."""
         if self.url:
-            remote.write(f"{self.url}/{name}", data)
+            remote.write_file(f"{self.url}/{name}", data)
         else:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_bytes(self.folder / name, data, flush)
@@ -55,32 +55,32 @@ class Target:
     def size(self, name: str) -> int | None:
         """A file's bytes, None where it is missing."""
         if self.url:
-            return remote.size(f"{self.url}/{name}")
+            return remote.file_size(f"{self.url}/{name}")
         return (self.folder / name).stat().st_size if (self.folder / name).is_file() else None
 
-    def names(self) -> list[str]:
+    def list_files(self) -> list[str]:
         """The files in it and below."""
         if self.url:
-            return sorted(remote.sizes(self.url))
+            return sorted(remote.list_sizes(self.url))
         return sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
 
-    def send(self, name: str) -> None:
+    def upload(self, name: str) -> None:
         """Bring a file that was made in the folder to where it belongs."""
         if self.url:
-            remote.put(self.folder / name, f"{self.url}/{name}")
+            remote.upload(self.folder / name, f"{self.url}/{name}")
             os.unlink(self.folder / name)
 
     def remove(self, name: str) -> None:
         """Delete a file or a folder; missing is fine."""
         if self.url:
-            remote.remove(f"{self.url}/{name}")
+            remote.remove_tree(f"{self.url}/{name}")
         path = self.folder / name
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def destination(output: str) -> Target:
-    """The target that a folder or a URL names; raises Refusal where nothing can be written to it."""
+def resolve_target(output: str) -> Target:
+    """The target that a folder or a URL names; raises ExitError where nothing can be written to it."""
     if not remote.is_url(output):
         return Target(Path(output))
-    url = remote.writable(output)
-    return Target(Store().folder / f"sending-{key(url):016x}", url)
+    url = remote.check_writable(output)
+    return Target(CacheDir().folder / f"sending-{hash_key(url):016x}", url)

@@ -5,91 +5,113 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ssl_vit.convert import image_list
-from ssl_vit.convert.make_shards import MakeShards, convert
-from ssl_vit.convert.shard_writer import NOTES
+from ssl_vit.convert.make_shards import MakeShards, convert_images
+from ssl_vit.convert.shard_writer import SHARD_STATE_DIR
 from ssl_vit.data import manifest, remote
-from ssl_vit.data.cache import Store
-from ssl_vit.data.manifest import FILE, Manifest
-from ssl_vit.errors import DATA, Refusal
-from ssl_vit.rng import key
-from ssl_vit.runtime import world
+from ssl_vit.data.cache import CacheDir
+from ssl_vit.data.manifest import MANIFEST_FILE, Manifest
+from ssl_vit.errors import ExitCode, ExitError
+from ssl_vit.rng import hash_key
+from ssl_vit.runtime import world_size
 
 Value = TypeVar("Value")
-NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "test")}  # of a split's folder, the first that is
+SPLIT_FOLDERS = {
+    "train": ("train",),
+    "val": ("val", "validation", "valid", "test"),
+}  # of a split's folder, the first that is
 
 
-def sets(paths: tuple[str, ...], split: str, converted: Path, store: Store, may_convert: bool = True) -> Manifest:
+def resolve_manifest(
+    paths: tuple[str, ...], split: str, output_root: Path, cache_dir: CacheDir, may_convert: bool = True
+) -> Manifest:
     """The manifest of one or several sets; of one that holds splits, `split` (train or val) is taken.
 
-    A folder of images is converted first, into a folder under `converted`. Raises Refusal(DATA) where a set is missing,
+    A folder of images is converted first, into a folder under `converted`. ExitError(DATA) where a set is missing,
     has tars but no manifest, or would have to be converted and `may_convert` is False.
     """
-    return manifest.join([_one(path, split, converted, store, may_convert) for path in paths])
+    return manifest.join_manifests([_resolve_path(path, split, output_root, cache_dir, may_convert) for path in paths])
 
 
-def _one(path: str, split: str, converted: Path, store: Store, may_convert: bool) -> Manifest:
+def _resolve_path(path: str, split: str, output_root: Path, cache_dir: CacheDir, may_convert: bool) -> Manifest:
     if remote.is_url(path):
-        return _at_url(remote.check(path), split, store)
-    given = Path(path)
-    if path.endswith(".tar") or not given.is_dir() or (given / FILE).exists():
+        return _fetch_from_url(remote.check_url(path), split, cache_dir)
+    folder = Path(path)
+    if path.endswith(".tar") or not folder.is_dir() or (folder / MANIFEST_FILE).exists():
         if re.search(r"[{*?]|\.tar$", path):
-            cure = f"index them: tools/index_shards.py shards='{path}'"
-            raise Refusal(DATA, f"{path}: names tars; {cure}, then give the folder, or set data.reader=webdataset")
-        return manifest.load(given, store)
-    parts = {p.parent.name: p.parent for p in given.glob(f"*/{FILE}")}
-    if parts:
-        return manifest.load(_part(parts, split, path), store)
-    if (given / NOTES).exists() or any(given.glob(f"*/{NOTES}")):
-        raise Refusal(DATA, f"{given}: has no {FILE}: its conversion did not end; run make_shards again")
-    if any(given.glob("*.tar")) or any(given.glob("*/*.tar")):
-        cure = f"index them first: tools/index_shards.py shards={given}"
-        raise Refusal(DATA, f"{given}: has tars but no {FILE}; {cure} (or set data.reader=webdataset)")
-    return _of_images(given, split, converted, may_convert)
+            hint = f"index them: tools/index_shards.py shards='{path}'"
+            raise ExitError(
+                ExitCode.DATA, f"{path}: names tars; {hint}, then give the folder, or set data.reader=webdataset"
+            )
+        return manifest.load(folder, cache_dir)
+    splits = {p.parent.name: p.parent for p in folder.glob(f"*/{MANIFEST_FILE}")}
+    if splits:
+        return manifest.load(_select_split(splits, split, path), cache_dir)
+    if (folder / SHARD_STATE_DIR).exists() or any(folder.glob(f"*/{SHARD_STATE_DIR}")):
+        raise ExitError(
+            ExitCode.DATA, f"{folder}: has no {MANIFEST_FILE}: its conversion did not end; run make_shards again"
+        )
+    if any(folder.glob("*.tar")) or any(folder.glob("*/*.tar")):
+        hint = f"index them first: tools/index_shards.py shards={folder}"
+        raise ExitError(
+            ExitCode.DATA, f"{folder}: has tars but no {MANIFEST_FILE}; {hint} (or set data.reader=webdataset)"
+        )
+    return _convert_images(folder, split, output_root, may_convert)
 
 
-def _at_url(url: str, split: str, store: Store) -> Manifest:
+def _fetch_from_url(url: str, split: str, cache_dir: CacheDir) -> Manifest:
     if url.endswith(".tar"):
-        cure = f"index them: tools/index_shards.py shards='{url}' output=FOLDER"
-        raise Refusal(DATA, f"{url}: names tars; {cure}, or set data.reader=webdataset")
-    for place in (url, *(f"{url}/{name}" for name in NAMES[split])):
-        found = manifest.fetch(place, store)
-        if found is not None:
-            return found
-    cure = "shards that others wrote need tools/index_shards.py, or data.reader=webdataset"
-    raise Refusal(DATA, f"{url}: has no {FILE}, nor has a folder {' or '.join(NAMES[split])} in it; {cure}")
+        hint = f"index them: tools/index_shards.py shards='{url}' output=FOLDER"
+        raise ExitError(ExitCode.DATA, f"{url}: names tars; {hint}, or set data.reader=webdataset")
+    for candidate in (url, *(f"{url}/{name}" for name in SPLIT_FOLDERS[split])):
+        fetched = manifest.fetch_manifest(candidate, cache_dir)
+        if fetched is not None:
+            return fetched
+    hint = "shards that others wrote need tools/index_shards.py, or data.reader=webdataset"
+    raise ExitError(
+        ExitCode.DATA,
+        f"{url}: has no {MANIFEST_FILE}, nor has a folder {' or '.join(SPLIT_FOLDERS[split])} in it; {hint}",
+    )
 
 
-def _of_images(given: Path, split: str, converted: Path, may_convert: bool) -> Manifest:
-    found = image_list.read(given, 0.0)
-    names = [name for part in found.splits.values() for name in part]
-    stamps = image_list.sources(found, sorted(names), {})  # other images in it are another data set
-    target = converted / f"{given.resolve().name}-{key(str(given.resolve()), *map(str, stamps)):016x}"
-    command = f"tools/make_shards.py input={given} output={target}"
+def _convert_images(folder: Path, split: str, output_root: Path, may_convert: bool) -> Manifest:
+    listing = image_list.read_listing(folder, 0.0)
+    names = [name for part in listing.splits.values() for name in part]
+    sources = image_list.list_sources(listing, sorted(names), {})  # other images in it are another data set
+    target = output_root / f"{folder.resolve().name}-{hash_key(str(folder.resolve()), *map(str, sources)):016x}"
+    command = f"tools/make_shards.py input={folder} output={target}"
     if not may_convert:
-        raise Refusal(DATA, f"{given}: is a folder of images, which several processes cannot convert; first: {command}")
-    print(f"{given} is a folder of images; doing {command}", flush=True)
-    made = convert(MakeShards(input=str(given), output=str(target)))
-    return made[""] if "" in made else made[_part({name: name for name in made}, split, str(given))]
+        raise ExitError(
+            ExitCode.DATA, f"{folder}: is a folder of images, which several processes cannot convert; first: {command}"
+        )
+    print(f"{folder} is a folder of images; doing {command}", flush=True)
+    manifests = convert_images(MakeShards(input=str(folder), output=str(target)))
+    return (
+        manifests[""]
+        if "" in manifests
+        else manifests[_select_split({name: name for name in manifests}, split, str(folder))]
+    )
 
 
-def _part(parts: dict[str, Value], split: str, given: str) -> Value:
-    found = next((parts[name] for name in NAMES[split] if name in parts), None)
-    if found is None:
-        raise Refusal(DATA, f"{given}: has no split {split}, only {', '.join(sorted(parts))}")
-    return found
+def _select_split(splits: dict[str, Value], split: str, path: str) -> Value:
+    selected = next((splits[name] for name in SPLIT_FOLDERS[split] if name in splits), None)
+    if selected is None:
+        raise ExitError(ExitCode.DATA, f"{path}: has no split {split}, only {', '.join(sorted(splits))}")
+    return selected
 
 
-def found(recipe: Any, paths: tuple[str, ...], split: str) -> Manifest:
-    """A set of a recipe or an evaluation, converted first where it is images; raises Refusal.
+def resolve_for_recipe(recipe: Any, paths: tuple[str, ...], split: str) -> Manifest:
+    """A set of a recipe or an evaluation, converted first where it is images; raises ExitError.
 
     Where a benchmark's data is missing, how to get it is said too.
     """
-    converted = Path(recipe.run).parent / "shards"
+    output_root = Path(recipe.run).parent / "shards"
     try:
-        return sets(paths, split, converted=converted, store=recipe.data.store, may_convert=world() == 1)
-    except Refusal as refusal:
-        wanted = getattr(recipe, "benchmark", None)
-        if wanted is None or wanted.get is None or refusal.code != DATA:
+        return resolve_manifest(
+            paths, split, output_root=output_root, cache_dir=recipe.data.cache_dir, may_convert=world_size() == 1
+        )
+    except ExitError as error:
+        benchmark = getattr(recipe, "benchmark", None)
+        if benchmark is None or benchmark.get is None or error.code != ExitCode.DATA:
             raise
-        text = f"{refusal}; {wanted.name or 'its data'}: {wanted.get}"
-        raise Refusal(DATA, text, refusal.shared) from refusal
+        message = f"{error}; {benchmark.name or 'its data'}: {benchmark.get}"
+        raise ExitError(ExitCode.DATA, message, error.shared) from error

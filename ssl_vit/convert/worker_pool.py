@@ -6,60 +6,60 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from ssl_vit.runtime import serve_parent
+from ssl_vit.runtime import detach_worker_signals
 
 Piece = TypeVar("Piece")
 
 
 @contextmanager
-def workers(count: int) -> Iterator[ProcessPoolExecutor]:
+def worker_processes(count: int) -> Iterator[ProcessPoolExecutor]:
     """Worker processes that end with this one; when it is interrupted, work that has not begun is dropped."""
-    pool = ProcessPoolExecutor(count, initializer=serve_parent)
+    pool = ProcessPoolExecutor(count, initializer=detach_worker_signals)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def do(
+def run_resilient(
     pieces: list[Piece],
     count: int,
     work: Callable[..., Any],
     arguments: Callable[[Piece], tuple[Any, ...]],
-    learn: Callable[[Piece], bool] = lambda piece: False,
+    on_crash: Callable[[Piece], bool] = lambda piece: False,
 ) -> Iterator[tuple[Piece, Any]]:
     """Yield (piece, work(*arguments(piece))) in the order in which they are done.
 
-    Where a worker dies, each piece that was in work is done again by a process of its own. Where that dies too, `learn`
+    Where a worker dies, each piece that was in work is done again by a process of its own. If that dies too, `on_crash`
     says whether something was learnt for another try; where it was not, BrokenProcessPool is raised.
     """
-    left = list(pieces)
-    while left:
-        with workers(count) as pool:
-            futures = {pool.submit(work, *arguments(piece)): piece for piece in left}
+    pending = list(pieces)
+    while pending:
+        with worker_processes(count) as pool:
+            futures = {pool.submit(work, *arguments(piece)): piece for piece in pending}
             try:
                 for future in as_completed(futures):
                     value = future.result()
-                    left.remove(futures[future])
+                    pending.remove(futures[future])
                     yield futures[future], value
             except BrokenProcessPool:
                 pass
-        for piece in left[:count]:  # they are begun in their order
-            value = _alone(piece, work, arguments, learn)
-            left.remove(piece)
+        for piece in pending[:count]:  # they are begun in their order
+            value = _run_in_own_process(piece, work, arguments, on_crash)
+            pending.remove(piece)
             yield piece, value
 
 
-def _alone(
+def _run_in_own_process(
     piece: Piece,
     work: Callable[..., Any],
     arguments: Callable[[Piece], tuple[Any, ...]],
-    learn: Callable[[Piece], bool],
+    on_crash: Callable[[Piece], bool],
 ) -> Any:
     while True:
         try:
-            with workers(1) as pool:
+            with worker_processes(1) as pool:
                 return pool.submit(work, *arguments(piece)).result()
         except BrokenProcessPool:
-            if not learn(piece):
+            if not on_crash(piece):
                 raise

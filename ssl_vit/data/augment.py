@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ssl_vit.rng import key, uniforms
+from ssl_vit.rng import hash_key, uniform
 
 RATIO = (3 / 4, 4 / 3)  # width to height of a random crop
 TRIES = 10
@@ -37,7 +37,7 @@ class Box:
 
 def random_box(height: int, width: int, area: tuple[float, float], seed: int) -> Box:
     """An "inception crop" (paper B.1): a share of the area and a log-uniform aspect ratio, else the central one."""
-    draws = iter(uniforms(key(seed, "crop"), 4 * TRIES).tolist())
+    draws = iter(uniform(hash_key(seed, "crop"), 4 * TRIES).tolist())
     for _ in range(TRIES):
         target = height * width * (area[0] + (area[1] - area[0]) * next(draws))
         low, high = map(math.log, RATIO)
@@ -57,36 +57,36 @@ def central_box(height: int, width: int, ratio: tuple[float, float], share: floa
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def flips(seed: int) -> bool:
+def should_flip(seed: int) -> bool:
     """Whether a sample is mirrored."""
-    return bool(uniforms(key(seed, "flip"), 1)[0] < 0.5)
+    return bool(uniform(hash_key(seed, "flip"), 1)[0] < 0.5)
 
 
-def resized(pixels: np.ndarray, box: Box, size: tuple[int, int], flip: bool) -> Tensor:
+def crop_and_resize(pixels: np.ndarray, box: Box, size: tuple[int, int], flip: bool) -> Tensor:
     """Cut a box out of pixels uint8 [H, W, C] and resize it, antialiased -> uint8 [C, h, w], in rows of pixels."""
-    part = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
-    image = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # so torch sees rows of pixels, and resizes them as such
+    crop = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+    image = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)  # so torch sees rows of pixels, and resizes them as such
     if image.shape[2:] != size:
         image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
     return (image.flip(3) if flip else image)[0]
 
 
-def by_timm(image: Tensor, name: str, seed: int) -> Tensor:
+def timm_augment(image: Tensor, name: str, seed: int) -> Tensor:
     """timm's RandAugment or AutoAugment of an image uint8 [C, h, w], drawn from the sample's own seed."""
-    transform = timms(name, min(image.shape[1:]))
-    before = random.getstate(), np.random.get_state()
+    transform = timm_transform(name, min(image.shape[1:]))
+    rng_states = random.getstate(), np.random.get_state()
     random.seed(seed)
-    np.random.seed(key(seed, "augment") % (1 << 32))
+    np.random.seed(hash_key(seed, "augment") % (1 << 32))
     try:
-        made = transform(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
+        augmented = transform(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-    return torch.from_numpy(np.array(made)).permute(2, 0, 1)
+        random.setstate(rng_states[0])
+        np.random.set_state(rng_states[1])
+    return torch.from_numpy(np.array(augmented)).permute(2, 0, 1)
 
 
 @cache
-def timms(name: str, side: int) -> Any:
+def timm_transform(name: str, side: int) -> Any:
     """timm's transform of that name for images of a side; raises what timm raises where it knows none."""
     from timm.data.auto_augment import (
         augment_and_mix_transform,
@@ -94,7 +94,9 @@ def timms(name: str, side: int) -> Any:
         rand_augment_transform,
     )
 
-    kinds = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
-    make = next((kind for begin, kind in kinds.items() if name.startswith(begin)), auto_augment_transform)
-    grey = (128, 128, 128)  # the mean of what is normalised to [-1, 1]
-    return make(name, {"translate_const": int(side * 0.45), "img_mean": grey})
+    factories = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    factory = next(
+        (candidate for prefix, candidate in factories.items() if name.startswith(prefix)), auto_augment_transform
+    )
+    gray = (128, 128, 128)  # the mean of what is normalized to [-1, 1]
+    return factory(name, {"translate_const": int(side * 0.45), "img_mean": gray})

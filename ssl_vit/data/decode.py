@@ -17,7 +17,10 @@ from PIL import Image, ImageOps
 FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with a second picture behind it
 MAX_PIXELS = 64_000_000  # a PNG just below Pillow's own limit took 6 s and 500 MB before it failed
 MAX_SIDE = 20_000
-SCANS, MAX_SCANS = b"\xff\xda", 100  # of a progressive JPEG: each takes the time of a whole decoding; ten are usual
+SCAN_MARKER, MAX_SCANS = (
+    b"\xff\xda",
+    100,
+)  # of a progressive JPEG: each takes the time of a whole decoding; ten are usual
 MAX_BYTES = 1 << 28  # of an encoded image
 
 
@@ -35,7 +38,7 @@ def open_image(data: bytes) -> Image.Image:
         raise  # no fault of the image
     except Exception as error:  # Pillow raises many kinds on hostile bytes
         raise BadImage(f"not a readable JPEG, PNG or WebP ({type(error).__name__})") from error
-    if data[:2] == b"\xff\xd8" and data.count(SCANS) > MAX_SCANS:
+    if data[:2] == b"\xff\xd8" and data.count(SCAN_MARKER) > MAX_SCANS:
         raise BadImage(f"more than {MAX_SCANS} scans")
     if image.format not in FORMATS:
         raise BadImage(f"{image.format} is not taken")
@@ -53,9 +56,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 values = np.asarray(image)
-                grey = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
-                grey[values == image.info.get("transparency", -1)] = 255
-                return Image.fromarray(grey).convert("RGB")
+                gray = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
+                gray[values == image.info.get("transparency", -1)] = 255
+                return Image.fromarray(gray).convert("RGB")
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -68,7 +71,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Height and width of an ordinary upright JPEG within the limits, None for anything that only Pillow reads."""
-    if data[:3] != b"\xff\xd8\xff" or _orientation(data) != 1 or data.count(SCANS) > MAX_SCANS:
+    if data[:3] != b"\xff\xd8\xff" or _orientation(data) != 1 or data.count(SCAN_MARKER) > MAX_SCANS:
         return None
     try:
         height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
@@ -89,43 +92,43 @@ def _orientation(data: bytes) -> int | None:
             exif = data[start + 6 : end]
         elif marker == APP1 and data.find(b"tiff:Orientation", start, end) >= 0:
             return None
-    return 1 if exif is None else _said(exif)
+    return 1 if exif is None else _exif_orientation(exif)
 
 
-APP1, SCAN = 0xE1, 0xDA  # a JPEG's markers: of EXIF and XMP, and of the pixels' begin
+APP1, START_OF_SCAN = 0xE1, 0xDA  # a JPEG's markers: of EXIF and XMP, and of the pixels' begin
 
 
 def _segments(data: bytes) -> Iterator[tuple[int | None, int, int]]:
     """Marker, start and end of what stands before a JPEG's pixels; a marker of None where that is not in order."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == SCAN:
+    offset = 2
+    while offset + 4 <= len(data) and data[offset] == 0xFF:
+        marker = data[offset + 1]
+        if marker == START_OF_SCAN:
             return
-        length = int.from_bytes(data[at + 2 : at + 4], "big")
-        yield marker, at + 4, at + 2 + length
-        at += 2 + max(2, length)
-    yield None, at, at
+        length = int.from_bytes(data[offset + 2 : offset + 4], "big")
+        yield marker, offset + 4, offset + 2 + length
+        offset += 2 + max(2, length)
+    yield None, offset, offset
 
 
-def _said(tiff: bytes) -> int | None:
+def _exif_orientation(tiff: bytes) -> int | None:
     """The orientation in a block of EXIF, by its first directory."""
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None:
+    byte_order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if byte_order is None:
         return None
     try:
-        (start,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, start)
-        entries = [struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * i) for i in range(count)]
+        (start,) = struct.unpack_from(byte_order + "I", tiff, 4)
+        (count,) = struct.unpack_from(byte_order + "H", tiff, start)
+        entries = [struct.unpack_from(byte_order + "HHIH", tiff, start + 2 + 12 * i) for i in range(count)]
     except struct.error:
         return None
-    said = [entry for entry in entries if entry[0] == 0x0112]
-    if not said:
+    orientations = [entry for entry in entries if entry[0] == 0x0112]
+    if not orientations:
         return 1
-    return said[0][3] if len(said) == 1 and said[0][1:3] == (3, 1) else None
+    return orientations[0][3] if len(orientations) == 1 and orientations[0][1:3] == (3, 1) else None
 
 
-def check(data: bytes) -> str:
+def verify_image(data: bytes) -> str:
     """The suffix of an image of which every byte was decoded; raises BadImage.
 
     An ordinary JPEG is decoded at an eighth of its size: that reads all of its code, where the faults are, and saves
@@ -141,7 +144,7 @@ def check(data: bytes) -> str:
     return suffix
 
 
-def decode(data: bytes, scale: int = 1) -> np.ndarray:
+def decode_image(data: bytes, scale: int = 1) -> np.ndarray:
     """Pixels uint8 [H, W, 3]; an ordinary JPEG comes at 1/2, 1/4 or 1/8 of its size where `scale` says so.
 
     Its DCT gives small sizes nearly free. Raises BadImage.

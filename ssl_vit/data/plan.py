@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssl_vit.rng import key, permutation
+from ssl_vit.rng import hash_key, permutation
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Plan:
         self.total = int(self.sizes.sum())
         if self.total == 0:
             raise ValueError("there are no samples to plan")
-        self.seed, self.size, self.lanes = seed, batch, max(1, min(lanes, self.total))
+        self.seed, self.batch_size, self.lanes = seed, batch, max(1, min(lanes, self.total))
         self.window = max(1, window * -(-self.total // len(self.sizes)))  # in samples
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
@@ -44,67 +44,67 @@ class Plan:
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> list[tuple[int, int]]:
         """The (epoch, sample id) pairs that rank `rank` of `world` takes in a step."""
-        return self.samples(step * self.size, self.size, rank, world)
+        return self.samples(step * self.batch_size, self.batch_size, rank, world)
 
     def samples(self, start: int, count: int, rank: int = 0, world: int = 1) -> list[tuple[int, int]]:
         """A rank's share of `count` samples from stream position `start`; ValueError where world does not divide it."""
         if count % world:
             raise ValueError(f"{world} processes do not divide a batch of {count}")
-        epoch, place = np.divmod(np.arange(start, start + count, dtype=np.int64), self.total)
-        lane, index = place % self.lanes, place // self.lanes
-        share = np.argsort(lane, kind="stable")[rank * count // world : (rank + 1) * count // world]
-        epoch, lane, index = epoch[share], lane[share], index[share]
-        ids = np.empty(len(share), dtype=np.int64)
+        epoch, position = np.divmod(np.arange(start, start + count, dtype=np.int64), self.total)
+        lane, index = position % self.lanes, position // self.lanes
+        slots = np.argsort(lane, kind="stable")[rank * count // world : (rank + 1) * count // world]
+        epoch, lane, index = epoch[slots], lane[slots], index[slots]
+        ids = np.empty(len(slots), dtype=np.int64)
         groups = np.stack([epoch, lane, index // self.window], axis=1)
         for group in np.unique(groups, axis=0):
-            mine = (groups == group).all(axis=1)
-            ids[mine] = self._window(*map(int, group))[index[mine] % self.window]
+            mask = (groups == group).all(axis=1)
+            ids[mask] = self._window(*map(int, group))[index[mask] % self.window]
         return list(zip(epoch.tolist(), ids.tolist(), strict=True))
 
-    def neighbour(self, epoch: int, sample: int, attempt: int) -> int:
+    def substitute_in_window(self, epoch: int, sample: int, attempt: int) -> int:
         """Another sample id from the shuffle window in which a sample lies (it may be the same where that is small)."""
         shards = self._shards(epoch)
         shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
         rank = int(shards.ranks[shard])
-        place = int(shards.ends[rank] - self.sizes[shard]) + sample - int(self.starts[shard])
-        base, longer = divmod(self.total, self.lanes)
-        lane = place // (base + 1) if place < longer * (base + 1) else (place - longer) // base
-        first = lane * base + min(lane, longer)
-        window = self._window(epoch, lane, (place - first) // self.window)
-        return int(window[key(self.seed, "substitute", epoch, sample, attempt) % len(window)])
+        position = int(shards.ends[rank] - self.sizes[shard]) + sample - int(self.starts[shard])
+        base, remainder = divmod(self.total, self.lanes)
+        lane = position // (base + 1) if position < remainder * (base + 1) else (position - remainder) // base
+        first = lane * base + min(lane, remainder)
+        window = self._window(epoch, lane, (position - first) // self.window)
+        return int(window[hash_key(self.seed, "substitute", epoch, sample, attempt) % len(window)])
 
     def _window(self, epoch: int, lane: int, number: int) -> np.ndarray:
         """The sample ids of one window in their shuffled order."""
-        name = (epoch, lane, number)
-        if name not in self._windows:
-            base, longer = divmod(self.total, self.lanes)
-            first = lane * base + min(lane, longer) + number * self.window
-            last = (lane + 1) * base + min(lane + 1, longer)
+        key = (epoch, lane, number)
+        if key not in self._windows:
+            base, remainder = divmod(self.total, self.lanes)
+            first = lane * base + min(lane, remainder) + number * self.window
+            last = (lane + 1) * base + min(lane + 1, remainder)
             count = min(self.window, last - first)
-            place = first + permutation(key(self.seed, "window", epoch, lane, number), count)
-            self._windows[name] = self._ids(epoch, place)
+            positions = first + permutation(hash_key(self.seed, "window", epoch, lane, number), count)
+            self._windows[key] = self._ids(epoch, positions)
             while len(self._windows) > 2 * self.lanes:
                 self._windows.popitem(last=False)
-        self._windows.move_to_end(name)
-        return self._windows[name]
+        self._windows.move_to_end(key)
+        return self._windows[key]
 
     def _shards(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
-            order = permutation(key(self.seed, "shards", epoch), len(self.sizes))
+            order = permutation(hash_key(self.seed, "shards", epoch), len(self.sizes))
             self._epochs[epoch] = _Epoch(order, np.argsort(order), np.cumsum(self.sizes[order]))
             while len(self._epochs) > 2:
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
 
-    def _ids(self, epoch: int, place: np.ndarray) -> np.ndarray:
+    def _ids(self, epoch: int, positions: np.ndarray) -> np.ndarray:
         """Sample ids at places of the epoch's shard order."""
         shards = self._shards(epoch)
-        which = np.searchsorted(shards.ends, place, side="right")
-        shard = shards.order[which]
-        return self.starts[shard] + place - (shards.ends[which] - self.sizes[shard])
+        shard_ranks = np.searchsorted(shards.ends, positions, side="right")
+        shard = shards.order[shard_ranks]
+        return self.starts[shard] + positions - (shards.ends[shard_ranks] - self.sizes[shard])
 
 
-def in_order(samples: int, batch: int, rank: int = 0, world: int = 1) -> list[list[tuple[int, int]]]:
+def sequential_plan(samples: int, batch: int, rank: int = 0, world: int = 1) -> list[list[tuple[int, int]]]:
     """Evaluation: this rank's batches over samples 0..N-1, each once, padded at the end with id -1; epoch is 0.
 
     All ranks get the same number of batches.
@@ -112,5 +112,5 @@ def in_order(samples: int, batch: int, rank: int = 0, world: int = 1) -> list[li
     steps = -(-samples // (batch * world))
     ids = np.full(steps * batch * world, -1, dtype=np.int64)
     ids[:samples] = np.arange(samples)
-    mine = ids.reshape(steps, world, batch)[:, rank]
-    return [[(0, int(i)) for i in row] for row in mine]
+    rank_ids = ids.reshape(steps, world, batch)[:, rank]
+    return [[(0, int(i)) for i in row] for row in rank_ids]

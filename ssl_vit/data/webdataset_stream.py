@@ -19,30 +19,30 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ssl_vit.data import remote, tar
-from ssl_vit.data.cache import Store
-from ssl_vit.data.dataset import IN_A_ROW, Data, Fault, Faults, Made, Samples, printable
+from ssl_vit.data.cache import CacheDir
+from ssl_vit.data.dataset import MAX_CONSECUTIVE_FAULTS, BatchAndFaults, Data, Fault, Faults, SampleDataset, printable
 from ssl_vit.data.decode import BadImage
-from ssl_vit.data.loader import Share, accepted, on_device
+from ssl_vit.data.loader import ProcessShard, collect_bad_samples, prefetch_to_device
 from ssl_vit.data.manifest import Manifest
-from ssl_vit.data.tar import Damage, Member, walk
-from ssl_vit.data.workers import loaded
-from ssl_vit.errors import DATA, USAGE, Refusal
+from ssl_vit.data.tar import Damage, Member, iter_members
+from ssl_vit.data.workers import worker_batches
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.model import Batch
-from ssl_vit.rng import key, permutation
+from ssl_vit.rng import hash_key, permutation
 
 BUFFER, BUFFER_BYTES = 1000, 1 << 28  # samples, and bytes of them, among which a worker shuffles
-MAX_BYTES = 1 << 25  # of an image
-SHOWN = 400  # characters of a fault
-SOME = 64  # members by whose names the keys of a tar are judged
-EPOCH = 1_000_000  # samples: how many there are is not known, and bad ones are counted in so many
+MAX_IMAGE_BYTES = 1 << 25  # of an image
+MAX_REASON_CHARS = 400  # characters of a fault
+NUM_PROBED_MEMBERS = 64  # members by whose names the keys of a tar are judged
+EPOCH_SAMPLES = 1_000_000  # samples: how many there are is not known, and bad ones are counted in so many
 
 
 @dataclass(frozen=True)
-class Tars:
+class TarList:
     """Tars of which nothing is known but their names."""
 
     names: list[str]
-    store: Store
+    cache_dir: CacheDir
     classes: list[str] = field(default_factory=list)
 
     @property
@@ -56,40 +56,46 @@ class Tars:
         if not remote.is_url(name):
             return Path(name)
         folder, _, file = name.rpartition("/")
-        return self.store.of(folder).fetch(file, None, "")
+        return self.cache_dir.cache_for(folder).fetch(file, None, "")
 
 
-def tars(patterns: tuple[str, ...], store: Store) -> Tars:
-    """The tars that folders, URLs and patterns name; raises Refusal where there are none, or webdataset is missing."""
+def list_tars(patterns: tuple[str, ...], cache_dir: CacheDir) -> TarList:
+    """The tars that folders, URLs and patterns name; ExitError where there are none, or webdataset is missing."""
     try:
         import webdataset  # noqa: F401
     except ImportError as error:
-        raise Refusal(
-            USAGE, "data.reader=webdataset: it is not installed: pip install 'ssl_vit[webdataset]'"
+        raise ExitError(
+            ExitCode.USAGE, "data.reader=webdataset: it is not installed: pip install 'ssl_vit[webdataset]'"
         ) from error
     names = []
     for pattern in patterns:
-        root, found = tar.find(pattern)
-        names += [f"{root}/{name}" for name in found]
-    return Tars(names, store)
+        root, tar_names = tar.find_shards(pattern)
+        names += [f"{root}/{name}" for name in tar_names]
+    return TarList(names, cache_dir)
 
 
 class SequentialStream:
     """Training data of one process, from tars read from their beginning to their end."""
 
-    epoch_samples = EPOCH
+    epoch_samples = EPOCH_SAMPLES
 
-    def __init__(self, source: Tars, config: Data, seed: int, batch: int):
+    def __init__(self, source: TarList, config: Data, seed: int, batch: int):
         self.source, self.config, self.seed, self.batch = source, config, seed, batch
-        self.samples = Samples(Manifest(Path(), {}, [], []), config, seed, training=True)  # for its decoding and crop
+        self.samples = SampleDataset(
+            Manifest(Path(), {}, [], []), config, seed, training=True
+        )  # for its decoding and crop
         self.faults = Faults()
         self.identity = hashlib.sha256("\n".join(source.names).encode(errors="surrogateescape")).hexdigest()
 
-    def batches(self, seen: int, share: Share, device: torch.device) -> Iterator[Batch]:
+    def batches(self, samples_seen: int, shard: ProcessShard, device: torch.device) -> Iterator[Batch]:
         """Micro batches on the device; after a resumption at `seen` samples the order is a new one."""
-        size = self.config.bytes(share.micro_batch)
-        made = loaded(_Reader(self, seen, share), self.config.workers, self.config.timeout, size, device)
-        yield from on_device(accepted(made, self.samples, share.micro_batch, self.faults), device)
+        size = self.config.pixel_bytes(shard.micro_batch)
+        answers = worker_batches(
+            _Reader(self, samples_seen, shard), self.config.workers, self.config.timeout, size, device
+        )
+        yield from prefetch_to_device(
+            collect_bad_samples(answers, self.samples, shard.micro_batch, self.faults), device
+        )
 
     def names(self, batch: int) -> list[tuple[int, int]]:
         """The samples of a batch: nobody knows them here."""
@@ -98,122 +104,135 @@ class SequentialStream:
 
     def first(self, count: int) -> Batch:
         """A few samples, for a picture."""
-        return next(self.batches(0, Share(micro_batch=count), torch.device("cpu")))
+        return next(self.batches(0, ProcessShard(micro_batch=count), torch.device("cpu")))
 
 
-class _Reader(IterableDataset[Made | Refusal]):
+class _Reader(IterableDataset[BatchAndFaults | ExitError]):
     """One worker's micro batches, without an end."""
 
-    def __init__(self, stream: SequentialStream, seen: int, share: Share):
-        self.stream, self.seen, self.share = stream, seen, share
-        self._tar = ""  # that is read
-        self._barren = 0  # tars since the last image
+    def __init__(self, stream: SequentialStream, samples_seen: int, shard: ProcessShard):
+        self.stream, self.samples_seen, self.shard = stream, samples_seen, shard
+        self._current_tar = ""  # that is read
+        self._num_tars_since_image = 0  # tars since the last image
 
-    def __iter__(self) -> Iterator[Made | Refusal]:
+    def __iter__(self) -> Iterator[BatchAndFaults | ExitError]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        place = self.share.rank * workers + number
+        worker_index = self.shard.rank * workers + number
         try:
-            yield from self._batches(place, self.share.world * workers)
-        except Refusal as refusal:
-            yield refusal
+            yield from self._batches(worker_index, self.shard.world * workers)
+        except ExitError as error:
+            yield error
 
-    def _batches(self, place: int, of: int) -> Iterator[Made]:
+    def _batches(self, worker_index: int, num_workers: int) -> Iterator[BatchAndFaults]:
         import webdataset
 
         stream, faults = self.stream, []
-        members = self._members(islice(self._dealt(), place, None, of), faults)
+        members = self._members(islice(self._tar_order(), worker_index, None, num_workers), faults)
         handler = partial(self._handle, faults)
         samples = webdataset.tariterators.group_by_keys(members, handler=handler)
-        shuffled = _shuffled(samples, Random(key(stream.seed, "shuffle", self.seen, place)))
-        batch, slot, in_a_row = stream.samples.empty(self.share.micro_batch), 0, 0
+        shuffled = _shuffle(samples, Random(hash_key(stream.seed, "shuffle", self.samples_seen, worker_index)))
+        batch, slot, num_consecutive = stream.samples.empty(self.shard.micro_batch), 0, 0
         for number, sample in enumerate(shuffled):
-            seed = key(stream.seed, "sequential", self.seen, place, number) >> 1
+            seed = hash_key(stream.seed, "sequential", self.samples_seen, worker_index, number) >> 1
             try:
-                image = stream.samples.crop(_image(sample), seed)
+                image = stream.samples.crop(_image_bytes(sample), seed)
             except BadImage as error:
-                self._note(faults, f"{sample['__key__']} cannot be used: {error}", sample["__url__"])
-                in_a_row += 1
-                if in_a_row >= IN_A_ROW:
-                    raise Refusal(DATA, f"{faults[-1].reason}; it is the {IN_A_ROW}th in a row") from error
+                self._record_fault(faults, f"{sample['__key__']} cannot be used: {error}", sample["__url__"])
+                num_consecutive += 1
+                if num_consecutive >= MAX_CONSECUTIVE_FAULTS:
+                    raise ExitError(
+                        ExitCode.DATA, f"{faults[-1].reason}; it is the {MAX_CONSECUTIVE_FAULTS}th in a row"
+                    ) from error
                 continue
             batch["image"][slot], batch["seed"][slot], batch["valid"][slot] = image, seed, True
-            in_a_row, slot = 0, slot + 1
-            if slot == self.share.micro_batch:
+            num_consecutive, slot = 0, slot + 1
+            if slot == self.shard.micro_batch:
                 yield batch, faults.copy()
                 batch, slot = stream.samples.empty(slot), 0
                 faults.clear()
 
-    def _dealt(self) -> Iterator[int]:
+    def _tar_order(self) -> Iterator[int]:
         """The numbers of all tars, shuffled anew in each epoch, for all workers together."""
         for epoch in count():
             yield from permutation(
-                key(self.stream.seed, "tars", self.seen, epoch), len(self.stream.source.names)
+                hash_key(self.stream.seed, "tars", self.samples_seen, epoch), len(self.stream.source.names)
             ).tolist()
 
     def _members(self, numbers: Iterator[int], faults: list[Fault]) -> Iterator[dict[str, Any]]:
         """The images of tars, for webdataset: its own opening may start a shell, and its own walk ends at damage."""
         for number in numbers:
-            self._tar = self.stream.source.names[number]
-            self._barren += 1
-            if self._barren > 2 * len(self.stream.source.names) + 1:
-                raise Refusal(DATA, f"{printable(self._tar)}: no image can be used, neither here nor in the other tars")
+            self._current_tar = self.stream.source.names[number]
+            self._num_tars_since_image += 1
+            if self._num_tars_since_image > 2 * len(self.stream.source.names) + 1:
+                raise ExitError(
+                    ExitCode.DATA,
+                    f"{printable(self._current_tar)}: no image can be used, neither here nor in the other tars",
+                )
             try:
                 path = self.stream.source.path(number)
                 if not path.is_file():
                     raise FileNotFoundError(0, "is no file")
-                yield from self._of_tar(path, faults)
+                yield from self._iter_images(path, faults)
                 yield {}  # the end of the tar: its last sample is complete
-            except (OSError, remote.BadSource) as error:
-                self._note(faults, getattr(error, "strerror", None) or str(error))
+            except (OSError, remote.RemoteMismatch) as error:
+                self._record_fault(faults, getattr(error, "strerror", None) or str(error))
 
-    def _of_tar(self, path: Path, faults: list[Fault]) -> Iterator[dict[str, Any]]:
-        some = [item.name for item in islice(walk(path), SOME) if isinstance(item, Member)]
-        plain = any(tar.cut(name, first=True)[1] in tar.IMAGES for name in some)
+    def _iter_images(self, path: Path, faults: list[Fault]) -> Iterator[dict[str, Any]]:
+        probed_names = [
+            item.name for item in islice(iter_members(path), NUM_PROBED_MEMBERS) if isinstance(item, Member)
+        ]
+        split_at_first = any(tar.split_key(name, first=True)[1] in tar.IMAGE_SUFFIXES for name in probed_names)
         with path.open("rb") as file:
-            for item in walk(path):
+            for item in iter_members(path):
                 if isinstance(item, Damage):
-                    self._note(faults, f"at byte {item.offset}: {item.reason}")
+                    self._record_fault(faults, f"at byte {item.offset}: {item.reason}")
                     continue
-                stem, suffix = tar.cut(item.name, first=plain)  # keys may have dots, as in val.00001.JPEG
-                if suffix not in tar.IMAGES or not stem.rpartition("/")[2]:
+                stem, suffix = tar.split_key(
+                    item.name, first=split_at_first
+                )  # keys may have dots, as in val.00001.JPEG
+                if suffix not in tar.IMAGE_SUFFIXES or not stem.rpartition("/")[2]:
                     continue
-                if item.size > MAX_BYTES:
-                    self._note(faults, f"{item.name} has {item.size} bytes, over the limit of {MAX_BYTES}")
+                if item.size > MAX_IMAGE_BYTES:
+                    self._record_fault(
+                        faults, f"{item.name} has {item.size} bytes, over the limit of {MAX_IMAGE_BYTES}"
+                    )
                 else:
-                    self._barren = 0
+                    self._num_tars_since_image = 0
                     data = os.pread(file.fileno(), item.size, item.offset)
-                    yield {"fname": f"{stem.replace('.', '_')}.{suffix}", "data": data, "__url__": self._tar}
+                    yield {"fname": f"{stem.replace('.', '_')}.{suffix}", "data": data, "__url__": self._current_tar}
 
     def _handle(self, faults: list[Fault], error: Exception) -> bool:
         """What webdataset met in a tar is counted, and the member passed over."""
-        if isinstance(error, (Refusal, MemoryError)):
+        if isinstance(error, (ExitError, MemoryError)):
             raise error
-        self._note(faults, " ".join(str(part) for part in error.args if part is not None))
+        self._record_fault(faults, " ".join(str(part) for part in error.args if part is not None))
         return True
 
-    def _note(self, faults: list[Fault], reason: str, tar: str | None = None) -> None:
-        faults.append(Fault(-1, 0, -1, None, printable(f"{tar or self._tar}: {reason}")[:SHOWN]))
+    def _record_fault(self, faults: list[Fault], reason: str, tar_name: str | None = None) -> None:
+        faults.append(
+            Fault(-1, 0, -1, None, printable(f"{tar_name or self._current_tar}: {reason}")[:MAX_REASON_CHARS])
+        )
 
 
-def _shuffled(samples: Iterator[dict[str, Any]], random: Random) -> Iterator[dict[str, Any]]:
+def _shuffle(samples: Iterator[dict[str, Any]], random: Random) -> Iterator[dict[str, Any]]:
     """An endless stream in a random order; webdataset's own shuffle counts samples only, however large they are."""
-    kept: list[tuple[int, dict[str, Any]]] = []
-    held = 0
+    buffer: list[tuple[int, dict[str, Any]]] = []
+    buffer_bytes = 0
     for sample in samples:
         size = sum(len(value) for value in sample.values() if isinstance(value, bytes))
-        kept.append((size, sample))
-        held += size
-        while len(kept) >= BUFFER or held > BUFFER_BYTES:
-            chosen = random.randrange(len(kept))
-            kept[chosen], kept[-1] = kept[-1], kept[chosen]
-            size, one = kept.pop()
-            held -= size
-            yield one
+        buffer.append((size, sample))
+        buffer_bytes += size
+        while len(buffer) >= BUFFER or buffer_bytes > BUFFER_BYTES:
+            index = random.randrange(len(buffer))
+            buffer[index], buffer[-1] = buffer[-1], buffer[index]
+            size, shuffled_sample = buffer.pop()
+            buffer_bytes -= size
+            yield shuffled_sample
 
 
-def _image(sample: dict[str, Any]) -> bytes:
+def _image_bytes(sample: dict[str, Any]) -> bytes:
     for suffix, data in sample.items():
-        if suffix in tar.IMAGES:
+        if suffix in tar.IMAGE_SUFFIXES:
             return data
     raise BadImage("has no image")

@@ -25,17 +25,17 @@ import torch
 from torch.utils.data import DataLoader
 
 from ssl_vit import fault_injection
-from ssl_vit.errors import INTERNAL, Refusal
-from ssl_vit.runtime import serve_parent
+from ssl_vit.errors import ExitCode, ExitError
+from ssl_vit.runtime import detach_worker_signals
 
 PREFETCH = 4  # batches that a worker is ahead
-SHARED = Path("/dev/shm")  # where torch puts what workers hand over
-_working: "weakref.WeakKeyDictionary[Any, tuple[Any, Any]]" = weakref.WeakKeyDictionary()
+SHM_DIR = Path("/dev/shm")  # where torch puts what workers hand over
+_active_iterators: "weakref.WeakKeyDictionary[Any, tuple[Any, Any]]" = weakref.WeakKeyDictionary()
 """Of each iterator over workers: what they read from, and the sample that each is at."""
-NO_ROOM = -2  # in the place of a sample: /dev/shm did not take the batch
-_late: set[int | None] = set()
+SHM_FULL = -2  # in the place of a sample: /dev/shm did not take the batch
+_timed_out_pids: set[int | None] = set()
 """Workers that were ended because they took too long."""
-_mine: tuple[Any, int] | None = None  # in a worker: where it says at which sample it is
+_worker_state: tuple[Any, int] | None = None  # in a worker: where it says at which sample it is
 
 
 def default_workers() -> int:
@@ -44,48 +44,48 @@ def default_workers() -> int:
     return max(1, min(12, len(os.sched_getaffinity(0)) // local - 1))
 
 
-def loaded(
+def worker_batches(
     source: Any, workers: int | None, timeout: float, size: int, device: torch.device, **options: Any
 ) -> Iterator[Any]:
     """What worker processes make of a torch data set, in batches of `size` bytes.
 
-    One that takes longer than `timeout` seconds is an error. Raises Refusal(INTERNAL) where not even two batches fit
+    One that takes longer than `timeout` seconds is an error. Raises ExitError(INTERNAL) where not even two batches fit
     into the memory through which they come.
     """
     workers = default_workers() if workers is None else workers
-    if workers and SHARED.exists() and (free := shutil.disk_usage(SHARED).free) < 2 * size:
-        cure = f"raise it to {2 * PREFETCH * workers * size >> 20} MiB (docker: --shm-size), or data.workers=0"
-        raise Refusal(INTERNAL, f"{SHARED} is too small: {free} bytes free, a batch takes {size}; {cure}")
-    at = RawArray("q", [-1] * max(1, workers))
+    if workers and SHM_DIR.exists() and (free := shutil.disk_usage(SHM_DIR).free) < 2 * size:
+        hint = f"raise it to {2 * PREFETCH * workers * size >> 20} MiB (docker: --shm-size), or data.workers=0"
+        raise ExitError(ExitCode.INTERNAL, f"{SHM_DIR} is too small: {free} bytes free, a batch takes {size}; {hint}")
+    current_samples = RawArray("q", [-1] * max(1, workers))
     loader = DataLoader(
         source,
         **(options or {"batch_size": None}),
-        collate_fn=_as_is,
+        collate_fn=_identity,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=partial(_begin_work, at) if workers else None,
+        worker_init_fn=partial(_init_worker, current_samples) if workers else None,
         prefetch_factor=PREFETCH if workers else None,
         timeout=timeout if workers else 0,
     )
     iterator = iter(loader)
     if not workers:
         return iterator
-    _working[iterator] = source, at
-    return _bounded(iterator, timeout)
+    _active_iterators[iterator] = source, current_samples
+    return _with_timeout(iterator, timeout)
 
 
-def _bounded(iterator: Any, timeout: float) -> Iterator[Any]:
+def _with_timeout(iterator: Any, timeout: float) -> Iterator[Any]:
     """The same batches; torch's timeout does not cover their memory, which a worker that is stopped never hands over.
 
     Where the main thread waits for that, only the end of the worker brings it back.
     """
-    asked: list[float] = []
-    over = threading.Event()
+    request_times: list[float] = []
+    done = threading.Event()
 
     def watch() -> None:
-        while not over.wait(min(1.0, timeout)):
-            if asked and time.monotonic() - asked[-1] > timeout + 1:
-                _late.update(worker.pid for worker in iterator._workers)
+        while not done.wait(min(1.0, timeout)):
+            if request_times and time.monotonic() - request_times[-1] > timeout + 1:
+                _timed_out_pids.update(worker.pid for worker in iterator._workers)
                 for worker in iterator._workers:
                     worker.kill()
                 return
@@ -93,111 +93,113 @@ def _bounded(iterator: Any, timeout: float) -> Iterator[Any]:
     threading.Thread(target=watch, daemon=True).start()
     try:
         while True:
-            asked.append(time.monotonic())
+            request_times.append(time.monotonic())
             try:
-                batch = next(iterator, over)
+                batch = next(iterator, done)
             except Exception as error:
-                if isinstance(error, ConnectionError | EOFError) and (gone := _ended(iterator)):
-                    raise RuntimeError(f"DataLoader worker (pid(s) {gone}) exited unexpectedly") from error
-                if not _of_workers(error):
+                if isinstance(error, ConnectionError | EOFError) and (exited_pids := _exited_workers(iterator)):
+                    raise RuntimeError(f"DataLoader worker (pid(s) {exited_pids}) exited unexpectedly") from error
+                if not _is_worker_error(error):
                     iterator._shutdown_workers()  # torch's traceback refers to itself and would keep them long
                 raise
-            asked.clear()
-            if batch is over:
+            request_times.clear()
+            if batch is done:
                 return
             yield batch
     finally:
-        over.set()
+        done.set()
 
 
-def _ended(iterator: Any) -> str:
+def _exited_workers(iterator: Any) -> str:
     """The workers that ended while they handed over a batch: their socket may break before torch sees their end."""
-    ended = connection.wait([worker.sentinel for worker in iterator._workers], timeout=1.0)
-    gone = [worker for worker in iterator._workers if worker.sentinel in ended]
-    for worker in gone:
+    sentinels = connection.wait([worker.sentinel for worker in iterator._workers], timeout=1.0)
+    exited = [worker for worker in iterator._workers if worker.sentinel in sentinels]
+    for worker in exited:
         worker.join()  # so that torch's SIGCHLD handler speaks here and now, if at all, not while this is explained
-    return ", ".join(str(worker.pid) for worker in gone)
+    return ", ".join(str(worker.pid) for worker in exited)
 
 
-def _of_workers(error: BaseException) -> bool:
+def _is_worker_error(error: BaseException) -> bool:
     """torch's error of a worker that died or hangs, not one of the data set that a worker passed on."""
     return isinstance(error, RuntimeError) and "DataLoader" in str(error)
 
 
-def now_at(sample: int) -> None:
+def report_current_sample(sample: int) -> None:
     """A worker comes to a sample."""
-    if _mine is not None:
-        _mine[0][_mine[1]] = sample
-        fault_injection.point("sample", sample)
+    if _worker_state is not None:
+        _worker_state[0][_worker_state[1]] = sample
+        fault_injection.fault_point("sample", sample)
 
 
-def explain(error: BaseException) -> Refusal | None:
+def diagnose_worker_failure(error: BaseException) -> ExitError | None:
     """Where an error comes of a worker that died or hangs: which, and at what; it is ended. None for other errors.
 
     torch raises it wherever the main thread is when the worker dies.
     """
-    if not _of_workers(error):
+    if not _is_worker_error(error):
         return None
     text = str(error)
-    hangs = "timed out" in text
-    named = set() if hangs else {int(number) for number in re.findall(r"\d+", text)}
-    found = []
+    is_timeout = "timed out" in text
+    pids = set() if is_timeout else {int(number) for number in re.findall(r"\d+", text)}
+    descriptions = []
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more, wherever the end has come to
-    for iterator, (source, at) in list(_working.items()):
+    for iterator, (source, current_samples) in list(_active_iterators.items()):
         for number, worker in enumerate(iterator._workers):
-            owes = hangs and iterator._task_info.get(iterator._rcvd_idx, [None])[0] == number
-            if worker.pid in named or owes:
-                found.append(f"loader worker {number} (pid {worker.pid}, {_place(source, at[number])})")
+            is_pending = is_timeout and iterator._task_info.get(iterator._rcvd_idx, [None])[0] == number
+            if worker.pid in pids or is_pending:
+                descriptions.append(
+                    f"loader worker {number} (pid {worker.pid}, {_describe_position(source, current_samples[number])})"
+                )
                 worker.kill()
-    who = ", ".join(found) or "a loader worker"
-    if named & _late:
-        hangs, text = True, "timed out"
-    why = re.search(r"killed by signal: [\w ]+|timed out(?: after [\d.]+ seconds)?|exited unexpectedly.*", text)
-    cure = "the same command goes on from the last checkpoint"
-    no_room = any(NO_ROOM in at for _, at in _working.values())
-    if no_room or "Bus error" in text or "shared memory" in text or "/torch_" in text:
-        cure = f"{SHARED} is too small: raise it (docker: --shm-size), or data.workers=0; {cure}"
-    elif hangs:
-        cure = f"is its disk or network stuck? data.timeout waits longer; {cure}"
+    failed_workers = ", ".join(descriptions) or "a loader worker"
+    if pids & _timed_out_pids:
+        is_timeout, text = True, "timed out"
+    reason = re.search(r"killed by signal: [\w ]+|timed out(?: after [\d.]+ seconds)?|exited unexpectedly.*", text)
+    hint = "the same command goes on from the last checkpoint"
+    shm_full = any(SHM_FULL in current_samples for _, current_samples in _active_iterators.values())
+    if shm_full or "Bus error" in text or "shared memory" in text or "/torch_" in text:
+        hint = f"{SHM_DIR} is too small: raise it (docker: --shm-size), or data.workers=0; {hint}"
+    elif is_timeout:
+        hint = f"is its disk or network stuck? data.timeout waits longer; {hint}"
     else:
-        cure = f"did memory run out? data.workers starts fewer; {cure}"
-    return Refusal(INTERNAL, f"{who}: {why[0] if why else text.strip()}; {cure}")
+        hint = f"did memory run out? data.workers starts fewer; {hint}"
+    return ExitError(ExitCode.INTERNAL, f"{failed_workers}: {reason[0] if reason else text.strip()}; {hint}")
 
 
-def _place(source: Any, sample: int) -> str:
+def _describe_position(source: Any, sample: int) -> str:
     """Where a sample lies, of sources that know."""
-    if sample < 0 or not hasattr(source, "where"):
-        return "before its first sample" if hasattr(source, "where") else "of a stream of tars"
-    return f"at {source.where(sample)}"
+    if sample < 0 or not hasattr(source, "describe_sample"):
+        return "before its first sample" if hasattr(source, "describe_sample") else "of a stream of tars"
+    return f"at {source.describe_sample(sample)}"
 
 
 @atexit.register
-def _dismiss() -> None:
+def _kill_workers() -> None:
     """Tell the workers to go: they ignore the signal by which Python would end them, and it would wait for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for iterator in list(_working):
+    for iterator in list(_active_iterators):
         iterator._shutdown_workers()
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()  # one that hangs, or whose iterator was collected without telling it
 
 
-def _as_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
-def _begin_work(at: Any, worker: int) -> None:
+def _init_worker(current_samples: Any, worker: int) -> None:
     """A worker that dies of a signal to the process group would cost the checkpoint."""
-    global _mine
-    _mine = at, worker
-    serve_parent()
-    Queue._on_queue_feeder_error = staticmethod(_not_handed_over)  # type: ignore[method-assign]
+    global _worker_state
+    _worker_state = current_samples, worker
+    detach_worker_signals()
+    Queue._on_queue_feeder_error = staticmethod(_on_feeder_error)  # type: ignore[method-assign]
 
 
-def _not_handed_over(error: Exception, batch: Any) -> None:
+def _on_feeder_error(error: Exception, batch: Any) -> None:
     """A batch for which /dev/shm has no room never comes: say so where the others look, and end."""
     del batch
     print(f"loader worker: {error}", file=sys.stderr, flush=True)
-    if _mine is not None and ("shm" in str(error) or "/torch_" in str(error)):
-        _mine[0][_mine[1]] = NO_ROOM
+    if _worker_state is not None and ("shm" in str(error) or "/torch_" in str(error)):
+        _worker_state[0][_worker_state[1]] = SHM_FULL
     os._exit(1)

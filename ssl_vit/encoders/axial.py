@@ -6,9 +6,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_vit.encoders import layers
-from ssl_vit.encoders.inputs import Pixels, Pool
+from ssl_vit.encoders.inputs import ImageInput, Pool
 from ssl_vit.encoders.timm_encoder import Bit, TimmEncoder
-from ssl_vit.encoders.vit import Attention, Transformer, VitEncoder, at
+from ssl_vit.encoders.vit import Attention, Transformer, VitEncoder, gather_tokens
 
 
 class Axial(Transformer):
@@ -26,10 +26,10 @@ class Axial(Transformer):
         return f"Axial-{super().title}"
 
     def build(self) -> "AxialEncoder":
-        """A freshly initialised encoder; raises ValueError where patches do not tile the image."""
-        self.check()
-        if self.positions == "relative" and self.where == "shared":
-            raise ValueError("positions_at=shared: rows and columns cannot share relative positions; take every")
+        """A freshly initialized encoder; raises ValueError where patches do not tile the image."""
+        self.check_config()
+        if self.positions == "relative" and self.resolved_placement == "shared":
+            raise ValueError("position_placement=shared: rows and columns cannot share relative positions; take every")
         return AxialEncoder(self)
 
 
@@ -40,48 +40,48 @@ class AxialAttention(Attention):
     columns: bool
 
     def forward(self, x: Tensor, shared: Tensor | None = None, select: Tensor | None = None) -> Tensor:
-        x = self._lines(x)
+        x = self._split_lines(x)
         lines = x.shape[:2]
         x = super().forward(x.flatten(0, 1), shared).unflatten(0, lines)
         x = (x.transpose(1, 2) if self.columns else x).flatten(1, 2)
-        return x if select is None else at(x, select)
+        return x if select is None else gather_tokens(x, select)
 
-    def _lines(self, x: Tensor) -> Tensor:
+    def _split_lines(self, x: Tensor) -> Tensor:
         """Tokens [B, N, D] -> [B, lines, tokens of a line, D]."""
         x = x.unflatten(1, self.grid)
         return x.transpose(1, 2) if self.columns else x
 
-    def maps(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
+    def attention_maps(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
         """What each patch takes from each, float [B, heads, N, N]; nothing from outside of its line."""
-        x = self._lines(x)
+        x = self._split_lines(x)
         count, lines, length = x.shape[:3]
-        within = super().maps(x.flatten(0, 1), shared).unflatten(0, (count, lines))  # [B, L, heads, S, S]
-        whole = within.new_zeros(count, within.shape[2], lines, length, lines, length)
-        whole.diagonal(dim1=2, dim2=4).copy_(within.permute(0, 2, 3, 4, 1))
-        whole = whole.permute(0, 1, 3, 2, 5, 4) if self.columns else whole
-        return whole.flatten(4, 5).flatten(2, 3)
+        line_maps = super().attention_maps(x.flatten(0, 1), shared).unflatten(0, (count, lines))  # [B, L, heads, S, S]
+        maps = line_maps.new_zeros(count, line_maps.shape[2], lines, length, lines, length)
+        maps.diagonal(dim1=2, dim2=4).copy_(line_maps.permute(0, 2, 3, 4, 1))
+        maps = maps.permute(0, 1, 3, 2, 5, 4) if self.columns else maps
+        return maps.flatten(4, 5).flatten(2, 3)
 
 
 class AxialEncoder(VitEncoder):
     """image uint8 [B, C, H, W] -> tokens [B, N, D]."""
 
-    def _depth(self) -> int:
-        return 2 * super()._depth()
+    def _num_blocks(self) -> int:
+        return 2 * super()._num_blocks()
 
-    def lines(self, name: str, grid: tuple[int, int]) -> tuple[int, int]:
+    def offset_grid(self, name: str, grid: tuple[int, int]) -> tuple[int, int]:
         """The rows or the columns: blocks.N.attn.offsets has those of the N-th block's."""
         return 1, grid[0] if int(name.split(".")[1]) % 2 else grid[1]
 
-    def _attention(self, number: int) -> AxialAttention:
-        columns, where = number % 2 == 1, self.config.where
-        line = self.lines(f"blocks.{number}", self.grid)
-        offsets = self._offsets(line) if where == "every" or (where == "stem" and number < 2) else None
-        attention = AxialAttention(self.width, self.config.numbers[2], 0, offsets)
+    def _build_attention(self, number: int) -> AxialAttention:
+        columns, placement = number % 2 == 1, self.config.resolved_placement
+        line = self.offset_grid(f"blocks.{number}", self.grid)
+        offsets = self._build_offsets(line) if placement == "every" or (placement == "stem" and number < 2) else None
+        attention = AxialAttention(self.width, self.config.dims[2], 0, offsets)
         attention.grid, attention.columns = self.grid, columns
         return attention
 
 
-class AxialResnet(Pixels):
+class AxialResnet(ImageInput):
     """AxialResNet-50: each 3x3 convolution of a ResNet-50 becomes row attention, then column attention."""
 
     kind: Literal["axial_resnet"] = "axial_resnet"
@@ -108,7 +108,7 @@ class AxialResnet(Pixels):
         return model
 
     def build(self) -> TimmEncoder:
-        """A freshly initialised encoder."""
+        """A freshly initialized encoder."""
         return TimmEncoder(self)
 
 
@@ -118,7 +118,7 @@ class AxialConv(nn.Module):
     def __init__(self, width: int, heads: int, grid: tuple[int, int], stride: int):
         super().__init__()
         lines = grid[1], grid[0]
-        tables = [layers.learned(2 * line - 1, width // heads) for line in lines]
+        tables = [layers.learned_table(2 * line - 1, width // heads) for line in lines]
         self.rows = AxialAttention(width, heads, 0, tables[0])
         self.columns = AxialAttention(width, heads, 0, tables[1])
         for attention, columns in ((self.rows, False), (self.columns, True)):

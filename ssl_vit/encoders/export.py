@@ -17,23 +17,23 @@ from ssl_vit.encoders import Encoder
 from ssl_vit.encoders.checkpoint_formats import Weights
 from ssl_vit.encoders.timm_encoder import Bit, TimmZoo
 from ssl_vit.encoders.vit import Vit, VitEncoder
-from ssl_vit.encoders.weights import AnyEncoder, Classifier
-from ssl_vit.errors import USAGE, Refusal
-from ssl_vit.model import read_out
+from ssl_vit.encoders.weights import AnyEncoder, PretrainedClassifier
+from ssl_vit.errors import ExitCode, ExitError
+from ssl_vit.model import pool_tokens
 
 ARCHITECTURES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
-LARGEST = 1.9e9  # bytes of weights inside an ONNX file, whose format ends at 2 GiB
-BIT = ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")  # what timm has names for
+MAX_INLINE_BYTES = 1.9e9  # bytes of weights inside an ONNX file, whose format ends at 2 GiB
+BIT_SIZES = ("50x1", "50x3", "101x1", "101x3", "152x2", "152x4")  # what timm has names for
 
 
-def export(encoder: AnyEncoder, folder: Path, classifier: Classifier | None = None) -> str:
+def export_encoder(encoder: AnyEncoder, folder: Path, classifier: PretrainedClassifier | None = None) -> str:
     """Write an encoder, and a classifier with it, into a folder; returns what opens it."""
     config = encoder.config
-    height, side = config.image_hw
+    height, width = config.image_hw
     architecture = timm_architecture(config) if classifier is None or isinstance(config, Vit) else None
     classes = len(classifier.names) if classifier else 0
-    preparation = {
-        "input_size": [config.channels, height, side],
+    pretrained_cfg = {
+        "input_size": [config.channels, height, width],
         "mean": list(config.mean * (config.channels // len(config.mean))),
         "std": list(config.std * (config.channels // len(config.std))),
         "interpolation": "bilinear",
@@ -43,13 +43,13 @@ def export(encoder: AnyEncoder, folder: Path, classifier: Classifier | None = No
         **({"label_names": classifier.names} if classifier else {}),
     }
     if isinstance(config, Vit):
-        first = "patch_embed.proj" if config.stem == "patch" else "patch_embed.backbone.stem.conv"
-        preparation |= {"first_conv": first, "classifier": "head"}
+        first_conv = "patch_embed.proj" if config.stem == "patch" else "patch_embed.backbone.stem.conv"
+        pretrained_cfg |= {"first_conv": first_conv, "classifier": "head"}
     content: dict[str, Any] = {
         "num_classes": classes,
         **({"label_names": classifier.names} if classifier else {}),
         "num_features": encoder.width,
-        "pretrained_cfg": preparation,
+        "pretrained_cfg": pretrained_cfg,
         "ssl_vit": config.model_dump(mode="json"),
     }
     if architecture is not None:
@@ -57,18 +57,18 @@ def export(encoder: AnyEncoder, folder: Path, classifier: Classifier | None = No
         pool = {"global_pool": arguments["global_pool"]} if "global_pool" in arguments else {}
         content = {"architecture": name, **pool, "model_args": arguments | {"num_classes": classes}, **content}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors(encoder, classifier), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(export_tensors(encoder, classifier), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
     return "opened by timm and load_encoder" if architecture else "timm has no such model: opened by load_encoder only"
 
 
-def tensors(encoder: AnyEncoder, classifier: Classifier | None = None) -> Weights:
+def export_tensors(encoder: AnyEncoder, classifier: PretrainedClassifier | None = None) -> Weights:
     """An encoder's tensors under timm's names, on the CPU."""
-    inside = encoder.inside
-    made = {name.removeprefix(inside): v.detach().cpu().contiguous() for name, v in encoder.state_dict().items()}
+    prefix = encoder.state_dict_prefix
+    state_dict = {name.removeprefix(prefix): v.detach().cpu().contiguous() for name, v in encoder.state_dict().items()}
     if classifier:
-        made |= {"head.weight": classifier.weight.contiguous(), "head.bias": classifier.bias.contiguous()}
-    return made
+        state_dict |= {"head.weight": classifier.weight.contiguous(), "head.bias": classifier.bias.contiguous()}
+    return state_dict
 
 
 def timm_architecture(config: Encoder) -> tuple[str, dict[str, Any]] | None:
@@ -78,10 +78,10 @@ def timm_architecture(config: Encoder) -> tuple[str, dict[str, Any]] | None:
         return (name, config.arguments) if ":" not in name else None
     if isinstance(config, Bit):
         size = f"{config.depth}x{config.widen}"
-        return (f"resnetv2_{size}_bit", {"in_chans": config.channels}) if size in BIT else None
-    if not isinstance(config, Vit) or config.where != "stem" or config.positions not in ("1d", "none"):
+        return (f"resnetv2_{size}_bit", {"in_chans": config.channels}) if size in BIT_SIZES else None
+    if not isinstance(config, Vit) or config.resolved_placement != "stem" or config.positions not in ("1d", "none"):
         return None
-    width, depth, heads, mlp = config.numbers
+    width, depth, heads, mlp = config.dims
     arguments = {
         "img_size": list(config.image_hw),
         "in_chans": config.channels,
@@ -100,20 +100,20 @@ def timm_architecture(config: Encoder) -> tuple[str, dict[str, Any]] | None:
     return name, arguments | {"patch_size": config.patch}
 
 
-def plain(encoder: AnyEncoder) -> AnyEncoder:
+def with_1d_positions(encoder: AnyEncoder) -> AnyEncoder:
     """The same encoder with its 2-D positions as a 1-D table, which others can express; any other one as it is."""
     config = encoder.config
-    if not isinstance(config, Vit) or config.positions != "2d" or config.where != "stem":
+    if not isinstance(config, Vit) or config.positions != "2d" or config.resolved_placement != "stem":
         return encoder
     assert isinstance(encoder.pos_embed, nn.Module)
-    made = config.model_copy(update={"positions": "1d"}).build()
+    converted = config.model_copy(update={"positions": "1d"}).build()
     weights = {name: value for name, value in encoder.state_dict().items() if not name.startswith("pos_embed.")}
-    made.load_state_dict(weights | {"pos_embed": encoder.pos_embed().detach()})
-    return made.train(encoder.training)
+    converted.load_state_dict(weights | {"pos_embed": encoder.pos_embed().detach()})
+    return converted.train(encoder.training)
 
 
-def hugging_face(encoder: AnyEncoder, folder: Path) -> None:
-    """Write an encoder as Hugging Face's `ViTModel` (transformers); raises Refusal(USAGE) where that has no such model.
+def export_hugging_face(encoder: AnyEncoder, folder: Path) -> None:
+    """Write an encoder as Hugging Face's `ViTModel` (transformers); ExitError(USAGE) where that has no such model.
 
     `ViTModel.from_pretrained(FOLDER, add_pooling_layer=False)` gives the same tokens as `last_hidden_state`.
     """
@@ -122,41 +122,43 @@ def hugging_face(encoder: AnyEncoder, folder: Path) -> None:
 
     disable_progress_bar()
 
-    encoder, config = plain(encoder), encoder.config
+    encoder, config = with_1d_positions(encoder), encoder.config
     reasons = {
         "it is no ViT": not isinstance(config, Vit),
         "it has no class token": not encoder.prefix,
         "its patches come from a ResNet": getattr(config, "stem", "patch") != "patch",
         "its positions are no table at the stem": not isinstance(getattr(encoder, "pos_embed", None), Tensor)
-        or getattr(config, "where", "") != "stem",
+        or getattr(config, "resolved_placement", "") != "stem",
     }
     if any(reasons.values()):
         reason = next(text for text, holds in reasons.items() if holds)
-        raise Refusal(USAGE, f"format=hf: Hugging Face's ViTModel cannot express this encoder: {reason}")
+        raise ExitError(ExitCode.USAGE, f"format=hf: Hugging Face's ViTModel cannot express this encoder: {reason}")
     assert isinstance(encoder, VitEncoder)
-    width, depth, heads, mlp = encoder.config.numbers
-    height, side = config.image_hw
-    made = ViTConfig(
+    width, depth, heads, mlp = encoder.config.dims
+    height, image_width = config.image_hw
+    hf_config = ViTConfig(
         hidden_size=width,
         num_hidden_layers=depth,
         num_attention_heads=heads,
         intermediate_size=mlp,
-        image_size=height if height == side else (height, side),  # type: ignore[arg-type]
+        image_size=height if height == image_width else (height, image_width),  # type: ignore[arg-type]
         patch_size=encoder.stride,
         num_channels=config.channels,
         layer_norm_eps=1e-6,
         hidden_dropout_prob=0.0,
     )
-    model = ViTModel(made, add_pooling_layer=False)
-    model.load_state_dict(as_hugging_face(tensors(encoder)))
+    model = ViTModel(hf_config, add_pooling_layer=False)
+    model.load_state_dict(to_hugging_face_names(export_tensors(encoder)))
     model.save_pretrained(folder)
-    mean, std = (list(one * (config.channels // len(one))) for one in (config.mean, config.std))
-    ViTImageProcessor(size={"height": height, "width": side}, image_mean=mean, image_std=std).save_pretrained(folder)
+    mean, std = (list(values * (config.channels // len(values))) for values in (config.mean, config.std))
+    ViTImageProcessor(size={"height": height, "width": image_width}, image_mean=mean, image_std=std).save_pretrained(
+        folder
+    )
 
 
-def as_hugging_face(weights: Weights) -> Weights:
+def to_hugging_face_names(weights: Weights) -> Weights:
     """timm's names as transformers 5 has them in memory; it writes the ones of the hub."""
-    made: Weights = {}
+    renamed: Weights = {}
     for name, value in weights.items():
         for old, new in (
             ("cls_token", "embeddings.cls_token"),
@@ -170,16 +172,16 @@ def as_hugging_face(weights: Weights) -> Weights:
             name = name.replace(old, new)
         if ".attn.qkv." in name:
             for part, piece in zip("qkv", value.chunk(3), strict=True):
-                made[name.replace(".attn.qkv.", f".attention.{part}_proj.")] = piece.contiguous()
+                renamed[name.replace(".attn.qkv.", f".attention.{part}_proj.")] = piece.contiguous()
         else:
-            made[f"layer{name}" if name.startswith("norm.") else name] = value
-    return made
+            renamed[f"layer{name}" if name.startswith("norm.") else name] = value
+    return renamed
 
 
-class Images(nn.Module):
+class ImageToFeatures(nn.Module):
     """What an ONNX file computes: image uint8 [B, C, H, W] -> tokens [B, T, D], and features [B, D] or logits."""
 
-    def __init__(self, encoder: AnyEncoder, classifier: Classifier | None):
+    def __init__(self, encoder: AnyEncoder, classifier: PretrainedClassifier | None):
         super().__init__()
         self.encoder, self.classifier = encoder, None
         if classifier is not None:
@@ -188,34 +190,42 @@ class Images(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.encoder(image)
-        features = read_out(tokens, self.encoder.pool, self.encoder.prefix)
+        features = pool_tokens(tokens, self.encoder.pool, self.encoder.prefix)
         return tokens, features if self.classifier is None else self.classifier(features)
 
 
-def onnx(encoder: AnyEncoder, path: Path, classifier: Classifier | None = None) -> float:
+def export_onnx(encoder: AnyEncoder, path: Path, classifier: PretrainedClassifier | None = None) -> float:
     """Write an ONNX file, any batch size; returns the largest difference that onnxruntime finds, relative to the whole.
 
-    It takes images as they are, uint8: normalisation is inside. Raises Refusal(USAGE) without the extra `onnx`.
+    It takes images as they are, uint8: normalization is inside. Raises ExitError(USAGE) without the extra `onnx`.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  # torch's exporter needs it
     except ImportError as error:
-        raise Refusal(USAGE, f"format=onnx: {error.name} is missing; pip install 'ssl_vit[onnx]'") from error
-    model = Images(encoder, classifier).eval()
+        raise ExitError(ExitCode.USAGE, f"format=onnx: {error.name} is missing; pip install 'ssl_vit[onnx]'") from error
+    model = ImageToFeatures(encoder, classifier).eval()
     image = torch.randint(0, 256, (2, encoder.channels, *encoder.config.image_hw), dtype=torch.uint8)
     names = ["tokens", "features" if classifier is None else "logits"]
-    batch = {"image": {0: torch.export.Dim("batch")}}
+    dynamic_shapes = {"image": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
         program = torch.onnx.export(
-            model, (image,), input_names=["image"], output_names=names, dynamic_shapes=batch, dynamo=True, verbose=False
+            model,
+            (image,),
+            input_names=["image"],
+            output_names=names,
+            dynamic_shapes=dynamic_shapes,
+            dynamo=True,
+            verbose=False,
         )
         assert program is not None
         path.parent.mkdir(parents=True, exist_ok=True)
         size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-        program.save(path, external_data=size > LARGEST)  # beside it as NAME.onnx.data
-        more = torch.cat([image, image.flip(0)[:1]])
-        want = model(more)
-    found = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(names, {"image": more.numpy()})
-    pairs = [(torch.from_numpy(a), b) for a, b in zip(found, want, strict=True)]
+        program.save(path, external_data=size > MAX_INLINE_BYTES)  # beside it as NAME.onnx.data
+        images = torch.cat([image, image.flip(0)[:1]])
+        expected = model(images)
+    outputs = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(
+        names, {"image": images.numpy()}
+    )
+    pairs = [(torch.from_numpy(a), b) for a, b in zip(outputs, expected, strict=True)]
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""What every encoder takes: images of a size, normalised on the device with its own mean and deviation."""
+"""What every encoder takes: images of a size, normalized on the device with its own mean and deviation."""
 
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ Pool = Literal["class", "mean"]
 NO_CLASS_TOKEN = "there is no class token to read out; set encoder.pool=mean"
 
 
-class Pixels(Config):
+class ImageInput(Config):
     """The input of an encoder, and how its tokens become one vector."""
 
     image: int | tuple[int, int] = Field(
@@ -26,7 +26,7 @@ class Pixels(Config):
     std: tuple[float, ...] = Field(default=(0.5,), description="then divided by, one value or one a channel")
 
     @model_validator(mode="after")
-    def _normalises(self) -> "Pixels":
+    def _check_mean_std(self) -> "ImageInput":
         if min(self.std) <= 0:
             raise ValueError(f"std {self.std} has to be above 0")
         if {len(self.mean), len(self.std)} - {1, self.channels}:
@@ -39,7 +39,7 @@ class Pixels(Config):
         raise NotImplementedError
 
     def build(self) -> Any:
-        """A freshly initialised encoder (ssl_vit.model.Encoder); raises ValueError where it cannot be built."""
+        """A freshly initialized encoder (ssl_vit.model.Encoder); raises ValueError where it cannot be built."""
         raise NotImplementedError
 
     @property
@@ -48,14 +48,14 @@ class Pixels(Config):
         return (self.image, self.image) if isinstance(self.image, int) else self.image
 
 
-class Normalised(nn.Module):
+class NormalizedEncoder(nn.Module):
     """Has the mean and the deviation of a config as buffers, which are no part of the weights."""
 
     config: Any
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: Pixels):
+    def __init__(self, config: ImageInput):
         super().__init__()
         self.config = config
         self.channels, self.pool = config.channels, config.pool
@@ -67,6 +67,6 @@ class Normalised(nn.Module):
         if tuple(image.shape[2:]) != self.config.image_hw:
             raise ValueError(f"image is {tuple(image.shape[2:])}, the encoder takes {self.config.image_hw}")
 
-    def normalise(self, image: Tensor) -> Tensor:
+    def normalize(self, image: Tensor) -> Tensor:
         """image uint8 [B, C, H, W] -> pixels float [B, C, H, W]; [-1, 1] with the default mean and std."""
         return (image.float() / 255 - self.mean) / self.std

@@ -13,37 +13,37 @@ from torch.overrides import TorchFunctionMode
 Grid = tuple[int, int]
 
 
-def learned(*shape: int) -> nn.Parameter:
+def learned_table(*shape: int) -> nn.Parameter:
     """A learned table, normal(0.02): it knows nothing of 2-D and must learn it (paper 3.1)."""
     return nn.Parameter(torch.randn(*shape) * 0.02)
 
 
-class Table(nn.Module):
+class Position1d(nn.Module):
     """1-D: a row for each of T tokens, in raster order."""
 
     def __init__(self, tokens: int, width: int):
         super().__init__()
-        self.table = learned(1, tokens, width)
+        self.table = learned_table(1, tokens, width)
 
     def forward(self) -> Tensor:
         """The table [1, T, D]."""
         return self.table
 
 
-class Axes(nn.Module):
+class Position2d(nn.Module):
     """2-D: half of the width tells the row, half the column; prefix tokens have rows of their own (our choice)."""
 
     def __init__(self, grid: Grid, width: int, prefix: int):
         super().__init__()
-        self.rows = learned(grid[0], width // 2)
-        self.columns = learned(grid[1], width - width // 2)
-        self.prefix = learned(prefix, width) if prefix else None
+        self.rows = learned_table(grid[0], width // 2)
+        self.columns = learned_table(grid[1], width - width // 2)
+        self.prefix = learned_table(prefix, width) if prefix else None
 
     def forward(self) -> Tensor:
         """The table [1, P + N, D]."""
         (h, a), (w, b) = self.rows.shape, self.columns.shape
-        both = [self.rows[:, None].expand(h, w, a), self.columns[None].expand(h, w, b)]
-        table = torch.cat(both, dim=2).flatten(0, 1)
+        halves = [self.rows[:, None].expand(h, w, a), self.columns[None].expand(h, w, b)]
+        table = torch.cat(halves, dim=2).flatten(0, 1)
         return (table if self.prefix is None else torch.cat([self.prefix, table]))[None]
 
 
@@ -53,8 +53,8 @@ def relative_logits(q: Tensor, offsets: Tensor, prefix: int) -> Tensor:
     The embedding of p_q - p_k, 1-D offsets in raster order, is a second key for the query (paper D.4). The table is
     shared by heads, and pairs with a prefix token get nothing: the paper leaves both open.
     """
-    place = torch.arange(q.shape[2] - prefix, device=q.device)
-    keys = offsets[place[:, None] - place + len(place) - 1]  # [N, N, d]
+    position = torch.arange(q.shape[2] - prefix, device=q.device)
+    keys = offsets[position[:, None] - position + len(position) - 1]  # [N, N, d]
     logits = torch.einsum("bhqd,qkd->bhqk", q[:, :, prefix:], keys.to(q.dtype))
     return F.pad(logits, (prefix, 0, prefix, 0))
 
@@ -90,24 +90,29 @@ def resize_offsets(offsets: Tensor, old: Grid, new: Grid) -> Tensor:
         return offsets
     (h, w), (rows, columns) = old, new
     offset = torch.arange(-(rows * columns - 1), rows * columns)
-    down = torch.div(2 * offset + columns, 2 * columns, rounding_mode="floor").clamp(1 - rows, rows - 1)
-    right = offset - down * columns  # from -columns / 2 to columns / 2, on to the corners beyond the first and last row
-    y = down * (h - 1) / max(1, rows - 1)
-    x = right * (w - 1) / max(1, columns - 1)
-    made = torch.zeros(len(offset), offsets.shape[1])
+    row_offset = torch.div(2 * offset + columns, 2 * columns, rounding_mode="floor").clamp(1 - rows, rows - 1)
+    column_offset = (
+        offset - row_offset * columns
+    )  # from -columns / 2 to columns / 2, on to the corners beyond the first and last row
+    y = row_offset * (h - 1) / max(1, rows - 1)
+    x = column_offset * (w - 1) / max(1, columns - 1)
+    resized = torch.zeros(len(offset), offsets.shape[1])
     for ahead_y in (0, 1):
         for ahead_x in (0, 1):
             at_y, at_x = y.floor() + ahead_y, x.floor() + ahead_x
-            share = (1 - (y - at_y).abs()).clamp(min=0) * (1 - (x - at_x).abs()).clamp(min=0)
-            place = (at_y * w + at_x).long().clamp(-(h * w - 1), h * w - 1) + h * w - 1
-            made += share[:, None] * offsets.float()[place]
-    return made.to(offsets.dtype)
+            weight = (1 - (y - at_y).abs()).clamp(min=0) * (1 - (x - at_x).abs()).clamp(min=0)
+            index = (at_y * w + at_x).long().clamp(-(h * w - 1), h * w - 1) + h * w - 1
+            resized += weight[:, None] * offsets.float()[index]
+    return resized.to(offsets.dtype)
 
 
 ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
-ROWS, PRODUCTS = 256, 1 << 23  # below these, measured: what oneDNN spends on the order of a weight is not won back
+MIN_ROWS, MIN_PRODUCTS = (
+    256,
+    1 << 23,
+)  # below these, measured: what oneDNN spends on the order of a weight is not won back
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-NUMBERS = 20_480  # up to so many in one image torch does not give its convolution to oneDNN
+MIN_NUMEL = 20_480  # up to so many in one image torch does not give its convolution to oneDNN
 
 
 class Linear(nn.Linear):
@@ -124,21 +129,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     which uses AVX-512 there, compute convolutions. So a large product is a convolution of one pixel: up to twice as
     fast, and equal but for rounding (docs/performance.md).
     """
-    if not _by_onednn(x, weight):
+    if not _uses_onednn(x, weight):
         return F.linear(x, weight, bias)
     rows = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # an image one pixel high, channels last: no copy
     # dilating one tap changes nothing, but on one thread torch asks oneDNN for few images only if it has to dilate
-    made = F.conv2d(rows, weight[:, :, None, None], bias, dilation=2)
-    return made.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+    output = F.conv2d(rows, weight[:, :, None, None], bias, dilation=2)
+    return output.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
     if not ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting():
         return False
     rows = x.numel() // max(1, x.shape[-1])
-    return rows >= ROWS and x.numel() > NUMBERS and rows * weight.numel() >= PRODUCTS
+    return rows >= MIN_ROWS and x.numel() > MIN_NUMEL and rows * weight.numel() >= MIN_PRODUCTS
 
 
 class Fp32Convolutions(TorchFunctionMode):
@@ -154,10 +159,10 @@ class Fp32Convolutions(TorchFunctionMode):
         weight = args[1] if len(args) > 1 else kwargs["weight"]
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
         with torch.autocast("cpu", enabled=False):
-            return func(*map(_fp32, args), **{name: _fp32(value) for name, value in kwargs.items()}).to(dtype)
+            return func(*map(_to_fp32, args), **{name: _to_fp32(value) for name, value in kwargs.items()}).to(dtype)
 
 
-def _fp32(value: Any) -> Any:
+def _to_fp32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) else value
 
 
@@ -168,14 +173,14 @@ def convolve_in_fp32_on_cpu(encoder: nn.Module) -> None:
     layers with a 4-D kernel of their own, torch's Conv2d and timm's that call `F.conv2d` (StdConv2d, BlurPool2d).
     """
     for module in encoder.modules():
-        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if any(tensor.ndim == 4 for tensor in own) and not any(module.children()):
-            module.forward = partial(_forward, module)
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(tensor.ndim == 4 for tensor in tensors) and not any(module.children()):
+            module.forward = partial(_forward_in_fp32_on_cpu, module)
 
 
-def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _forward_in_fp32_on_cpu(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     tensors = [value for value in (*args, *module.parameters(recurse=False)) if isinstance(value, Tensor)]
-    low = torch.is_autocast_enabled("cpu") or any(tensor.dtype in LOW_PRECISION for tensor in tensors)
+    low_precision = torch.is_autocast_enabled("cpu") or any(tensor.dtype in LOW_PRECISION for tensor in tensors)
     on_cpu = any(tensor.device.type == "cpu" for tensor in tensors)
-    with Fp32Convolutions() if low and on_cpu else nullcontext():
+    with Fp32Convolutions() if low_precision and on_cpu else nullcontext():
         return type(module).forward(module, *args, **kwargs)

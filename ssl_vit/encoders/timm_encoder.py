@@ -13,16 +13,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ssl_vit.encoders.inputs import NO_CLASS_TOKEN, Normalised, Pixels, Pool
+from ssl_vit.encoders.inputs import NO_CLASS_TOKEN, ImageInput, NormalizedEncoder, Pool
 from ssl_vit.encoders.layers import convolve_in_fp32_on_cpu
-from ssl_vit.errors import USAGE, Refusal
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.model import Edit
 
-LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3), 200: (3, 24, 36, 3)}  # bottlenecks of a stage
+BLOCKS_PER_STAGE = {
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+}  # bottlenecks of a stage
 EPS = 1e-8  # of the weight standardisation, timm's for released BiT weights
 
 
-class TimmZoo(Pixels):
+class TimmZoo(ImageInput):
     """Any model of timm, by its name; its weights come with init=timm:NAME.
 
     Tokens are those of `forward_features`. Some models (BEiT, EVA-02) have their last norm behind the pooling, as a
@@ -46,11 +51,13 @@ class TimmZoo(Pixels):
 
         name = self.name.split(".")[0]
         if not is_model(name):
-            near = ", ".join(get_close_matches(name, list_models(), 3))
-            raise ValueError(f"encoder.name={self.name}: timm has no such model{'; it has ' + near if near else ''}")
-        said: dict[str, Any] = {"in_chans": self.channels, "num_classes": 0}
-        said |= {"drop_path_rate": self.drop_path} if self.drop_path else {}
-        return said | ({"img_size": self.image_hw} if _sized(name) else {})
+            suggestions = ", ".join(get_close_matches(name, list_models(), 3))
+            raise ValueError(
+                f"encoder.name={self.name}: timm has no such model{'; it has ' + suggestions if suggestions else ''}"
+            )
+        kwargs: dict[str, Any] = {"in_chans": self.channels, "num_classes": 0}
+        kwargs |= {"drop_path_rate": self.drop_path} if self.drop_path else {}
+        return kwargs | ({"img_size": self.image_hw} if _takes_image_size(name) else {})
 
     def create(self) -> Any:
         """timm's model; ValueError where timm does not make it so."""
@@ -63,12 +70,12 @@ class TimmZoo(Pixels):
             raise ValueError(f"timm's {self.name} cannot be built with {arguments}: {error}") from error
 
     def build(self) -> "TimmEncoder":
-        """A freshly initialised encoder; raises ValueError where timm cannot build it, or it has no tokens."""
+        """A freshly initialized encoder; raises ValueError where timm cannot build it, or it has no tokens."""
         return TimmEncoder(self)
 
 
 @cache
-def _sized(name: str) -> bool:
+def _takes_image_size(name: str) -> bool:
     """Whether timm's model is built for an image size; convolutional networks take any, and no such argument."""
     from timm import create_model
 
@@ -76,7 +83,7 @@ def _sized(name: str) -> bool:
         return hasattr(getattr(create_model(name, num_classes=0), "patch_embed", None), "img_size")
 
 
-class Bit(Pixels):
+class Bit(ImageInput):
     """A ResNet of Big Transfer, the paper's baseline (4.1): GroupNorm, weight-standardised convolutions."""
 
     kind: Literal["bit"] = "bit"
@@ -95,7 +102,7 @@ class Bit(Pixels):
         from timm.models.resnetv2 import ResNetV2
 
         return ResNetV2(
-            layers=list(LAYERS[self.depth]),
+            layers=list(BLOCKS_PER_STAGE[self.depth]),
             width_factor=self.widen,
             in_chans=self.channels,
             num_classes=0,
@@ -105,7 +112,7 @@ class Bit(Pixels):
         )
 
     def build(self) -> "TimmEncoder":
-        """A freshly initialised encoder."""
+        """A freshly initialized encoder."""
         return TimmEncoder(self)
 
 
@@ -132,10 +139,10 @@ def hybrid(channels: int, patch: int, width: int, image_hw: tuple[int, int]) -> 
     return HybridEmbed(backbone, img_size=image_hw, patch_size=1, in_chans=channels, embed_dim=width)
 
 
-class TimmEncoder(Normalised):
+class TimmEncoder(NormalizedEncoder):
     """image uint8 [B, C, H, W] -> tokens: a transformer's, or the positions of a feature map in raster order."""
 
-    inside = "model."
+    state_dict_prefix = "model."
     config: Any  # TimmZoo, Bit or AxialResnet: what has `create`
     grid: tuple[int, int]
 
@@ -144,58 +151,60 @@ class TimmEncoder(Normalised):
         self.model = config.create()
         convolve_in_fp32_on_cpu(self.model)
         with torch.device("meta"), torch.enable_grad():
-            twin, seen = config.create().eval(), []
-            if hasattr(twin, "patch_embed"):
-                twin.patch_embed.register_forward_hook(lambda _module, _given, made: seen.append(made))
+            meta_model, patch_outputs = config.create().eval(), []
+            if hasattr(meta_model, "patch_embed"):
+                meta_model.patch_embed.register_forward_hook(
+                    lambda _module, _inputs, output: patch_outputs.append(output)
+                )
             try:
-                made = twin.forward_features(torch.empty(1, config.channels, *config.image_hw))
+                output = meta_model.forward_features(torch.empty(1, config.channels, *config.image_hw))
             except (AssertionError, RuntimeError, ValueError) as error:
                 size = " x ".join(map(str, config.image_hw))
                 raise ValueError(f"timm's {config.title} takes no image of {size}: {error}") from error
-        if not isinstance(made, Tensor) or made.ndim not in (3, 4):
+        if not isinstance(output, Tensor) or output.ndim not in (3, 4):
             raise ValueError(f"timm's {config.title} gives neither tokens nor a feature map")
         self.width = int(self.model.num_features)
-        self.channels_last = made.ndim == 4 and made.shape[1] != self.width
-        self.prefix = int(getattr(twin, "num_prefix_tokens", 0)) if made.ndim == 3 else 0
-        height, side = config.image_hw
-        if made.ndim == 4:
-            rows, columns = made.shape[1:3] if self.channels_last else made.shape[2:]
+        self.channels_last = output.ndim == 4 and output.shape[1] != self.width
+        self.prefix = int(getattr(meta_model, "num_prefix_tokens", 0)) if output.ndim == 3 else 0
+        height, width = config.image_hw
+        if output.ndim == 4:
+            rows, columns = output.shape[1:3] if self.channels_last else output.shape[2:]
             self.grid = rows, columns
         else:
-            patches = made.shape[1] - self.prefix
-            rows = max(1, round((patches * height / side) ** 0.5))
-            rows, columns = getattr(getattr(twin, "patch_embed", None), "grid_size", (rows, patches // rows))
+            patches = output.shape[1] - self.prefix
+            rows = max(1, round((patches * height / width) ** 0.5))
+            rows, columns = getattr(getattr(meta_model, "patch_embed", None), "grid_size", (rows, patches // rows))
             self.grid = rows, columns
-        if made.ndim == 3 and self.grid[0] * self.grid[1] != made.shape[1] - self.prefix:
+        if output.ndim == 3 and self.grid[0] * self.grid[1] != output.shape[1] - self.prefix:
             raise ValueError(f"timm's {config.title}: its tokens are no grid of patches")
         self.stride = -(-height // self.grid[0])
-        patch = getattr(getattr(twin, "patch_embed", None), "patch_size", None)
-        if made.ndim == 3 and isinstance(patch, tuple) and (height % patch[0] or side % patch[1]) and patch[0] > 1:
+        patch = getattr(getattr(meta_model, "patch_embed", None), "patch_size", None)
+        if output.ndim == 3 and isinstance(patch, tuple) and (height % patch[0] or width % patch[1]) and patch[0] > 1:
             raise ValueError(
-                f"timm's {config.title} cuts patches of {patch[0]} x {patch[1]}; {height} x {side} leaves some"
+                f"timm's {config.title} cuts patches of {patch[0]} x {patch[1]}; {height} x {width} leaves some"
             )
         with torch.enable_grad():
-            made.sum().backward()  # what no token comes from, as timm's pooling, learns nothing: DDP would wait
-        for name, parameter in twin.named_parameters():
+            output.sum().backward()  # what no token comes from, as timm's pooling, learns nothing: DDP would wait
+        for name, parameter in meta_model.named_parameters():
             self.model.get_parameter(name).requires_grad_(parameter.grad is not None)
-        patches = _listed(seen[0]) if seen and isinstance(seen[0], Tensor) else None
+        patches = _flatten_patches(patch_outputs[0]) if patch_outputs and isinstance(patch_outputs[0], Tensor) else None
         self.maskable = (
-            made.ndim == 3
+            output.ndim == 3
             and patches is not None
-            and patches.shape[1:] == (made.shape[1] - self.prefix, self.width)
-            and (self.stride * self.grid[0], self.stride * self.grid[1]) == (height, side)
+            and patches.shape[1:] == (output.shape[1] - self.prefix, self.width)
+            and (self.stride * self.grid[0], self.stride * self.grid[1]) == (height, width)
         )
         if config.pool == "class" and not self.prefix:
             raise ValueError(NO_CLASS_TOKEN)
         self._edit: Edit | None = None
-        self._recomputes = False
+        self._checkpoints_blocks = False
         if self.maskable:
-            self.model.patch_embed.register_forward_hook(self._edited)
+            self.model.patch_embed.register_forward_hook(self._apply_edit)
 
-    def _edited(self, _module: nn.Module, _given: Any, patches: Tensor) -> Tensor:
+    def _apply_edit(self, _module: nn.Module, _inputs: Any, patches: Tensor) -> Tensor:
         if self._edit is None:
             return patches
-        return self._edit(_listed(patches)).view(patches.shape)
+        return self._edit(_flatten_patches(patches)).view(patches.shape)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -212,17 +221,17 @@ class TimmEncoder(Normalised):
     @property
     def activation_checkpointing(self) -> bool:
         """In training, keep each block's input only and compute the rest again."""
-        return self._recomputes
+        return self._checkpoints_blocks
 
     @activation_checkpointing.setter
-    def activation_checkpointing(self, wanted: bool) -> None:
-        if wanted != self._recomputes:  # some models refuse to be asked at all
+    def activation_checkpointing(self, enabled: bool) -> None:
+        if enabled != self._checkpoints_blocks:  # some models refuse to be asked at all
             try:
-                self.model.set_grad_checkpointing(wanted)
+                self.model.set_grad_checkpointing(enabled)
             except (AssertionError, AttributeError) as error:
                 text = f"activation_checkpointing: timm's {self.config.title} has none; leave it out"
-                raise Refusal(USAGE, text) from error
-            self._recomputes = wanted
+                raise ExitError(ExitCode.USAGE, text) from error
+            self._checkpoints_blocks = enabled
 
     def forward(self, image: Tensor, edit: Edit | None = None, select: Tensor | None = None) -> Tensor:
         """See `ssl_vit.model.Encoder`; raises ValueError where the image is not the size the encoder was built for."""
@@ -231,7 +240,7 @@ class TimmEncoder(Normalised):
             raise ValueError("this encoder has no patch embeddings to edit")
         self._edit = edit
         try:
-            x = self._tokens(self.model.forward_features(self.normalise(image)))
+            x = self._to_tokens(self.model.forward_features(self.normalize(image)))
         finally:
             self._edit = None
         return x if select is None else x.gather(1, select[:, :, None].expand(-1, -1, x.shape[2]))
@@ -240,20 +249,20 @@ class TimmEncoder(Normalised):
         """The tokens [B, T, D] after the blocks of these numbers, from 1, each through the final norm."""
         if self.depth == 1:
             return {number: self(image) for number in numbers}
-        wanted = sorted(numbers)
-        options = {"indices": [n - 1 for n in wanted], "norm": True, "output_fmt": "NLC", "intermediates_only": True}
+        indices = sorted(numbers)
+        options = {"indices": [n - 1 for n in indices], "norm": True, "output_fmt": "NLC", "intermediates_only": True}
         if "return_prefix_tokens" in inspect.signature(self.model.forward_intermediates).parameters:
             options["return_prefix_tokens"] = True
-        found = self.model.forward_intermediates(self.normalise(image), **options)
-        whole = [one if isinstance(one, Tensor) else torch.cat([one[1], one[0]], dim=1) for one in found]
-        return dict(zip(wanted, whole, strict=True))
+        intermediates = self.model.forward_intermediates(self.normalize(image), **options)
+        tokens = [item if isinstance(item, Tensor) else torch.cat([item[1], item[0]], dim=1) for item in intermediates]
+        return dict(zip(indices, tokens, strict=True))
 
-    def _tokens(self, made: Tensor) -> Tensor:
-        if made.ndim == 3:
-            return made
-        return made.flatten(1, 2) if self.channels_last else made.flatten(2).transpose(1, 2)
+    def _to_tokens(self, output: Tensor) -> Tensor:
+        if output.ndim == 3:
+            return output
+        return output.flatten(1, 2) if self.channels_last else output.flatten(2).transpose(1, 2)
 
 
-def _listed(patches: Tensor) -> Tensor:
+def _flatten_patches(patches: Tensor) -> Tensor:
     """Patches [B, N, D] of what timm's patch embedding gives, which is a map [B, h, w, D] where any size may come."""
     return patches.flatten(1, 2) if patches.ndim == 4 else patches

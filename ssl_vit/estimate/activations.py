@@ -18,7 +18,7 @@ from ssl_vit.model import Model
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedTensors:
     """What autograd keeps of a forward pass, without what the model itself holds."""
 
     storages: list[tuple[int, int]]  # of each: the block that it was kept in, -1 for none, and its bytes
@@ -34,42 +34,42 @@ class Saved:
         return sum(size for block, size in self.storages if block == number)
 
 
-def saved(module: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], object]) -> Saved:
+def record_saved_tensors(module: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], object]) -> SavedTensors:
     """What autograd keeps while `run` passes a module; real tensors are seen as well as fake ones."""
-    found: dict[int, tuple[int, int]] = {}  # by storage
-    at, inputs = [-1], []
-    alive: list[Any] = []  # an address must not be given out twice
+    storages: dict[int, tuple[int, int]] = {}  # by storage
+    current_block, inputs = [-1], []
+    keep_alive: list[Any] = []  # an address must not be given out twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        found.setdefault(storage._cdata, (at[0], storage.nbytes()))
-        alive.append(storage)
+        storages.setdefault(storage._cdata, (current_block[0], storage.nbytes()))
+        keep_alive.append(storage)
         return tensor
 
-    def enter(number: int, _block: nn.Module, given: tuple[Any, ...]) -> None:
-        at[0] = number
-        inputs.append(given[0].untyped_storage().nbytes())
+    def enter(number: int, _block: nn.Module, args: tuple[Any, ...]) -> None:
+        current_block[0] = number
+        inputs.append(args[0].untyped_storage().nbytes())
 
     def leave(*_: Any) -> None:
-        at[0] = -1
+        current_block[0] = -1
 
     hooks = [block.register_forward_pre_hook(partial(enter, number)) for number, block in enumerate(blocks)]
     hooks += [block.register_forward_hook(leave) for block in blocks]
-    own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+    own_storages = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        made = run()
-    del made
+        output = run()
+    del output
     for hook in hooks:
         hook.remove()
-    return Saved([place for storage, place in found.items() if storage not in own], inputs)
+    return SavedTensors([entry for storage, entry in storages.items() if storage not in own_storages], inputs)
 
 
 @contextmanager
-def imagined(device: str, bf16: bool) -> Iterator[None]:
+def fake_device(device: str, bf16: bool) -> Iterator[None]:
     """Tensors made meanwhile are fake ones of a device, cpu or cuda, that need not be there."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    attention = Fused() if device == "cuda" else nullcontext()
+    attention = FlashAttentionMode() if device == "cuda" else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), attention:
         torch.set_autocast_enabled(device, bf16)  # torch.autocast does nothing on a machine without GPU
         torch.set_autocast_dtype(device, torch.bfloat16)
@@ -80,7 +80,7 @@ def imagined(device: str, bf16: bool) -> Iterator[None]:
             torch.clear_autocast_cache()
 
 
-class Fused(TorchFunctionMode):
+class FlashAttentionMode(TorchFunctionMode):
     """Attention as a GPU computes it, also where there is none."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -89,7 +89,9 @@ class Fused(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def activations(build: Callable[[], Model], size: tuple[int, int, int], device: str, bf16: bool) -> tuple[int, int]:
+def saved_activation_bytes(
+    build: Callable[[], Model], size: tuple[int, int, int], device: str, bf16: bool
+) -> tuple[int, int]:
     """Bytes that a training's forward pass keeps, head and loss included, of `size` images, height and width; eager.
 
     And of the block that keeps most, where checkpointing computes it again. To the byte what autograd keeps on a CPU.
@@ -97,10 +99,10 @@ def activations(build: Callable[[], Model], size: tuple[int, int, int], device: 
     images, height, width = size
     with torch.device("meta"):
         model = build()
-    with imagined(device, bf16):
+    with fake_device(device, bf16):
         model.to_empty(device=device)
         if getattr(model.head, "mix", None) is not None:
-            model.head.mix = partial(_mixed, model.head.layers[-1].out_features)
+            model.head.mix = partial(_fake_mixup, model.head.layers[-1].out_features)
         batch = {
             "image": torch.empty(images, model.encoder.channels, height, width, dtype=torch.uint8),
             "label": torch.empty(images, dtype=torch.int64),
@@ -109,14 +111,14 @@ def activations(build: Callable[[], Model], size: tuple[int, int, int], device: 
         }
         run = partial(model, batch)
         blocks = list(model.encoder.blocks)
-        kept = saved(model, blocks, run).bytes
+        saved = record_saved_tensors(model, blocks, run).bytes
         if not model.encoder.activation_checkpointing:
-            return kept, 0
+            return saved, 0
         model.encoder.activation_checkpointing = False
-        whole = saved(model, blocks, run)
-    return kept, max(map(whole.of_block, range(len(blocks))), default=0)
+        full = record_saved_tensors(model, blocks, run)
+    return saved, max(map(full.of_block, range(len(blocks))), default=0)
 
 
-def _mixed(classes: int, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_mixup(classes: int, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """In place of mixup, which looks at numbers: other images and soft targets of its shapes."""
     return image.float(), torch.empty(len(label), classes)

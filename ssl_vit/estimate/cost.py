@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssl_vit.encoders import Encoder
 from ssl_vit.encoders.axial import Axial
 from ssl_vit.encoders.vit import Transformer
-from ssl_vit.estimate.activations import imagined, saved
+from ssl_vit.estimate.activations import fake_device, record_saved_tensors
 from ssl_vit.model import count_parameters
 from ssl_vit.runtime import Engine
 from ssl_vit.train import launch
@@ -24,12 +24,12 @@ Function = TypeVar("Function")
 IMAGES = 1009
 
 
-def remembered(function: Function) -> Function:
+def cached(function: Function) -> Function:
     """A function of encoders' configs that computes each answer once; frozen, they can be looked up."""
     return cache(function)  # type: ignore
 
 
-@remembered
+@cached
 def skeleton(config: Encoder) -> Any:
     """An encoder without content, to be counted."""
     with torch.device("meta"):
@@ -48,17 +48,17 @@ def encoder_macs(config: Encoder) -> int:
     """
     if not isinstance(config, Transformer) or config.positions == "relative" or getattr(config, "stem", "") == "r50":
         return counted_macs(config)
-    width, depth, _, mlp = config.numbers
+    width, depth, _, mlp = config.dims
     (rows, columns), patches = config.grid, config.grid[0] * config.grid[1]
     tokens = config.prefix + patches
     embed = patches * config.channels * config.patch**2 * width
-    each = 4 * tokens * width**2 + 2 * tokens * width * mlp
+    per_block = 4 * tokens * width**2 + 2 * tokens * width * mlp
     if isinstance(config, Axial):
-        return embed + depth * (2 * each + 2 * patches * (rows + columns) * width)
-    return embed + depth * (each + 2 * tokens**2 * width)
+        return embed + depth * (2 * per_block + 2 * patches * (rows + columns) * width)
+    return embed + depth * (per_block + 2 * tokens**2 * width)
 
 
-@remembered
+@cached
 def counted_macs(config: Encoder) -> int:
     """Multiply-accumulates an image as torch counts them, without computing anything; all taps of a convolution."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -69,15 +69,15 @@ def counted_macs(config: Encoder) -> int:
     return counter.get_total_flops() // 2
 
 
-@remembered
+@cached
 def padding_macs(config: Encoder) -> int:
     """Of these, those of convolutions' taps that lie outside of the image, which the paper's numbers leave out."""
-    encoder, found = skeleton(config), [0]
+    encoder, macs = skeleton(config), [0]
 
-    def count(conv: nn.Conv2d, given: tuple[Tensor, ...], made: Tensor) -> None:
-        inside = math.prod(map(_taps_inside, given[0].shape[2:], made.shape[2:], conv.kernel_size, conv.stride))
-        taps = math.prod(made.shape[2:]) * math.prod(conv.kernel_size)
-        found[0] += (taps - inside) * conv.in_channels * conv.out_channels // conv.groups
+    def count(conv: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        inside_macs = math.prod(map(_taps_inside, inputs[0].shape[2:], output.shape[2:], conv.kernel_size, conv.stride))
+        taps = math.prod(output.shape[2:]) * math.prod(conv.kernel_size)
+        macs[0] += (taps - inside_macs) * conv.in_channels * conv.out_channels // conv.groups
 
     convolutions = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
     hooks = [module.register_forward_hook(count) for module in convolutions]
@@ -85,13 +85,13 @@ def padding_macs(config: Encoder) -> int:
         encoder(torch.empty(1, config.channels, *config.image_hw, dtype=torch.uint8))
     for hook in hooks:
         hook.remove()
-    return found[0]
+    return macs[0]
 
 
-def _taps_inside(size: int, made: int, kernel: int, stride: int) -> int:
+def _taps_inside(size: int, out_size: int, kernel: int, stride: int) -> int:
     """Along one side: taps of all outputs that meet the image; which end has an odd row of padding does not matter."""
-    before = max(0, (made - 1) * stride + kernel - size) // 2
-    starts = (i * stride - before for i in range(made))
+    padding = max(0, (out_size - 1) * stride + kernel - size) // 2
+    starts = (i * stride - padding for i in range(out_size))
     return sum(min(size, start + kernel) - max(0, start) for start in starts)
 
 
@@ -110,16 +110,16 @@ def needless_flops(config: Encoder) -> int:
     if not isinstance(config, Transformer) or getattr(config, "stem", "") == "r50":
         return 0
     rows, columns = config.grid
-    return 2 * rows * columns * config.channels * config.patch**2 * config.numbers[0]
+    return 2 * rows * columns * config.channels * config.patch**2 * config.dims[0]
 
 
 def image_flops(config: Encoder, head_macs: int) -> int:
-    """FLOPs of training on an image: 105.4e9 of ViT-B/16 with the mean-colour head."""
+    """FLOPs of training on an image: 105.4e9 of ViT-B/16 with the mean-color head."""
     return training_flops(encoder_macs(config) + head_macs) - needless_flops(config)
 
 
-@remembered
-def blocks(config: Encoder) -> tuple[int, ...]:
+@cached
+def parameters_per_block(config: Encoder) -> tuple[int, ...]:
     """The parameters of each block, which is what engines gather and what activation checkpointing computes again."""
     encoder = skeleton(config)
     return tuple(map(count_parameters, encoder.blocks)) or (count_parameters(encoder),)
@@ -127,11 +127,11 @@ def blocks(config: Encoder) -> tuple[int, ...]:
 
 def block_parameters(config: Encoder) -> int:
     """Parameters of the largest block; of a ViT's 4D^2 + 2DM + M + 9D."""
-    return max(blocks(config))
+    return max(parameters_per_block(config))
 
 
 @dataclass(frozen=True)
-class Kept:
+class ActivationBytes:
     """Bytes that an image leaves in a forward pass for the backward pass."""
 
     ends: int  # outside of the blocks
@@ -145,17 +145,17 @@ def activation_bytes(config: Encoder, bf16: bool, checkpointing: bool) -> int:
 
     All blocks'; or with `checkpointing` each block's input, and the largest block whole while it is computed again. On
     the way back gradients come in: of what a block was given, and of its largest tensor. What a head keeps of its own
-    is left out: of the mean-colour head logits and gathered tokens, 0.7 MB or 1 % for B.
+    is left out: of the mean-color head logits and gathered tokens, 0.7 MB or 1 % for B.
     """
-    found = kept(config, bf16)
-    each, inputs = found.blocks or (0,), found.inputs or (0,)
-    most = each.index(max(each))
-    within = sum(inputs) - inputs[most] + each[most] if checkpointing else sum(each)
-    return within + found.ends + max(inputs) + found.largest
+    saved = activation_parts(config, bf16)
+    per_block, inputs = saved.blocks or (0,), saved.inputs or (0,)
+    largest = per_block.index(max(per_block))
+    in_blocks = sum(inputs) - inputs[largest] + per_block[largest] if checkpointing else sum(per_block)
+    return in_blocks + saved.ends + max(inputs) + saved.largest
 
 
-@remembered
-def kept(config: Encoder, bf16: bool) -> Kept:
+@cached
+def activation_parts(config: Encoder, bf16: bool) -> ActivationBytes:
     """What torch would keep on a GPU with fused attention; found on tensors without content, so on any machine.
 
     Of a prime number of images: what it divides is theirs, and the rest, as bf16 copies of weights, is there once.
@@ -163,18 +163,20 @@ def kept(config: Encoder, bf16: bool) -> Kept:
     with torch.device("meta"):
         encoder = config.build()  # its own, which gets content
     image = IMAGES, config.channels, *config.image_hw
-    with imagined("cuda", bf16):
+    with fake_device("cuda", bf16):
         encoder.to_empty(device="cuda")
         # a head's edit keeps the patches for its backward pass, as a sine does
         edit = torch.sin if encoder.maskable else None
-        found = saved(encoder, list(encoder.blocks), lambda: encoder(torch.empty(image, dtype=torch.uint8), edit=edit))
-    mine = [(block, size // IMAGES) for block, size in found.storages if size % IMAGES == 0]
-    sizes = [sum(size for block, size in mine if block == number) for number in range(-1, len(encoder.blocks))]
-    largest = max((size for block, size in mine if block >= 0), default=0)
-    return Kept(sizes[0], tuple(sizes[1:]), tuple(size // IMAGES for size in found.inputs), largest)
+        saved = record_saved_tensors(
+            encoder, list(encoder.blocks), lambda: encoder(torch.empty(image, dtype=torch.uint8), edit=edit)
+        )
+    per_image = [(block, size // IMAGES) for block, size in saved.storages if size % IMAGES == 0]
+    sizes = [sum(size for block, size in per_image if block == number) for number in range(-1, len(encoder.blocks))]
+    largest = max((size for block, size in per_image if block >= 0), default=0)
+    return ActivationBytes(sizes[0], tuple(sizes[1:]), tuple(size // IMAGES for size in saved.inputs), largest)
 
 
-def held(model: nn.Module, state: tuple[str, ...]) -> dict[str, int]:
+def state_bytes(model: nn.Module, state: tuple[str, ...]) -> dict[str, int]:
     """Bytes of what a process holds in a step beside activations, by part; `state` names the optimizer's tensors.
 
     Buffers, as of batch norms, are counted among the weights; Adam's count of steps is one number for each tensor.
@@ -188,7 +190,7 @@ def held(model: nn.Module, state: tuple[str, ...]) -> dict[str, int]:
     }
 
 
-def memory(
+def step_memory_bytes(
     engine: Engine, parameters: int, block: int, moments: int, world: int, accumulates: bool, copies: int, images: int
 ) -> tuple[int, int]:
     """Bytes of a GPU: of the model between steps, and in all at the step's peak.
@@ -211,26 +213,26 @@ def memory(
     """
     whole, part = 4 * parameters, -(-4 * parameters // world)
     bucket, flattened = 4 * launch.ZERO_BUCKET, 4 * min(launch.ZERO_BUCKET, parameters)
-    gathered = 4 * min(launch.ZERO_KEPT, parameters)
-    again = whole if accumulates else 0
+    gathered = 4 * min(launch.ZERO_MAX_REUSE, parameters)
+    accumulated = whole if accumulates else 0
     match engine:
         case "ddp":
             buckets = whole if world > 1 else 0
-            kept = whole + moments * whole + buckets
-            forward, backward = again, again if buckets else whole
+            persistent = whole + moments * whole + buckets
+            forward, backward = accumulated, accumulated if buckets else whole
         case "zero1":
-            kept = whole + (1 + moments) * part
-            forward, backward = again + bucket, whole + bucket + flattened
+            persistent = whole + (1 + moments) * part
+            forward, backward = accumulated + bucket, whole + bucket + flattened
         case "zero2":
-            kept, grown = whole + (1 + moments) * part, part if accumulates else 0
+            persistent, grown = whole + (1 + moments) * part, part if accumulates else 0
             forward, backward = grown + bucket, max(2 * part, grown + part + bucket + flattened)
         case "zero3":
-            kept = (3 + moments) * part + bucket
+            persistent = (3 + moments) * part + bucket
             forward, backward = gathered, max(part, gathered + 4 * min(launch.ZERO_PREFETCH, parameters))
         case "fsdp2":
-            kept = (1 + moments) * part
-            forward, backward = again + 8 * block, max(part, again) + 16 * block
-    return kept, kept + max(forward + copies + images, backward)
+            persistent = (1 + moments) * part
+            forward, backward = accumulated + 8 * block, max(part, accumulated) + 16 * block
+    return persistent, persistent + max(forward + copies + images, backward)
 
 
 def sent_bytes(engine: Engine, parameters: int, world: int, micro_batches: int) -> int:
@@ -246,12 +248,12 @@ def sent_bytes(engine: Engine, parameters: int, world: int, micro_batches: int) 
       reduce-scatter: 2 A to 3 A.
     - fsdp2: with every micro batch two gathers, and one reduce-scatter: 2 A + 1.
     """
-    again = (parameters - min(launch.ZERO_KEPT, parameters)) / parameters
+    regathered = (parameters - min(launch.ZERO_MAX_REUSE, parameters)) / parameters
     times = {
         "ddp": 2.0,
         "zero1": 3.0,
         "zero2": 2.0 * micro_batches + 1,
-        "zero3": (2 + again) * micro_batches,
+        "zero3": (2 + regathered) * micro_batches,
         "fsdp2": 2.0 * micro_batches + 1,
     }
     return round(times[engine] * 4 * parameters * (world - 1) / world)

@@ -12,23 +12,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ssl_vit.errors import out_of_memory
+from ssl_vit.errors import is_out_of_memory
 from ssl_vit.model import Batch, Model
 from ssl_vit.recipes import Recipe
 from ssl_vit.runtime import on_gpu, uses_bf16
-from ssl_vit.train.prepare import outfit, pin_attention
+from ssl_vit.train.prepare import pin_attention, prepare_model
 
 if TYPE_CHECKING:
     pass
 
-LASTING = 1.0  # seconds that one pass may take on a CPU; where fewer images do, the rest is a straight line
-ROOM = 2e9  # bytes of activations that it may take there
-LOOP = 4e-3  # seconds of a step that the loop takes beside what is tried, where nothing hides it: measured on 2 cores
-REPEATS, PATIENCE = 7, 4.0  # of each measurement, and the seconds after which fewer will do
+MAX_PASS_SECONDS = 1.0  # seconds that one pass may take on a CPU; where fewer images do, the rest is a straight line
+MAX_ACTIVATION_BYTES = 2e9  # bytes of activations that it may take there
+LOOP_OVERHEAD = (
+    4e-3  # seconds of a step that the loop takes beside what is tried, where nothing hides it: measured on 2 cores
+)
+REPEATS, MAX_SECONDS = 7, 4.0  # of each measurement, and the seconds after which fewer will do
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class TimedSteps:
     """How long a step takes here."""
 
     passes: float  # seconds forward and backward, of one micro batch
@@ -38,22 +40,26 @@ class Rehearsal:
 
     def step(self, micro_batches: int) -> float:
         """Seconds of a step, data left out."""
-        return micro_batches * self.passes + self.update + (0.0 if on_gpu() else LOOP)
+        return micro_batches * self.passes + self.update + (0.0 if on_gpu() else LOOP_OVERHEAD)
 
 
-def rehearse(recipe: "Recipe", model: Model, micro: int, held: int, each: float) -> Rehearsal | str:
+def time_steps(
+    recipe: "Recipe", model: Model, micro: int, state_bytes: int, bytes_per_image: float
+) -> TimedSteps | str:
     """Train a model, which is spoilt by it, on images at once as far as this machine has time; or why not, in words.
 
-    `held` are the bytes of weights, gradients and moments, `each` those of an image's activations.
+    `state_bytes` are the bytes of weights, gradients and moments, `bytes_per_image` those of an image's activations.
     """
-    if held > free() / 2:
+    if state_bytes > free_memory() / 2:
         return "not tried here: weights, gradients and optimizer take more than half of the free memory"
     device = torch.device("cuda" if on_gpu() else "cpu")
     try:
-        most = max(2, int(min(ROOM, free() / 4) / each)) // 2 * 2  # mixup pairs images
-        return Trial(recipe, model, device, micro).timed(most)
+        max_images = (
+            max(2, int(min(MAX_ACTIVATION_BYTES, free_memory() / 4) / bytes_per_image)) // 2 * 2
+        )  # mixup pairs images
+        return StepTimer(recipe, model, device, micro).measure(max_images)
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return f"out of memory here with {micro:,} images at once"
     finally:
@@ -62,18 +68,18 @@ def rehearse(recipe: "Recipe", model: Model, micro: int, held: int, each: float)
             torch.cuda.empty_cache()
 
 
-def together(computed: float, data: float, workers: int) -> float:
+def step_time(computed: float, data: float, workers: int) -> float:
     """Seconds of a step, of those of its computation and those of making its images in one process.
 
     Loader processes work beside the computation, and on a CPU share its cores; without any, it waits for each image.
     """
     if not workers:
         return computed + data
-    shared = 0.0 if on_gpu() else (computed * torch.get_num_threads() + data) / len(os.sched_getaffinity(0))
-    return max(computed, data / workers, shared)
+    core_bound = 0.0 if on_gpu() else (computed * torch.get_num_threads() + data) / len(os.sched_getaffinity(0))
+    return max(computed, data / workers, core_bound)
 
 
-def free() -> int:
+def free_memory() -> int:
     """Bytes that nobody uses, of this process's GPU or else of the machine."""
     if on_gpu():
         return torch.cuda.mem_get_info()[0]
@@ -84,58 +90,60 @@ def free() -> int:
         return 1 << 32
 
 
-class Trial:
+class StepTimer:
     """A model, its optimizer and a batch on a device."""
 
     def __init__(self, recipe: "Recipe", model: Model, device: torch.device, micro: int):
         self.device, self.clip, self.micro = device, recipe.optim.clip, micro
         self.model, self.height_width = model.to(device), recipe.data.image_hw
-        alone: Any = SimpleNamespace(device=device, state=None)  # in place of Accelerate's handle: no process is met
+        accelerator: Any = SimpleNamespace(
+            device=device, state=None
+        )  # in place of Accelerate's handle: no process is met
         pin_attention(recipe.attention, model, device, uses_bf16(recipe.precision), micro)
-        outfit(model, alone, recipe.precision, recipe.compile, recipe.activation_checkpointing)
+        prepare_model(model, accelerator, recipe.precision, recipe.compile, recipe.activation_checkpointing)
         self.optimizer = recipe.optim.build(model)
 
-    def timed(self, most: int) -> Rehearsal:
-        """Of a micro batch: of all its images on a GPU, on a CPU of at most `most`."""
-        micro, before = self.micro, 0
+    def measure(self, max_images: int) -> TimedSteps:
+        """Of a micro batch: of all its images on a GPU, on a CPU of at most `max_images`."""
+        micro, previous = self.micro, 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             for _ in range(3):  # compiles, and lets the allocator settle
-                self.once(micro)
-            passes, update = self.often(micro)
-            return Rehearsal(passes, update, micro, torch.cuda.max_memory_allocated(self.device))
+                self.run_once(micro)
+            passes, update = self.run_repeatedly(micro)
+            return TimedSteps(passes, update, micro, torch.cuda.max_memory_allocated(self.device))
         images = min(2, micro)
-        self.once(images)  # loads libraries, makes gradients and moments
-        while images < min(micro, most) and 4 * self.once(images)[0] < LASTING:
-            before, images = images, min(4 * images, micro, most)
-        passes, update = self.often(images)
+        self.run_once(images)  # loads libraries, makes gradients and moments
+        while images < min(micro, max_images) and 4 * self.run_once(images)[0] < MAX_PASS_SECONDS:
+            previous, images = images, min(4 * images, micro, max_images)
+        passes, update = self.run_repeatedly(images)
         if images == micro:
-            return Rehearsal(passes, update, images, None)
-        slope = (passes - self.often(before)[0]) / (images - before) if before else passes / images
-        return Rehearsal(passes + max(0.0, slope) * (micro - images), update, images, None)
+            return TimedSteps(passes, update, images, None)
+        slope = (passes - self.run_repeatedly(previous)[0]) / (images - previous) if previous else passes / images
+        return TimedSteps(passes + max(0.0, slope) * (micro - images), update, images, None)
 
-    def often(self, images: int) -> tuple[float, float]:
-        """Medians of what `once` takes."""
-        end, found = time.perf_counter() + PATIENCE, [self.once(images)]
-        while len(found) < REPEATS and time.perf_counter() < end:
-            found.append(self.once(images))
-        passes, updates = zip(*found, strict=True)
+    def run_repeatedly(self, images: int) -> tuple[float, float]:
+        """Medians of what `run_once` takes."""
+        deadline, timings = time.perf_counter() + MAX_SECONDS, [self.run_once(images)]
+        while len(timings) < REPEATS and time.perf_counter() < deadline:
+            timings.append(self.run_once(images))
+        passes, updates = zip(*timings, strict=True)
         return statistics.median(passes), statistics.median(updates)
 
-    def once(self, images: int) -> tuple[float, float]:
+    def run_once(self, images: int) -> tuple[float, float]:
         """A step of one micro batch: seconds forward and backward, and of the update."""
         batch = self.batch(images)
-        return self._seconds(lambda: self.model(batch).loss.backward()), self._seconds(self._update)
+        return self._time(lambda: self.model(batch).loss.backward()), self._time(self._update)
 
     def batch(self, images: int) -> Batch:
         """Invented images; what is in them does not matter to their time."""
-        whole = torch.arange(images, device=self.device)
+        indices = torch.arange(images, device=self.device)
         shape = images, self.model.encoder.channels, *self.height_width
         return {
             "image": torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device),
-            "label": torch.zeros_like(whole),
-            "seed": whole,
-            "valid": torch.ones_like(whole, dtype=torch.bool),
+            "label": torch.zeros_like(indices),
+            "seed": indices,
+            "valid": torch.ones_like(indices, dtype=torch.bool),
         }
 
     def _update(self) -> None:
@@ -144,13 +152,13 @@ class Trial:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _seconds(self, work: Callable[[], object]) -> float:
-        self._wait()
-        began = time.perf_counter()
+    def _time(self, work: Callable[[], object]) -> float:
+        self._synchronize()
+        start = time.perf_counter()
         work()
-        self._wait()
-        return time.perf_counter() - began
+        self._synchronize()
+        return time.perf_counter() - start
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -10,13 +10,13 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_vit.config import Config
-from ssl_vit.convert.resolve import found
+from ssl_vit.convert.resolve import resolve_for_recipe
 from ssl_vit.data.dataset import Data
-from ssl_vit.data.loader import Share
+from ssl_vit.data.loader import ProcessShard
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.encoders import Encoder
 from ssl_vit.encoders.weights import AnyEncoder
-from ssl_vit.errors import DATA, USAGE, Refusal
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.evaluate.features import Features
 from ssl_vit.evaluate.few_shot import FewShotConfig
 from ssl_vit.evaluate.knn import Knn
@@ -27,7 +27,7 @@ from ssl_vit.evaluate.protocol import Benchmark
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LONG = 86_400.0  # seconds that processes wait for the first, which alone fits what is fitted
+TIMEOUT_SECONDS = 86_400.0  # seconds that processes wait for the first, which alone fits what is fitted
 Method = Literal["knn", "linear", "few_shot", "classifier"]
 
 
@@ -56,48 +56,57 @@ class Evaluate(Config):
 
 
 @dataclass
-class Bench:
+class EvaluationContext:
     """What the parts of an evaluation share."""
 
     recipe: Evaluate
     accelerator: "Accelerator"
     folder: Path
-    share: Share
-    total: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    shard: ProcessShard
+    all_reduce_sum: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
-def splits(recipe: Evaluate, wanted: tuple[str, ...]) -> dict[str, Manifest]:
-    """The labelled sets `train` and `val`, as far as they are wanted; raises Refusal where one cannot be used."""
-    sets: dict[str, Manifest] = {}
-    for name in wanted:
-        given = getattr(recipe.data, name)
-        if given is None:
-            raise Refusal(USAGE, f"data.{name}: it must be given: labelled shards or images")
-        one = sets[name] = found(recipe, given, name)
-        one.check(full=recipe.data.verify)
-        if not one.classes:
-            raise Refusal(DATA, f"{one.name}: has no classes, and an evaluation needs labels")
-        check_labels(one.labels, one.classes, one.name, every=name == "train" and not recipe.data.empty_classes)
-    if len({tuple(one.classes) for one in sets.values()}) > 1:
-        cure = "convert both in one go, or give both the same class_map"
-        raise Refusal(DATA, f"{sets['val'].name}: its classes are not those of {sets['train'].name}; {cure}")
-    return sets
+def load_labeled_splits(recipe: Evaluate, names: tuple[str, ...]) -> dict[str, Manifest]:
+    """The labeled sets `train` and `val`, as far as they are wanted; raises ExitError where one cannot be used."""
+    manifests: dict[str, Manifest] = {}
+    for name in names:
+        source = getattr(recipe.data, name)
+        if source is None:
+            raise ExitError(ExitCode.USAGE, f"data.{name}: it must be given: labeled shards or images")
+        manifest = manifests[name] = resolve_for_recipe(recipe, source, name)
+        manifest.check_shards(full=recipe.data.verify)
+        if not manifest.classes:
+            raise ExitError(ExitCode.DATA, f"{manifest.name}: has no classes, and an evaluation needs labels")
+        check_labels(
+            manifest.labels,
+            manifest.classes,
+            manifest.name,
+            require_all=name == "train" and not recipe.data.empty_classes,
+        )
+    if len({tuple(manifest.classes) for manifest in manifests.values()}) > 1:
+        hint = "convert both in one go, or give both the same class_map"
+        raise ExitError(
+            ExitCode.DATA, f"{manifests['val'].name}: its classes are not those of {manifests['train'].name}; {hint}"
+        )
+    return manifests
 
 
-def sized(recipe: Evaluate, config: Encoder) -> tuple[Encoder, Data]:
+def with_image_size(recipe: Evaluate, config: Encoder) -> tuple[Encoder, Data]:
     """An encoder's config and the data's for the size that was asked for, or else the encoder's own."""
     data = recipe.data
     if "image_size" not in data.model_fields_set:
         data = data.model_copy(update={"image_size": config.image})
     if config.channels != 3:
-        raise Refusal(USAGE, f"{recipe.encoder}: takes {config.channels} channels; images are read as RGB, which has 3")
+        raise ExitError(
+            ExitCode.USAGE, f"{recipe.encoder}: takes {config.channels} channels; images are read as RGB, which has 3"
+        )
     return config.model_copy(update={"image": data.image_size}), data
 
 
-def built(recipe: Evaluate, config: Encoder) -> AnyEncoder:
+def untrained_encoder(recipe: Evaluate, config: Encoder) -> AnyEncoder:
     """The untrained encoder of a config."""
     torch.manual_seed(recipe.seed)
     try:
         return config.build()
     except ValueError as error:
-        raise Refusal(USAGE, f"data.image_size={recipe.data.image_size}: {error}") from error
+        raise ExitError(ExitCode.USAGE, f"data.image_size={recipe.data.image_size}: {error}") from error

@@ -9,151 +9,163 @@ from torch import Tensor, nn
 
 from ssl_vit.config import Config
 from ssl_vit.data.dataset import printable
-from ssl_vit.data.loader import EvaluationStream, Share
-from ssl_vit.errors import DATA, Refusal
+from ssl_vit.data.loader import EvaluationStream, ProcessShard
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.evaluate import few_shot, knn
 from ssl_vit.evaluate.few_shot import FewShotConfig
-from ssl_vit.evaluate.metrics import TOP, Predictions
+from ssl_vit.evaluate.metrics import TOP_K, Predictions
 from ssl_vit.model import Batch, Sums
 
-SHOWN = 10  # faults that a process prints
+MAX_PRINTED_FAULTS = 10  # faults that a process prints
 
 
-class HeldOut:
+class HeadEvaluator:
     """Runs the head over every sample of a split exactly once. Sums cross processes, never means.
 
-    `total` adds sums over the processes, `report` is the head's; `keep`, if there is one, is handed a classifier's
-    predictions for each image, on every process.
+    `all_reduce_sum` adds sums over the processes, `report` is the head's; `on_predictions`, if there is one,
+    is handed a classifier's predictions for each image, on every process.
     """
 
     def __init__(
         self,
         stream: EvaluationStream,
-        share: Share,
+        shard: ProcessShard,
         device: torch.device,
-        total: Callable[[Sums], Sums],
+        all_reduce_sum: Callable[[Sums], Sums],
         report: Callable[[Sums, float], dict[str, float]],
-        keep: Callable[[Predictions], None] | None = None,
+        on_predictions: Callable[[Predictions], None] | None = None,
     ):
-        self.stream, self.share, self.device = stream, share, device
-        self.total, self.report, self.keep = total, report, keep
+        self.stream, self.shard, self.device = stream, shard, device
+        self.all_reduce_sum, self.report, self.on_predictions = all_reduce_sum, report, on_predictions
 
-    def run(self, model: nn.Module, between: Callable[[], None] = lambda: None) -> Iterator[tuple[str, float]]:
+    def run(self, model: nn.Module, on_batch: Callable[[], None] = lambda: None) -> Iterator[tuple[str, float]]:
         """The head's report, and how many `samples` were counted, how many `bad_samples` could not be."""
         sums: Sums = {}
         rows = None
-        for place, batch in self.stream.placed(self.share, self.device):
+        for start, batch in self.stream.enumerate_batches(self.shard, self.device):
             output = model(batch)
-            if self.keep is not None and output.logits is not None:
-                rows = _noted(rows, self.stream.count, place, batch, output.logits)
-            parts = {**output.sums, "_weight": output.weight}
-            sums = {name: sums[name] + part if name in sums else part for name, part in parts.items()}
-            between()
-        faults, fatal = self.stream.faults.take(), self.stream.faults.fatal
-        for fault in faults[:SHOWN]:
+            if self.on_predictions is not None and output.logits is not None:
+                rows = _add_predictions(rows, self.stream.count, start, batch, output.logits)
+            batch_sums = {**output.sums, "_weight": output.weight}
+            sums = {name: sums[name] + value if name in sums else value for name, value in batch_sums.items()}
+            on_batch()
+        faults, fatal = self.stream.faults.drain(), self.stream.faults.fatal
+        for fault in faults[:MAX_PRINTED_FAULTS]:
             print(f"evaluation leaves out sample {fault.sample}: {printable(fault.reason)}", flush=True)
-        mine = torch.tensor([len(faults), fatal is not None], device=self.device)
-        sums = self.total({**sums, "_faults": mine})
-        bad, failed = sums.pop("_faults").tolist()
+        flags = torch.tensor([len(faults), fatal is not None], device=self.device)
+        sums = self.all_reduce_sum({**sums, "_faults": flags})
+        num_bad, failed = sums.pop("_faults").tolist()
         if failed:
-            raise fatal or Refusal(DATA, "another process cannot read the evaluation data; see its message")
+            raise fatal or ExitError(ExitCode.DATA, "another process cannot read the evaluation data; see its message")
         weight = float(sums.pop("_weight"))
-        if bad and not weight:
-            raise Refusal(DATA, f"not one sample of {self.stream.samples.manifest.name} can be read")
-        if self.keep is not None and rows is not None:
-            self.keep(_predictions(self.total({"rows": rows})["rows"].numpy(), self.stream.ids))
+        if num_bad and not weight:
+            raise ExitError(ExitCode.DATA, f"not one sample of {self.stream.samples.manifest.name} can be read")
+        if self.on_predictions is not None and rows is not None:
+            self.on_predictions(_to_predictions(self.all_reduce_sum({"rows": rows})["rows"].numpy(), self.stream.ids))
         yield from self.report(sums, max(1.0, weight)).items()
         yield "samples", int(weight)
-        yield "bad_samples", bad
+        yield "bad_samples", num_bad
 
 
-def _noted(rows: Tensor | None, count: int, place: int, batch: Batch, logits: Tensor) -> Tensor:
+def _add_predictions(rows: Tensor | None, count: int, start: int, batch: Batch, logits: Tensor) -> Tensor:
     """Rows [count, 2 + 2k] of all samples, with this batch's: how often it was seen, label, best classes, their scores.
 
     Every process fills its own, so that their sum is the whole.
     """
-    scores, top = logits.softmax(1).topk(min(TOP, logits.shape[1]))
+    scores, top = logits.softmax(1).topk(min(TOP_K, logits.shape[1]))
     if rows is None:
         rows = torch.zeros(count, 2 + 2 * scores.shape[1], dtype=torch.float64, device=logits.device)
-    seen = batch["valid"][:, None].double()
-    made = torch.cat([seen, batch["label"][:, None], top, scores], 1) * seen
-    mine = rows[place : place + len(made)]
-    mine += made[: len(mine)]
+    valid = batch["valid"][:, None].double()
+    batch_rows = torch.cat([valid, batch["label"][:, None], top, scores], 1) * valid
+    target = rows[start : start + len(batch_rows)]
+    target += batch_rows[: len(target)]
     return rows
 
 
-def _predictions(rows: np.ndarray, ids: np.ndarray | None) -> Predictions:
-    seen, k = np.flatnonzero(rows[:, 0]), rows.shape[1] // 2 - 1
-    found = rows[seen]
-    labels, top = found[:, 1].astype(np.int64), found[:, 2 : 2 + k].astype(np.int64)
-    return Predictions(seen if ids is None else ids[seen], labels, top, found[:, 2 + k :].astype(np.float32))
+def _to_predictions(rows: np.ndarray, ids: np.ndarray | None) -> Predictions:
+    indices, k = np.flatnonzero(rows[:, 0]), rows.shape[1] // 2 - 1
+    valid_rows = rows[indices]
+    labels, top = valid_rows[:, 1].astype(np.int64), valid_rows[:, 2 : 2 + k].astype(np.int64)
+    return Predictions(indices if ids is None else ids[indices], labels, top, valid_rows[:, 2 + k :].astype(np.float32))
 
 
-SHOWN_ONLINE = 10  # faults that a process prints
-Total = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+MAX_PRINTED_ONLINE_FAULTS = 10  # faults that a process prints
+AllReduceSum = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
-class Online(Config):
-    """What is measured beside the loss at every evaluation (`eval_every`), where labelled splits are given."""
+class OnlineProbe(Config):
+    """What is measured beside the loss at every evaluation (`eval_every`), where labeled splits are given."""
 
-    train: tuple[str, ...] | None = Field(default=None, description="labelled shards or images to learn from")
-    val: tuple[str, ...] | None = Field(default=None, description="labelled shards or images to be right on")
+    train: tuple[str, ...] | None = Field(default=None, description="labeled shards or images to learn from")
+    val: tuple[str, ...] | None = Field(default=None, description="labeled shards or images to be right on")
     samples: int = Field(default=10_000, ge=1, description="most images of each, a fixed random choice")
-    k: int = Field(default=20, ge=1, description="neighbours that vote in k-NN")
+    k: int = Field(default=20, ge=1, description="neighbors that vote in k-NN")
     shots: tuple[int, ...] = Field(default=(1, 5, 10), description="images a class in few-shot, which has 3 draws")
 
 
-class Probe:
-    """Judges the frozen features of the model that trains; `read_out` makes one vector of an image's tokens."""
+class FrozenProbe:
+    """Judges the frozen features of the model that trains; `pool_tokens` makes one vector of an image's tokens."""
 
     def __init__(
         self,
         splits: tuple[EvaluationStream, EvaluationStream],
-        share: Share,
+        shard: ProcessShard,
         device: torch.device,
-        total: Total,
-        config: Online,
-        read_out: Callable[[Tensor], Tensor],
+        all_reduce_sum: AllReduceSum,
+        config: OnlineProbe,
+        pool: Callable[[Tensor], Tensor],
     ):
-        self.splits, self.share, self.device, self.total, self.config = splits, share, device, total, config
-        self.read_out = read_out
+        self.splits, self.shard, self.device, self.all_reduce_sum, self.config = (
+            splits,
+            shard,
+            device,
+            all_reduce_sum,
+            config,
+        )
+        self.pool = pool
         self.classes = len(splits[0].samples.manifest.classes)
 
-    def run(self, model: nn.Module, between: Callable[[], None] = lambda: None) -> Iterator[tuple[str, float]]:
+    def run(self, model: nn.Module, on_batch: Callable[[], None] = lambda: None) -> Iterator[tuple[str, float]]:
         """`knn_top1` and `few_shot_N`, the mean over three draws, for those N that every class has."""
-        train, labels = self._features(self.splits[0], model, between)
-        test, truth = self._features(self.splits[1], model, between)
+        train, train_labels = self._extract_features(self.splits[0], model, on_batch)
+        test, test_labels = self._extract_features(self.splits[1], model, on_batch)
         if not len(train) or not len(test):
-            raise Refusal(DATA, "online.train and online.val: not one labelled image of them can be read", shared=True)
-        votes = knn.scores(train, labels, test, self.classes, self.config.k)
-        yield "knn_top1", float((votes.argmax(1) == truth).double().mean())
+            raise ExitError(
+                ExitCode.DATA, "online.train and online.val: not one labeled image of them can be read", shared=True
+            )
+        votes = knn.knn_scores(train, train_labels, test, self.classes, self.config.k)
+        yield "knn_top1", float((votes.argmax(1) == test_labels).double().mean())
         config = FewShotConfig(shots=self.config.shots)
-        for shots, found in few_shot.accuracies(train, labels, test, truth, self.classes, config).items():
-            yield f"few_shot_{shots}", float(np.mean(found))
+        for shots, accuracies in few_shot.few_shot_accuracies(
+            train, train_labels, test, test_labels, self.classes, config
+        ).items():
+            yield f"few_shot_{shots}", float(np.mean(accuracies))
 
-    def _features(
-        self, stream: EvaluationStream, model: nn.Module, between: Callable[[], None]
+    def _extract_features(
+        self, stream: EvaluationStream, model: nn.Module, on_batch: Callable[[], None]
     ) -> tuple[Tensor, Tensor]:
         """Features [N, D] and class numbers [N] of a split, on the device of every process.
 
         Every process fills the rows of its own samples, so that their sum is the whole.
         """
         features, labels = torch.empty(0), torch.zeros(stream.count, dtype=torch.int64, device=self.device)
-        for place, batch in stream.placed(self.share, self.device):
-            made = self.read_out(model(batch, tokens=True)).float()
+        for start, batch in stream.enumerate_batches(self.shard, self.device):
+            vectors = self.pool(model(batch, tokens=True)).float()
             if not len(features):
-                features = torch.zeros(stream.count, made.shape[1], device=self.device)
-            mine = slice(place, place + min(len(made), max(0, stream.count - place)))
+                features = torch.zeros(stream.count, vectors.shape[1], device=self.device)
+            rows = slice(start, start + min(len(vectors), max(0, stream.count - start)))
             usable = batch["valid"] & (batch["label"] >= 0)
-            features[mine] = made[: mine.stop - mine.start]
-            labels[mine] = (batch["label"] + 1).mul(usable)[: mine.stop - mine.start]  # 0: not to be used
-            between()
-        faults, fatal = stream.faults.take(), stream.faults.fatal
-        for fault in faults[:SHOWN_ONLINE]:
+            features[rows] = vectors[: rows.stop - rows.start]
+            labels[rows] = (batch["label"] + 1).mul(usable)[: rows.stop - rows.start]  # 0: not to be used
+            on_batch()
+        faults, fatal = stream.faults.drain(), stream.faults.fatal
+        for fault in faults[:MAX_PRINTED_ONLINE_FAULTS]:
             print(f"online probe leaves out sample {fault.sample}: {printable(fault.reason)}", flush=True)
         failed = torch.tensor(fatal is not None, device=self.device).long()
-        whole = self.total({"features": features, "labels": labels, "failed": failed})
-        if whole["failed"]:
-            raise fatal or Refusal(DATA, "another process cannot read the online probe's data; see its message")
-        used = whole["labels"] > 0
-        return whole["features"][used].to(self.device), (whole["labels"][used] - 1).to(self.device)
+        totals = self.all_reduce_sum({"features": features, "labels": labels, "failed": failed})
+        if totals["failed"]:
+            raise fatal or ExitError(
+                ExitCode.DATA, "another process cannot read the online probe's data; see its message"
+            )
+        labeled = totals["labels"] > 0
+        return totals["features"][labeled].to(self.device), (totals["labels"][labeled] - 1).to(self.device)

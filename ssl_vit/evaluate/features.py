@@ -17,15 +17,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ssl_vit.config import Config
-from ssl_vit.data.loader import EvaluationStream, Share
-from ssl_vit.errors import USAGE, Refusal
+from ssl_vit.data.loader import EvaluationStream, ProcessShard
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.files import sha256, sync_folder, write_bytes
-from ssl_vit.model import read_out
+from ssl_vit.model import pool_tokens
 
 ReadOut = Literal["mean", "class"]
-Name = tuple[int, ReadOut]
+FeatureName = tuple[int, ReadOut]
 """Of a set of features: the block's number, from 1, and how its tokens became one vector."""
-Total = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+AllReduceSum = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 class Features(Config):
@@ -37,15 +37,15 @@ class Features(Config):
     layers: tuple[int, ...] = Field(default=(), description="blocks after which tokens are taken, from 1 (none: last)")
     cache: str | None = Field(default=None, description="folder where features are kept (none: RUN/features)")
 
-    def names(self, encoder: Any) -> list[Name]:
-        """What to compute of an encoder; raises Refusal(USAGE) for a block that it has not."""
+    def names(self, encoder: Any) -> list[FeatureName]:
+        """What to compute of an encoder; raises ExitError(USAGE) for a block that it has not."""
         depth = encoder.depth
-        strange = [layer for layer in self.layers if not 1 <= layer <= depth]
-        if strange:
-            raise Refusal(USAGE, f"features.layers={strange[0]}: the encoder's blocks are 1 to {depth}")
-        readouts: list[ReadOut] = [one for one in self.readouts if one == "mean" or encoder.prefix]
+        invalid = [layer for layer in self.layers if not 1 <= layer <= depth]
+        if invalid:
+            raise ExitError(ExitCode.USAGE, f"features.layers={invalid[0]}: the encoder's blocks are 1 to {depth}")
+        readouts: list[ReadOut] = [readout for readout in self.readouts if readout == "mean" or encoder.prefix]
         if not readouts:
-            raise Refusal(USAGE, "features.readouts=class: the encoder has no class token; take mean")
+            raise ExitError(ExitCode.USAGE, "features.readouts=class: the encoder has no class token; take mean")
         return [(layer, readout) for layer in self.layers or (depth,) for readout in readouts]
 
 
@@ -53,32 +53,40 @@ class Features(Config):
 class Split:
     """The features of a split: float32 [N, D] by name, memory-mapped, and class numbers int64 [N], -1 = none."""
 
-    features: dict[Name, np.ndarray]
+    features: dict[FeatureName, np.ndarray]
     labels: np.ndarray
     bad_samples: int = 0
 
 
-def extract(
-    encoder: Any, names: list[Name], stream: EvaluationStream, share: Share, device: torch.device, total: Total
+def extract_features(
+    encoder: Any,
+    names: list[FeatureName],
+    stream: EvaluationStream,
+    shard: ProcessShard,
+    device: torch.device,
+    all_reduce_sum: AllReduceSum,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Step by step, where in the split a part begins and its rows: features by name, label, valid; on every process."""
-    world, size = share.world, share.micro_batch
-    for step, (_, batch) in enumerate(stream.placed(share, device)):
-        mine = {f"{layer}-{way}": value for (layer, way), value in vectors(encoder, names, batch["image"]).items()}
-        mine |= {"label": batch["label"].clone(), "valid": batch["valid"].long()}
-        whole = {name: value.new_zeros(world, *value.shape) for name, value in mine.items()}
-        for name, value in mine.items():
-            whole[name][share.rank] = value
-        parts = total(whole) if world > 1 else whole
+    world, size = shard.world, shard.micro_batch
+    for step, (_, batch) in enumerate(stream.enumerate_batches(shard, device)):
+        local_rows = {
+            f"{layer}-{readout}": value
+            for (layer, readout), value in pooled_features(encoder, names, batch["image"]).items()
+        }
+        local_rows |= {"label": batch["label"].clone(), "valid": batch["valid"].long()}
+        slots = {name: value.new_zeros(world, *value.shape) for name, value in local_rows.items()}
+        for name, value in local_rows.items():
+            slots[name][shard.rank] = value
+        gathered = all_reduce_sum(slots) if world > 1 else slots
         start = step * world * size
-        yield start, {name: v.flatten(0, 1)[: stream.count - start].cpu().numpy() for name, v in parts.items()}
+        yield start, {name: v.flatten(0, 1)[: stream.count - start].cpu().numpy() for name, v in gathered.items()}
 
 
 @torch.no_grad()
-def vectors(encoder: Any, names: list[Name], image: Tensor) -> dict[Name, Tensor]:
+def pooled_features(encoder: Any, names: list[FeatureName], image: Tensor) -> dict[FeatureName, Tensor]:
     """One vector an image, float32 [B, D], for every name."""
     tokens = encoder.layers(image, {layer for layer, _ in names})
-    return {(layer, way): read_out(tokens[layer], way, encoder.prefix).float() for layer, way in names}
+    return {(layer, readout): pool_tokens(tokens[layer], readout, encoder.prefix).float() for layer, readout in names}
 
 
 @torch.no_grad()
@@ -87,28 +95,28 @@ def dense(encoder: Any, image: Tensor, layers: tuple[int, ...] = ()) -> list[Ten
 
     One for each of `layers`, numbers of blocks from 1; without any, of the last.
     """
-    wanted = layers or (encoder.depth,)
-    tokens = encoder.layers(image, set(wanted))
-    patches = (tokens[layer][:, encoder.prefix :].transpose(1, 2) for layer in wanted)
-    return [one.unflatten(2, encoder.grid) for one in patches]
+    blocks = layers or (encoder.depth,)
+    tokens = encoder.layers(image, set(blocks))
+    patches = (tokens[layer][:, encoder.prefix :].transpose(1, 2) for layer in blocks)
+    return [feature_map.unflatten(2, encoder.grid) for feature_map in patches]
 
 
-def digest(encoder: nn.Module, names: list[Name], stream: EvaluationStream) -> str:
+def features_digest(encoder: nn.Module, names: list[FeatureName], stream: EvaluationStream) -> str:
     """Equal where the features are: of weights, architecture, samples and preparation."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name, value in sorted(encoder.state_dict().items()):
-        found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        hasher.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     data = stream.samples.config
     ids = "all" if stream.ids is None else hashlib.sha256(stream.ids.tobytes()).hexdigest()
-    said = [str(encoder.config), sorted(names), stream.samples.manifest.identity, ids]  # type: ignore[union-attr]
-    said += [data.image_hw, data.eval_crop, data.whole]
+    fields = [str(encoder.config), sorted(names), stream.samples.manifest.identity, ids]  # type: ignore[union-attr]
+    fields += [data.image_hw, data.eval_crop, data.crop]
     labels = hashlib.sha256(stream.samples.manifest.labels.tobytes()).hexdigest()
-    found.update(json.dumps([*said, labels]).encode())
-    return found.hexdigest()[:32]
+    hasher.update(json.dumps([*fields, labels]).encode())
+    return hasher.hexdigest()[:32]
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[None]:
     """One start at a time makes the features of a folder; another waits, and then finds them."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("a") as file:
@@ -116,56 +124,56 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def load(folder: Path, names: list[Name]) -> Split | None:
+def load_features(folder: Path, names: list[FeatureName]) -> Split | None:
     """The features in a folder; None where they are not there, or not as they were written."""
     try:
-        said = json.loads((folder / "features.json").read_text())
-        wanted = {"label.npy", "valid.npy", *(f"{layer}-{way}.npy" for layer, way in names)}
-        if not wanted <= set(said["files"]) or any(sha256(folder / n) != d for n, d in said["files"].items()):
+        metadata = json.loads((folder / "features.json").read_text())
+        expected = {"label.npy", "valid.npy", *(f"{layer}-{readout}.npy" for layer, readout in names)}
+        if not expected <= set(metadata["files"]) or any(sha256(folder / n) != d for n, d in metadata["files"].items()):
             print(f"{folder}: altered since it was written; computed anew", flush=True)
             return None
         arrays = {name: np.load(folder / f"{name[0]}-{name[1]}.npy", mmap_mode="r") for name in names}
-        return _usable(arrays, np.load(folder / "label.npy"), np.load(folder / "valid.npy"))
+        return _valid_only(arrays, np.load(folder / "label.npy"), np.load(folder / "valid.npy"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _usable(arrays: dict[Name, np.ndarray], labels: np.ndarray, valid: np.ndarray) -> Split:
+def _valid_only(arrays: dict[FeatureName, np.ndarray], labels: np.ndarray, valid: np.ndarray) -> Split:
     """Without the samples that could not be read; they are copied then."""
-    bad = int((valid == 0).sum())
-    if bad:
+    num_bad = int((valid == 0).sum())
+    if num_bad:
         arrays = {name: array[valid > 0] for name, array in arrays.items()}
-    return Split(arrays, labels[valid > 0], bad)
+    return Split(arrays, labels[valid > 0], num_bad)
 
 
-def write(
+def write_features(
     folder: Path,
     parts: Iterator[tuple[int, dict[str, np.ndarray]]],
     count: int,
-    sound: Callable[[], None] = lambda: None,
+    on_complete: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the features of a split into a folder, which is there whole or not at all.
 
-    `sound` is called when all parts came, and raises where they are not the split's.
+    `on_complete` is called when all parts came, and raises where they are not the split's.
     """
-    draft = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    temp_folder = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temp_folder, ignore_errors=True)
+    temp_folder.mkdir(parents=True)
     arrays: dict[str, Any] = {}
     for start, rows in parts:
         for name, row in rows.items():
             if name not in arrays:
                 shape = (count, *row.shape[1:])
-                path = draft / f"{name}.npy"
+                path = temp_folder / f"{name}.npy"
                 arrays[name] = np.lib.format.open_memmap(path, "w+", row.dtype, shape)
                 with path.open("r+b") as file:  # a full disk is an error here, and a SIGBUS where a page is written
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             arrays[name][start : start + len(row)] = row
-    sound()
+    on_complete()
     for array in arrays.values():
         array.flush()
-    files = {path.name: sha256(path) for path in sorted(draft.iterdir())}
-    write_bytes(draft / "features.json", json.dumps({"files": files}, indent=1).encode())
+    files = {path.name: sha256(path) for path in sorted(temp_folder.iterdir())}
+    write_bytes(temp_folder / "features.json", json.dumps({"files": files}, indent=1).encode())
     shutil.rmtree(folder, ignore_errors=True)
-    os.rename(draft, folder)
+    os.rename(temp_folder, folder)
     sync_folder(folder.parent)

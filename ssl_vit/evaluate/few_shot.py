@@ -12,8 +12,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from ssl_vit.config import Config
-from ssl_vit.errors import DATA, Refusal
-from ssl_vit.rng import key, permutation
+from ssl_vit.errors import ExitCode, ExitError
+from ssl_vit.rng import hash_key, permutation
 
 CONSTANT = 100.0  # a feature that is always this: l2 hardly touches its weight
 
@@ -27,7 +27,7 @@ class FewShotConfig(Config):
 
     @field_validator("shots")
     @classmethod
-    def _has_shots(cls, shots: tuple[int, ...]) -> tuple[int, ...]:
+    def _check_shots(cls, shots: tuple[int, ...]) -> tuple[int, ...]:
         if not shots or min(shots) < 1:
             raise ValueError("one or more numbers from 1, with commas between them")
         return shots
@@ -73,28 +73,30 @@ def _with_constant(x: Tensor) -> Tensor:
     return torch.cat([x, x.new_full((len(x), 1), CONSTANT)], 1)
 
 
-def support(labels: Tensor, classes: int, shots: int, seed: int) -> Tensor:
+def sample_support(labels: Tensor, classes: int, shots: int, seed: int) -> Tensor:
     """Ids int64 [classes * shots] of so many images a class; of one seed, fewer shots are among more.
 
-    Raises Refusal(DATA) naming a class that has fewer.
+    Raises ExitError(DATA) naming a class that has fewer.
     """
-    chosen = []
-    for number in range(classes):
-        mine = np.flatnonzero(labels.cpu().numpy() == number)
-        if len(mine) < shots:
-            raise Refusal(DATA, f"few_shot.shots={shots}: class number {number} has {len(mine)} images")
-        chosen.append(mine[permutation(key("support", seed, number), len(mine))[:shots]])
-    return torch.from_numpy(np.concatenate(chosen))
+    support_ids = []
+    for class_id in range(classes):
+        class_samples = np.flatnonzero(labels.cpu().numpy() == class_id)
+        if len(class_samples) < shots:
+            raise ExitError(
+                ExitCode.DATA, f"few_shot.shots={shots}: class number {class_id} has {len(class_samples)} images"
+            )
+        support_ids.append(class_samples[permutation(hash_key("support", seed, class_id), len(class_samples))[:shots]])
+    return torch.from_numpy(np.concatenate(support_ids))
 
 
-def accuracies(
-    train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, classes: int, config: FewShotConfig
+def few_shot_accuracies(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int, config: FewShotConfig
 ) -> dict[int, list[float]]:
     """For each number of shots that all classes have, the accuracy on the test images [M, D] by seed."""
-    most = int(torch.bincount(labels[labels >= 0], minlength=classes).min())
-    found = {}
-    for shots in (n for n in config.shots if n <= most):
-        ids = [support(labels, classes, shots, seed) for seed in range(config.seeds)]
-        solved = (solve(train[i], labels[i], classes, config.l2) for i in ids)
-        found[shots] = [float((one.predict(test) == truth).double().mean()) for one in solved]
-    return found
+    max_shots = int(torch.bincount(train_labels[train_labels >= 0], minlength=classes).min())
+    results = {}
+    for shots in (n for n in config.shots if n <= max_shots):
+        ids = [sample_support(train_labels, classes, shots, seed) for seed in range(config.seeds)]
+        models = (solve(train[i], train_labels[i], classes, config.l2) for i in ids)
+        results[shots] = [float((model.predict(test) == test_labels).double().mean()) for model in models]
+    return results

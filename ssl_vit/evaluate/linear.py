@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ssl_vit.config import Config
-from ssl_vit.rng import key, permutation
+from ssl_vit.rng import hash_key, permutation
 
 CHUNK = 1 << 26  # numbers of features that are worked on at once
 
@@ -29,7 +29,7 @@ class LinearProbe(Config):
 
     @field_validator("l2", "lr")
     @classmethod
-    def _has_values(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+    def _check_values(cls, values: tuple[float, ...]) -> tuple[float, ...]:
         if not values or min(values) <= 0:
             raise ValueError("one or more numbers above 0, with commas between them")
         return values
@@ -46,7 +46,7 @@ class Linear(NamedTuple):
         return features.to(self.weight) @ self.weight.T + self.bias
 
 
-def fit(
+def fit_lbfgs(
     features: Tensor, labels: Tensor, classes: int, l2: float, steps: int = 300, start: Linear | None = None
 ) -> Linear:
     """The minimum of mean cross-entropy + l2 / 2 * |weight|^2, the bias left free, for features [N, D].
@@ -58,29 +58,29 @@ def fit(
     if start is not None:
         x = torch.cat([start.weight, start.bias[:, None]], 1)
     x.requires_grad_()
-    size = max(1, CHUNK // features.shape[1])
-    solver = torch.optim.LBFGS(
+    chunk_size = max(1, CHUNK // features.shape[1])
+    optimizer = torch.optim.LBFGS(
         [x], max_iter=steps, history_size=20, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
-        solver.zero_grad()
-        whole = torch.zeros((), dtype=torch.float64, device=x.device)
-        for part, label in zip(features.split(size), labels.split(size), strict=True):
-            logits = part @ x[:, :-1].T + x[:, -1]
-            loss = F.cross_entropy(logits, label, reduction="sum") / len(features)
+        optimizer.zero_grad()
+        total_loss = torch.zeros((), dtype=torch.float64, device=x.device)
+        for chunk, chunk_labels in zip(features.split(chunk_size), labels.split(chunk_size), strict=True):
+            logits = chunk @ x[:, :-1].T + x[:, -1]
+            loss = F.cross_entropy(logits, chunk_labels, reduction="sum") / len(features)
             loss.backward()
-            whole += loss.detach()
+            total_loss += loss.detach()
         penalty = l2 / 2 * x[:, :-1].square().sum()
         penalty.backward()
-        return whole + penalty.detach()
+        return total_loss + penalty.detach()
 
-    solver.step(closure)  # type: ignore[arg-type]
-    made = x.detach()
-    return Linear(made[:, :-1], made[:, -1])
+    optimizer.step(closure)  # type: ignore[arg-type]
+    solution = x.detach()
+    return Linear(solution[:, :-1], solution[:, -1])
 
 
-def sgd(features: Tensor, labels: Tensor, classes: int, lr: float, config: LinearProbe, seed: int = 0) -> Linear:
+def fit_sgd(features: Tensor, labels: Tensor, classes: int, lr: float, config: LinearProbe, seed: int = 0) -> Linear:
     """BatchNorm without affine parameters, then a linear layer from zero; SGD 0.9, cosine, no decay, as MAE probes.
 
     Unlike MAE's, the features are of central crops, computed once. The norm is folded into the layer that is returned.
@@ -89,26 +89,28 @@ def sgd(features: Tensor, labels: Tensor, classes: int, lr: float, config: Linea
     layer = nn.Linear(features.shape[1], classes).to(features)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
-    solver = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=0.9)
     batch = min(config.batch, len(features))
     steps = config.epochs * (len(features) // batch)
     for step in range(steps):
-        epoch, place = divmod(step * batch, len(features) // batch * batch)
-        if place == 0:
-            order = torch.from_numpy(permutation(key("probe", seed, epoch), len(features)))
-        ids = order[place : place + batch]  # type: ignore[possibly-undefined]
-        for group in solver.param_groups:
+        epoch, start = divmod(step * batch, len(features) // batch * batch)
+        if start == 0:
+            order = torch.from_numpy(permutation(hash_key("probe", seed, epoch), len(features)))
+        ids = order[start : start + batch]  # type: ignore[possibly-undefined]
+        for group in optimizer.param_groups:
             group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-        solver.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(layer(norm(features[ids])), labels[ids]).backward()
-        solver.step()
+        optimizer.step()
     assert norm.running_mean is not None
     assert norm.running_var is not None
     weight = layer.weight.detach() / (norm.running_var + norm.eps).sqrt()
     return Linear(weight, layer.bias.detach() - weight @ norm.running_mean)
 
 
-def probe(features: Tensor, labels: Tensor, classes: int, config: LinearProbe, seed: int = 0) -> tuple[Linear, float]:
+def fit_probe(
+    features: Tensor, labels: Tensor, classes: int, config: LinearProbe, seed: int = 0
+) -> tuple[Linear, float]:
     """The probe of features [N, D], standardised for the solver's sake, and the l2 or rate that was chosen for it.
 
     Chosen is what is best on the held-out part; of equals, the largest. Where that part would leave a class without an
@@ -118,21 +120,21 @@ def probe(features: Tensor, labels: Tensor, classes: int, config: LinearProbe, s
     x = (features - mean) / std
     values = sorted(config.l2 if config.solver == "lbfgs" else config.lr, reverse=True)
 
-    def fitted(x: Tensor, labels: Tensor, value: float, start: Linear | None = None) -> Linear:
+    def fit_value(x: Tensor, labels: Tensor, value: float, start: Linear | None = None) -> Linear:
         if config.solver == "lbfgs":
-            return fit(x, labels, classes, value, config.steps, start)
-        return sgd(x, labels, classes, value, config, seed)
+            return fit_lbfgs(x, labels, classes, value, config.steps, start)
+        return fit_sgd(x, labels, classes, value, config, seed)
 
-    chosen, found = values[len(values) // 2], None
-    order = torch.from_numpy(permutation(key("probe", seed), len(x)))
-    held, rest = order.tensor_split([round(len(x) * config.fraction)])
-    if len(values) > 1 and len(held) and bool(torch.bincount(labels[rest], minlength=classes).all()):
-        right, tried = [], []
+    best_value, initial = values[len(values) // 2], None
+    order = torch.from_numpy(permutation(hash_key("probe", seed), len(x)))
+    val_ids, train_ids = order.tensor_split([round(len(x) * config.fraction)])
+    if len(values) > 1 and len(val_ids) and bool(torch.bincount(labels[train_ids], minlength=classes).all()):
+        num_correct, candidates = [], []
         for value in values:  # from the smoothest problem on, each from the solution of the last
-            tried.append(fitted(x[rest], labels[rest], value, tried[-1] if tried else None))
-            right.append((tried[-1].scores(x[held]).argmax(1) == labels[held]).sum())
-        best = int(torch.stack(right).argmax())
-        chosen, found = values[best], tried[best]
-    made = fitted(x, labels, chosen, found)
-    weight = made.weight / std
-    return Linear(weight, made.bias - weight @ mean), chosen
+            candidates.append(fit_value(x[train_ids], labels[train_ids], value, candidates[-1] if candidates else None))
+            num_correct.append((candidates[-1].scores(x[val_ids]).argmax(1) == labels[val_ids]).sum())
+        best_index = int(torch.stack(num_correct).argmax())
+        best_value, initial = values[best_index], candidates[best_index]
+    layer = fit_value(x, labels, best_value, initial)
+    weight = layer.weight / std
+    return Linear(weight, layer.bias - weight @ mean), best_value

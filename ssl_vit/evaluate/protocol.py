@@ -8,9 +8,9 @@ from pydantic import Field, field_validator
 
 from ssl_vit.config import Config
 from ssl_vit.data.manifest import Manifest
-from ssl_vit.evaluate.metrics import groups, spread
+from ssl_vit.evaluate.metrics import group_means, mean_std
 
-GIVEN = ("top1", "top5", "mean_per_class", "loss")  # of final runs, mean and deviation
+AVERAGED_METRICS = ("top1", "top5", "mean_per_class", "loss")  # of final runs, mean and deviation
 
 
 class Sweep(Config):
@@ -24,7 +24,7 @@ class Sweep(Config):
 
     @field_validator("lr")
     @classmethod
-    def _are_rates(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+    def _check_rates(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
         if any(not 0 <= rate < math.inf for rate in rates):
             raise ValueError("learning rates are numbers from 0 on")
         if len({f"{rate:g}" for rate in rates}) < len(rates):
@@ -42,14 +42,18 @@ class Benchmark(Config):
     get: str | None = Field(default=None, description="how to get the data; said where it is missing")
     paper: str | None = Field(default=None, description="what the paper reports")
 
-    def differs(self, train: Manifest | None, test: Manifest | None) -> list[str]:
+    def describe_mismatches(self, train: Manifest | None, test: Manifest | None) -> list[str]:
         """Where the data are not the benchmark's, in words."""
-        asked = [
+        checks = [
             ("classes", self.classes, len(test.classes) if test else None),
             ("training images", self.train, train.samples if train else None),
             ("test images", self.test, test.samples if test else None),
         ]
-        return [f"{found} {what}, not {want}" for what, want, found in asked if want and found not in (None, want)]
+        return [
+            f"{actual} {quantity}, not {expected}"
+            for quantity, expected, actual in checks
+            if expected and actual not in (None, expected)
+        ]
 
 
 class SuiteTask(Config):
@@ -65,25 +69,25 @@ class SuiteTask(Config):
     paper: str | None = Field(default=None, description="what the paper reports")
 
 
-def chosen(tried: Sequence[tuple[float, float]]) -> float:
+def best_learning_rate(trials: Sequence[tuple[float, float]]) -> float:
     """The rate with the best score of (rate, score); of equals, the first."""
-    return max(tried, key=lambda pair: pair[1])[0]
+    return max(trials, key=lambda pair: pair[1])[0]
 
 
-def averaged(finals: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def average_results(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean and sample deviation (`..._sd`) of what the final runs measured."""
     values: dict[str, Any] = {}
-    for name in (name for name in GIVEN if all(isinstance(one.get(name), int | float) for one in finals)):
-        values[name], deviation = spread([one[name] for one in finals])
+    for name in (name for name in AVERAGED_METRICS if all(isinstance(run.get(name), int | float) for run in runs)):
+        values[name], deviation = mean_std([run[name] for run in runs])
         values |= {} if deviation is None else {f"{name}_sd": deviation}
-    sets = [one["label_sets"] for one in finals if "label_sets" in one]
-    if sets:
-        values["label_sets"] = {**averaged(sets), "samples": sets[0]["samples"]}
+    label_sets = [run["label_sets"] for run in runs if "label_sets" in run]
+    if label_sets:
+        values["label_sets"] = {**average_results(label_sets), "samples": label_sets[0]["samples"]}
     return values
 
 
-def suite(tasks: Sequence[SuiteTask], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def suite_results(tasks: Sequence[SuiteTask], results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The score of a suite: the plain mean of its tasks' top-1 (paper 4.1), and each group's mean beside it."""
     scores = [(task.group, results[task.name]["top1"]) for task in tasks]
     table = {task.name: {"group": task.group, "paper": task.paper, **results[task.name]} for task in tasks}
-    return {"mean": spread([score for _, score in scores])[0], "groups": groups(scores), "tasks": table}
+    return {"mean": mean_std([score for _, score in scores])[0], "groups": group_means(scores), "tasks": table}

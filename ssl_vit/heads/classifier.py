@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ssl_vit.config import Config
 from ssl_vit.encoders.layers import Linear
-from ssl_vit.errors import USAGE, Refusal
-from ssl_vit.model import Batch, Encoder, Output, mean_over, pooled
+from ssl_vit.errors import ExitCode, ExitError
+from ssl_vit.model import Batch, Encoder, Output, masked_mean, pool_features
 
 
 class Classifier(Config):
@@ -31,9 +31,9 @@ class Classifier(Config):
         hidden = self.hidden or encoder.width
         last = Linear(hidden, classes)
         layers = nn.Sequential(Linear(encoder.width, hidden), nn.Tanh(), last)
-        made = ClassificationHead(layers, self.loss)
+        head = ClassificationHead(layers, self.loss)
         nn.init.constant_(last.bias, self.bias)
-        return made
+        return head
 
 
 class ClassificationHead(nn.Module):
@@ -49,14 +49,14 @@ class ClassificationHead(nn.Module):
         super().__init__()
         self.layers = layers
         self.loss, self.smoothing, self.mix = loss, smoothing, mix
-        self.macs = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))  # an image
+        self.forward_macs = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))  # an image
         last = layers[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
     def forward(self, encoder: Encoder, batch: Batch) -> Output:
-        """The loss of each labelled image; an image without label (-1) carries none.
+        """The loss of each labeled image; an image without label (-1) carries none.
 
         `mix`, in training only, makes other images and soft targets [B, classes] of images and labels.
         """
@@ -64,7 +64,7 @@ class ClassificationHead(nn.Module):
         image, target = (
             self.mix(batch["image"], label) if self.training and self.mix is not None else (batch["image"], label)
         )
-        features = pooled(encoder, image)
+        features = pool_features(encoder, image)
         with torch.autocast(features.device.type, enabled=False):  # in bf16 the best two of many classes often tie
             logits = self.layers(features.float())
         if self.loss == "softmax":
@@ -75,11 +75,15 @@ class ClassificationHead(nn.Module):
             loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
         with torch.no_grad():
             # ties count against: a head that still gives every class the same score is right for none; nor is NaN
-            own = logits.gather(1, label[:, None])
-            rank = (logits >= own).sum(1) - 1
-            sums = {"loss": loss, "top1": (rank < 1) & ~own[:, 0].isnan(), "top5": (rank < 5) & ~own[:, 0].isnan()}
+            label_logits = logits.gather(1, label[:, None])
+            rank = (logits >= label_logits).sum(1) - 1
+            sums = {
+                "loss": loss,
+                "top1": (rank < 1) & ~label_logits[:, 0].isnan(),
+                "top5": (rank < 5) & ~label_logits[:, 0].isnan(),
+            }
             sums = {name: (value * valid).sum() for name, value in sums.items()}
-        return Output(mean_over(valid, loss), sums, valid.sum(), None if self.training else logits)
+        return Output(masked_mean(valid, loss), sums, valid.sum(), None if self.training else logits)
 
     def report(self, sums: dict[str, Tensor], weight: float) -> dict[str, float]:
         """Means over the images that were counted."""
@@ -98,11 +102,11 @@ class Transfer(Config):
 
     def build(self, encoder: Encoder, classes: int) -> ClassificationHead:
         """The head for an encoder and a number of classes; its first loss is ln(classes) exactly."""
-        mix = Mix(self, classes) if self.mixup or self.cutmix else None
+        mix = MixupCutmix(self, classes) if self.mixup or self.cutmix else None
         return ClassificationHead(nn.Sequential(Linear(encoder.width, classes)), "softmax", self.smoothing, mix)
 
 
-class Mix:
+class MixupCutmix:
     """timm's mixup and CutMix of a process's batch, which has to be even: image i with the i-th from the end."""
 
     def __init__(self, config: Transfer, classes: int):
@@ -114,10 +118,12 @@ class Mix:
         from timm.data.mixup import Mixup
 
         if len(image) % 2:
-            raise Refusal(USAGE, f"head.mixup and head.cutmix pair images: {len(image)} in a micro batch is odd")
-        before = np.random.get_state()
+            raise ExitError(
+                ExitCode.USAGE, f"head.mixup and head.cutmix pair images: {len(image)} in a micro batch is odd"
+            )
+        numpy_state = np.random.get_state()
         np.random.seed(int(torch.randint(1 << 31, ())))  # of the CPU's generator, which the loop seeds every step
         try:
             return Mixup(**self._options)(image.float(), label)
         finally:
-            np.random.set_state(before)
+            np.random.set_state(numpy_state)

@@ -1,6 +1,6 @@
-"""Learned classes instead of the 512 of a regular grid: clusters of mean colours or of whole patches, by k-means.
+"""Learned classes instead of the 512 of a regular grid: clusters of mean colors or of whole patches, by k-means.
 
-iBOT (Table 20) found clusters of raw patches better than 3-bit colours. `tools/fit_clusters.py` fits them on shards.
+iBOT (Table 20) found clusters of raw patches better than 3-bit colors. `tools/fit_clusters.py` fits them on shards.
 """
 
 import json
@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_vit.files import write_bytes
-from ssl_vit.heads.masked_prediction import ColorHead, Masked
+from ssl_vit.heads.masked_prediction import MaskedPrediction, TokenClassificationHead
 from ssl_vit.model import Encoder
 
-Space = Literal["color", "patch"]
+ClusterSpace = Literal["color", "patch"]
 
 
-class Clusters(Masked):
+class Clusters(MaskedPrediction):
     """Predict the cluster that corrupted patches belong to."""
 
     kind: Literal["clusters"] = "clusters"
@@ -30,49 +30,49 @@ class Clusters(Masked):
     def build(self, encoder: Encoder, classes: int) -> "ClustersHead":
         """The head for an encoder; ValueError where there is no codebook, or it is one of other patches."""
         del classes
-        self.check(encoder)
+        self.check_encoder(encoder)
         if self.codebook is None:
             raise ValueError("head.codebook: it must be given; tools/fit_clusters.py makes one from shards")
-        return ClustersHead(self, encoder, read(self.codebook, encoder))
+        return ClustersHead(self, encoder, read_codebook(self.codebook, encoder))
 
 
-def read(path: str, encoder: Encoder) -> Tensor:
-    """The centres [K, d] of a file, of colours or of an encoder's patches; ValueError where they are neither."""
+def read_codebook(path: str, encoder: Encoder) -> Tensor:
+    """The centers [K, d] of a file, of colors or of an encoder's patches; ValueError where they are neither."""
     try:
         with safe_open(path, framework="pt") as file:
             centers = file.get_tensor("centers")
     except (OSError, SafetensorError) as error:
-        cure = "tools/fit_clusters.py makes one from shards, and a run keeps a copy, codebook.safetensors"
-        raise ValueError(f"head.codebook={path}: cannot be read as a codebook ({error}); {cure}") from error
+        hint = "tools/fit_clusters.py makes one from shards, and a run keeps a copy, codebook.safetensors"
+        raise ValueError(f"head.codebook={path}: cannot be read as a codebook ({error}); {hint}") from error
     sizes = {encoder.channels, encoder.channels * encoder.stride**2}
     if centers.ndim != 2 or centers.shape[1] not in sizes or not centers.isfinite().all():
-        raise ValueError(f"head.codebook={path}: is not of colours, nor of patches of {encoder.stride} pixels")
+        raise ValueError(f"head.codebook={path}: is not of colors, nor of patches of {encoder.stride} pixels")
     return centers.float()
 
 
-def write(path: Path, centers: Tensor, said: dict[str, str]) -> None:
-    """Write centres [K, d] and what they were made of, in one step."""
+def write_codebook(path: Path, centers: Tensor, metadata: dict[str, str]) -> None:
+    """Write centers [K, d] and what they were made of, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"codebook": json.dumps(said)}  # in one key: of several safetensors writes any first
-    write_bytes(path, save({"centers": centers.float().contiguous()}, metadata=facts))
+    header = {"codebook": json.dumps(metadata)}  # in one key: of several safetensors writes any first
+    write_bytes(path, save({"centers": centers.float().contiguous()}, metadata=header))
 
 
-def vectors(image: Tensor, patch: int, space: Space) -> Tensor:
-    """What is clustered, from 0 to 1: image uint8 [B, C, H, W] -> mean colours [B, N, C] or patches [B, N, C P^2]."""
+def patch_vectors(image: Tensor, patch: int, space: ClusterSpace) -> Tensor:
+    """What is clustered, from 0 to 1: image uint8 [B, C, H, W] -> mean colors [B, N, C] or patches [B, N, C P^2]."""
     pixels = image.float() / 255
     if space == "color":
         return F.avg_pool2d(pixels, patch).flatten(2).transpose(1, 2)
     return F.unfold(pixels, patch, stride=patch).transpose(1, 2)
 
 
-def nearest(points: Tensor, centers: Tensor) -> Tensor:
-    """points [B, N, d] -> the number of the nearest of centres [K, d], int64 [B, N], in fp32 whatever the precision."""
+def nearest_center(points: Tensor, centers: Tensor) -> Tensor:
+    """points [B, N, d] -> the number of the nearest of centers [K, d], int64 [B, N], in fp32 whatever the precision."""
     with torch.autocast(points.device.type, enabled=False):
         return (centers.square().sum(1) - 2 * points.float() @ centers.T).argmin(2)
 
 
-def fit(points: Tensor, clusters: int, seed: int) -> Tensor:
-    """Centres [K, d] of points [M, d] by mini-batch k-means (scikit-learn)."""
+def fit_kmeans(points: Tensor, clusters: int, seed: int) -> Tensor:
+    """Centers [K, d] of points [M, d] by mini-batch k-means (scikit-learn)."""
     from sklearn.cluster import MiniBatchKMeans
 
     options: dict[str, Any] = {"random_state": seed, "batch_size": max(4096, 4 * clusters), "n_init": 3}
@@ -80,21 +80,21 @@ def fit(points: Tensor, clusters: int, seed: int) -> Tensor:
     return torch.from_numpy(model.cluster_centers_).float()
 
 
-class ClustersHead(ColorHead):
+class ClustersHead(TokenClassificationHead):
     """One class a patch."""
 
     centers: Tensor
 
     def __init__(self, config: Clusters, encoder: Encoder, centers: Tensor):
         super().__init__(config, encoder, len(centers))
-        self.space: Space = "color" if centers.shape[1] == encoder.channels else "patch"
+        self.space: ClusterSpace = "color" if centers.shape[1] == encoder.channels else "patch"
         self.register_buffer("centers", centers, persistent=False)
 
     def target(self, encoder: Encoder, image: Tensor) -> Tensor:
         """The cluster of each patch [B, N, 1]."""
-        return nearest(vectors(image, self.patch, self.space), self.centers)[:, :, None]
+        return nearest_center(patch_vectors(image, self.patch, self.space), self.centers)[:, :, None]
 
-    def paint(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
-        """The centres."""
+    def render_targets(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
+        """The centers."""
         blocks = 255 * self.centers[target[:, :, 0]].transpose(1, 2)
         return blocks if self.space == "patch" else blocks.repeat_interleave(self.patch**2, 1)

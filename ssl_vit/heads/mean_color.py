@@ -6,12 +6,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ssl_vit.heads.masked_prediction import ColorHead, Masked
+from ssl_vit.heads.masked_prediction import MaskedPrediction, TokenClassificationHead
 from ssl_vit.model import Encoder
 
 
 def labels(image: Tensor, patch: int, bits: int = 3) -> Tensor:
-    """The class of each patch's mean colour: image uint8 [B, C, H, W] -> int64 [B, N] in raster order.
+    """The class of each patch's mean color: image uint8 [B, C, H, W] -> int64 [B, N] in raster order.
 
     Each channel's mean is cut into 2^bits equal bins; with 3 bits of RGB the class is 64 R + 8 G + B, 512 in all.
     Computed in integers, because a float mean falls on the wrong side of an edge now and then.
@@ -26,14 +26,14 @@ def labels(image: Tensor, patch: int, bits: int = 3) -> Tensor:
     return label.flatten(1)
 
 
-def colors(label: Tensor, bits: int = 3) -> Tensor:
+def label_colors(label: Tensor, bits: int = 3) -> Tensor:
     """The RGB in the middle of a class's bins: label int64 [...] -> uint8 [..., 3]."""
     level = torch.stack([label >> (bits * c) & (1 << bits) - 1 for c in (2, 1, 0)], dim=-1)
     return ((level + 0.5) * 255 / (1 << bits)).round().to(torch.uint8)
 
 
-class MeanColor(Masked):
-    """Predict the mean colour of corrupted patches."""
+class MeanColor(MaskedPrediction):
+    """Predict the mean color of corrupted patches."""
 
     kind: Literal["mean_color"] = "mean_color"
     bits: int = Field(default=3, ge=1, le=4, description="bits a channel of the target; 3 makes 512 classes")
@@ -41,11 +41,11 @@ class MeanColor(Masked):
     def build(self, encoder: Encoder, classes: int) -> "MeanColorHead":
         """The head for an encoder; the data's classes play no part. ValueError where no patch could be corrupted."""
         del classes
-        self.check(encoder)
+        self.check_encoder(encoder)
         return MeanColorHead(self, encoder)
 
 
-class MeanColorHead(ColorHead):
+class MeanColorHead(TokenClassificationHead):
     """One class a patch."""
 
     def __init__(self, config: MeanColor, encoder: Encoder):
@@ -56,46 +56,48 @@ class MeanColorHead(ColorHead):
         """The class of each patch [B, N, 1]."""
         return labels(image, self.patch, self.bits)[:, :, None]
 
-    def flat(self, encoder: Encoder, color: Tensor) -> Tensor:
-        """The class of each colour [B, N, 1]."""
+    def targets_of_flat_color(self, encoder: Encoder, color: Tensor) -> Tensor:
+        """The class of each color [B, N, 1]."""
         return labels(color, 1, self.bits)[:, :, None]
 
-    def paint(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
+    def render_targets(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
         """Flat patches."""
-        return colors(target[:, :, 0], self.bits).transpose(1, 2).repeat_interleave(self.patch**2, 1)
+        return label_colors(target[:, :, 0], self.bits).transpose(1, 2).repeat_interleave(self.patch**2, 1)
 
 
-CELLS = 4  # along a side
+CELLS_PER_SIDE = 4  # along a side
 
 
-class PatchColors(Masked):
-    """Predict the colours of 4 x 4 cells of corrupted patches, 512 classes each."""
+class PatchColors(MaskedPrediction):
+    """Predict the colors of 4 x 4 cells of corrupted patches, 512 classes each."""
 
     kind: Literal["patch_colors"] = "patch_colors"
 
     def build(self, encoder: Encoder, classes: int) -> "PatchColorsHead":
         """The head for an encoder; ValueError where 4 does not divide its patches."""
         del classes
-        self.check(encoder)
-        if encoder.stride % CELLS:
+        self.check_encoder(encoder)
+        if encoder.stride % CELLS_PER_SIDE:
             raise ValueError(f"head.kind=patch_colors cuts patches into 4 x 4 cells; {encoder.stride} is no multiple")
         return PatchColorsHead(self, encoder)
 
 
-class PatchColorsHead(ColorHead):
+class PatchColorsHead(TokenClassificationHead):
     """Sixteen classes a patch, in raster order."""
 
     def __init__(self, config: PatchColors, encoder: Encoder):
-        super().__init__(config, encoder, 1 << (3 * encoder.channels), CELLS**2)
+        super().__init__(config, encoder, 1 << (3 * encoder.channels), CELLS_PER_SIDE**2)
 
     def target(self, encoder: Encoder, image: Tensor) -> Tensor:
-        """The class of each cell [B, N, 16]: its area mean, quantised as a patch's is."""
+        """The class of each cell [B, N, 16]: its area mean, quantized as a patch's is."""
         rows, columns = self.grid
-        cells = labels(image, self.patch // CELLS).unflatten(1, (rows, CELLS, columns, CELLS))
+        cells = labels(image, self.patch // CELLS_PER_SIDE).unflatten(
+            1, (rows, CELLS_PER_SIDE, columns, CELLS_PER_SIDE)
+        )
         return cells.transpose(2, 3).flatten(3).flatten(1, 2)
 
-    def paint(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
+    def render_targets(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
         """Patches of flat cells."""
-        side = self.patch // CELLS
-        cells = colors(target).unflatten(2, (CELLS, CELLS))  # [B, N, 4, 4, 3]
+        side = self.patch // CELLS_PER_SIDE
+        cells = label_colors(target).unflatten(2, (CELLS_PER_SIDE, CELLS_PER_SIDE))  # [B, N, 4, 4, 3]
         return cells.repeat_interleave(side, 2).repeat_interleave(side, 3).permute(0, 4, 2, 3, 1).flatten(1, 3)

@@ -1,4 +1,4 @@
-"""The paper's third target: L2 regression of the full patch (B.1.2); or of the patch normalised by itself (MAE)."""
+"""The paper's third target: L2 regression of the full patch (B.1.2); or of the patch normalized by itself (MAE)."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -7,82 +7,82 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ssl_vit.heads.masked_prediction import Masked, MaskedHead, Sums
+from ssl_vit.heads.masked_prediction import MaskedPrediction, MaskedPredictionHead, Sums
 from ssl_vit.model import Encoder
 
 EPSILON = 1e-6  # added to a patch's variance, of pixels from -1 to 1
 
 
-class PatchPixels(Masked):
+class PatchPixels(MaskedPrediction):
     """Predict the pixels of corrupted patches."""
 
     kind: Literal["patch_pixels"] = "patch_pixels"
-    normalise: bool = Field(default=False, description="each patch less its mean, by its deviation (MAE)")
+    normalize: bool = Field(default=False, description="each patch less its mean, by its deviation (MAE)")
 
     def build(self, encoder: Encoder, classes: int) -> "PatchPixelsHead":
         """The head for an encoder; the data's classes play no part. ValueError where no patch could be corrupted."""
         del classes
-        self.check(encoder)
+        self.check_encoder(encoder)
         return PatchPixelsHead(self, encoder)
 
 
-class PatchPixelsHead(MaskedHead):
+class PatchPixelsHead(MaskedPredictionHead):
     """As many outputs as a patch has numbers, 768 of 16 x 16 x 3; channel by channel."""
 
     def __init__(self, config: PatchPixels, encoder: Encoder):
         super().__init__(config, encoder, encoder.channels * encoder.stride**2)
-        self.normalise = config.normalise
+        self.normalize = config.normalize
 
     def target(self, encoder: Encoder, image: Tensor) -> Tensor:
         """Pixels as the encoder sees them, [B, N, C P^2]."""
-        pixels = self._cut(encoder.normalise(image))
-        if not self.normalise:
+        pixels = self._patchify(encoder.normalize(image))
+        if not self.normalize:
             return pixels
-        mean, deviation = _moments(pixels)
+        mean, deviation = _mean_std(pixels)
         return (pixels - mean) / deviation
 
-    def cost(self, made: Tensor, target: Tensor) -> tuple[Tensor, Callable[[Tensor], Sums]]:
+    def loss(self, predictions: Tensor, target: Tensor) -> tuple[Tensor, Callable[[Tensor], Sums]]:
         """Squared error, the mean over patches and their numbers."""
-        loss = (made - target).square().flatten(1).mean(1)
+        loss = (predictions - target).square().flatten(1).mean(1)
 
-        def rest(valid: Tensor) -> Sums:
-            each = target.flatten(1)
-            return {"sum": (each.mean(1) * valid).sum(), "square": (each.square().mean(1) * valid).sum()}
+        def compute_sums(valid: Tensor) -> Sums:
+            values = target.flatten(1)
+            return {"sum": (values.mean(1) * valid).sum(), "square": (values.square().mean(1) * valid).sum()}
 
-        return loss, rest
+        return loss, compute_sums
 
-    def copied(self, copied: Tensor, target: Tensor, valid: Tensor) -> Sums:
-        """The squared error of the neighbours' mean colour, and of how many images."""
-        error = (copied - target).square().flatten(1).mean(1)
+    def neighbor_baseline(self, neighbor_targets: Tensor, target: Tensor, valid: Tensor) -> Sums:
+        """The squared error of the neighbors' mean color, and of how many images."""
+        error = (neighbor_targets - target).square().flatten(1).mean(1)
         return {"copied": (error * valid).sum(), "compared": valid.sum()}
 
-    def guess(self, made: Tensor) -> Tensor:
-        return made
+    def predicted_targets(self, predictions: Tensor) -> Tensor:
+        return predictions
 
     def report(self, sums: Sums, weight: float) -> dict[str, float]:
-        """The loss, and beside it what it costs to guess one grey for all pixels, or the neighbours' mean colour."""
+        """The loss, and beside it what it costs to guess one gray for all pixels, or the neighbors' mean color."""
         mean = float(sums["sum"]) / weight
         return {
             "loss": float(sums["loss"]) / weight,
             "variance": float(sums["square"]) / weight - mean**2,
-            "neighbour_loss": float(sums["copied"] / sums["compared"].clamp(min=1)),
+            "neighbor_loss": float(sums["copied"] / sums["compared"].clamp(min=1)),
         }
 
-    def paint(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
-        """The pixels themselves; of normalised ones with the true patch's mean and deviation, as MAE shows them."""
-        if self.normalise:
-            mean, deviation = _moments(self._cut(encoder.normalise(image)))
+    def render_targets(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
+        """The pixels themselves; of normalized ones with the true patch's mean and deviation, as MAE shows them."""
+        if self.normalize:
+            mean, deviation = _mean_std(self._patchify(encoder.normalize(image)))
             target = target * deviation + mean
         mean, deviation = (
-            one.view(-1, 1).expand(image.shape[1], self.patch**2).flatten() for one in (encoder.mean, encoder.std)
+            stat.view(-1, 1).expand(image.shape[1], self.patch**2).flatten() for stat in (encoder.mean, encoder.std)
         )
         return 255 * (target * deviation + mean).transpose(1, 2)
 
-    def _cut(self, pixels: Tensor) -> Tensor:
+    def _patchify(self, pixels: Tensor) -> Tensor:
         return F.unfold(pixels, self.patch, stride=self.patch).transpose(1, 2)
 
 
-def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_std(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each patch."""
     variance = patches.var(dim=2, keepdim=True, unbiased=False)
     return patches.mean(2, keepdim=True), (variance + EPSILON).sqrt()

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssl_vit import fault_injection
-from ssl_vit.distributed import from_main, together
-from ssl_vit.errors import DISK, INTEGRITY, MISMATCH, Refusal
-from ssl_vit.files import sha256, sweep, sync_folder, write_bytes
+from ssl_vit.distributed import run_on_all, run_on_main
+from ssl_vit.errors import ExitCode, ExitError
+from ssl_vit.files import remove_temp_files, sha256, sync_folder, write_bytes
 from ssl_vit.model import Model
-from ssl_vit.train.anomalies import NOTHING, LeftOut
-from ssl_vit.train.logger import best_row, rewind, row_of
-from ssl_vit.train.metrics import Window
+from ssl_vit.train.anomalies import NO_SKIPS, SkippedBatches
+from ssl_vit.train.logger import find_best_row, read_row, truncate_metrics
+from ssl_vit.train.metrics import StepMetrics
 from ssl_vit.train.run_folder import Run
 
 if TYPE_CHECKING:
@@ -33,103 +33,104 @@ if TYPE_CHECKING:
 
 MANIFEST = "MANIFEST.json"
 VERSION = 2
-MOST = 1 << 20  # bytes of a manifest, and of state.json
+MAX_JSON_BYTES = 1 << 20  # bytes of a manifest, and of state.json
 LIBRARIES = ("torch", "accelerate", "safetensors")
-SLOW, SLOW_RATE = 2.0, 50e6  # seconds, and bytes a second: a slower save than both is worth a word
-BUDGET = 25.0  # seconds that a save may take after a signal: launchers kill after 30
-AVERAGE = "average."  # begins the names of Polyak averages in a checkpoint's state
+SLOW_SECONDS, SLOW_BYTES_PER_SECOND = 2.0, 50e6  # seconds, and bytes a second: a slower save than both is worth a word
+MAX_SAVE_SECONDS = 25.0  # seconds that a save may take after a signal: launchers kill after 30
+AVERAGE_PREFIX = "average."  # begins the names of Polyak averages in a checkpoint's state
 Tensors = dict[str, Tensor]
 """By name: `encoder.norm.weight` of a model, `encoder.norm.weight/exp_avg` of an optimizer."""
 
 
-def publish(target: Path, write: Callable[[Path], object], **facts: Any) -> None:
+def publish(target: Path, write: Callable[[Path], object], **metadata: Any) -> None:
     """Let `write` fill a hidden folder and make it `target` by one rename; nothing is left of a failed attempt.
 
-    `facts` go into its manifest. Raises Refusal(DISK) where the disk does not take it.
+    `metadata` go into its manifest. Raises ExitError(DISK) where the disk does not take it.
     """
     draft = target.with_name(f".{target.name}.tmp")
-    step = facts.get("step", 0)
+    step = metadata.get("step", 0)
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         write(draft)
-        readers = draft.stat().st_mode & 0o666  # safetensors gives its files to their owner alone
+        mode = draft.stat().st_mode & 0o666  # safetensors gives its files to their owner alone
         for path in draft.iterdir():
-            path.chmod(readers)
+            path.chmod(mode)
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _flushed(path)} for path in sorted(draft.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": _sync_and_hash(path)}
+            for path in sorted(draft.iterdir())
         }
         libraries = {name: version(name) for name in LIBRARIES}
-        content = {"version": VERSION, **facts, "libraries": libraries, "files": files}
-        write_bytes(draft / MANIFEST, _sealed(content).encode())
-        fault_injection.point("save.written", step)
+        content = {"version": VERSION, **metadata, "libraries": libraries, "files": files}
+        write_bytes(draft / MANIFEST, _encode_manifest(content).encode())
+        fault_injection.fault_point("save.written", step)
         if target.exists():
             shutil.rmtree(target)
         os.rename(draft, target)
         sync_folder(target.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        why = f"{error.strerror}: {error.filename or draft}" if isinstance(error, OSError) else str(error)
-        cure = "mend the disk or free some of it, and start again"
-        raise Refusal(DISK, f"{target}: could not be written ({why}); {cure}") from error
+        reason = f"{error.strerror}: {error.filename or draft}" if isinstance(error, OSError) else str(error)
+        hint = "mend the disk or free some of it, and start again"
+        raise ExitError(ExitCode.DISK, f"{target}: could not be written ({reason}); {hint}") from error
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
 
 
-def _flushed(path: Path) -> str:
+def _sync_and_hash(path: Path) -> str:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return sha256(path)
 
 
-def _sealed(content: dict[str, Any]) -> str:
+def _encode_manifest(content: dict[str, Any]) -> str:
     """A manifest's text: what it says, and the digest of that."""
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps({**content, "digest": digest}, indent=1)
 
 
-def manifest(folder: Path) -> dict[str, Any]:
-    """What a folder's manifest says; ValueError where it is not as it was written, Refusal where it is another version.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a folder's manifest says; ValueError if it is not as it was written, ExitError if it is another version.
 
     Any version seals its manifest in the same way: so damage is told from what is newer than this code.
     """
     with (folder / MANIFEST).open("rb") as file:
-        text = file.read(MOST + 1)
-    content = json.loads(text)
-    if _sealed({name: value for name, value in content.items() if name != "digest"}).encode() != text:
+        data = file.read(MAX_JSON_BYTES + 1)
+    content = json.loads(data)
+    if _encode_manifest({name: value for name, value in content.items() if name != "digest"}).encode() != data:
         raise ValueError(f"{MANIFEST} differs from its digest")
     if content["version"] != VERSION:
-        found = f"{folder}: {MANIFEST} has version {content['version']}, this code reads version {VERSION}"
-        raise Refusal(INTEGRITY, f"{found}: go on with the code that wrote it, or name another run")
+        message = f"{folder}: {MANIFEST} has version {content['version']}, this code reads version {VERSION}"
+        raise ExitError(ExitCode.INTEGRITY, f"{message}: go on with the code that wrote it, or name another run")
     return content
 
 
-def flaw(folder: Path) -> str | None:
+def find_corruption(folder: Path) -> str | None:
     """What is wrong with a published folder, or None: every file of its manifest is there, unchanged, and no other.
 
-    Nothing but plain files is opened. Raises Refusal(INTEGRITY) for a manifest of another version.
+    Nothing but plain files is opened. Raises ExitError(INTEGRITY) for a manifest of another version.
     """
     if folder.is_symlink() or not folder.is_dir():
         return "it is no folder of its own"
-    there = {path.name: path.lstat() for path in folder.iterdir()}
-    odd = sorted(name for name, state in there.items() if not stat.S_ISREG(state.st_mode))
-    if odd:
-        return f"not a plain file: {', '.join(odd)}"
+    stats = {path.name: path.lstat() for path in folder.iterdir()}
+    special_files = sorted(name for name, status in stats.items() if not stat.S_ISREG(status.st_mode))
+    if special_files:
+        return f"not a plain file: {', '.join(special_files)}"
     try:
-        files = manifest(folder)["files"]
+        files = read_manifest(folder)["files"]
         for name, entry in files.items():
-            if name not in there:
+            if name not in stats:
                 return f"{name} is missing"
-            if there[name].st_size != entry["bytes"] or sha256(folder / name) != entry["sha256"]:
+            if stats[name].st_size != entry["bytes"] or sha256(folder / name) != entry["sha256"]:
                 return f"{name} differs from its digest"
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"  # another OSError may pass: it ends this start and condemns nothing
-    extra = there.keys() - {MANIFEST, *files}
+    extra = stats.keys() - {MANIFEST, *files}
     return f"unexpected {', '.join(sorted(extra))}" if extra else None
 
 
-def steps(parent: Path) -> list[Path]:
+def list_checkpoints(parent: Path) -> list[Path]:
     """The published checkpoints, oldest first."""
     return sorted(parent.glob("step-" + "[0-9]" * 8))
 
@@ -139,37 +140,37 @@ def step_of(folder: Path) -> int:
     return int(folder.name[5:13])
 
 
-def newest(parent: Path) -> Path | None:
+def newest_valid(parent: Path) -> Path | None:
     """The newest checkpoint that verifies; bad ones are renamed to `.corrupt-TIME`, and None means there never was one.
 
-    Raises Refusal(INTEGRITY) where there are some and none verifies: a run never starts again in silence.
+    Raises ExitError(INTEGRITY) where there are some and none verifies: a run never starts again in silence.
     """
-    bad = [f"{folder.name} (put aside before)" for folder in sorted(parent.glob("step-*.corrupt-*"))]
-    for folder in reversed(steps(parent)):
-        why = flaw(folder)
-        if why is None:
+    corrupt = [f"{folder.name} (put aside before)" for folder in sorted(parent.glob("step-*.corrupt-*"))]
+    for folder in reversed(list_checkpoints(parent)):
+        reason = find_corruption(folder)
+        if reason is None:
             return folder
-        aside = folder.with_name(f"{folder.name}.corrupt-{datetime.now():%Y%m%dT%H%M%S%f}")
-        folder.rename(aside)
-        bad.append(f"{aside.name} ({why})")
-        print(f"checkpoint {folder} is damaged, put aside as {aside.name}: {why}", flush=True)
-    if bad:
-        cure = "bring one back, or begin anew with fresh=true"
-        raise Refusal(INTEGRITY, f"{parent}: no checkpoint verifies: {', '.join(bad)}; {cure}")
+        quarantine = folder.with_name(f"{folder.name}.corrupt-{datetime.now():%Y%m%dT%H%M%S%f}")
+        folder.rename(quarantine)
+        corrupt.append(f"{quarantine.name} ({reason})")
+        print(f"checkpoint {folder} is damaged, put aside as {quarantine.name}: {reason}", flush=True)
+    if corrupt:
+        hint = "bring one back, or begin anew with restart=true"
+        raise ExitError(ExitCode.INTEGRITY, f"{parent}: no checkpoint verifies: {', '.join(corrupt)}; {hint}")
     return None
 
 
-def tidy(parent: Path, keep: int, spare: int | None = None) -> None:
+def clean_up(parent: Path, keep: int, protected_step: int | None = None) -> None:
     """Remove what a killed process left: drafts, what it was deleting, one checkpoint too many; mend the hint."""
-    sweep(parent)
+    remove_temp_files(parent)
     for draft in parent.glob(".step-*.tmp"):
         draft.unlink() if draft.is_symlink() else shutil.rmtree(draft, ignore_errors=True)
-    prune(parent, keep, spare)
-    for last in steps(parent)[-1:]:
-        _hint(last)
+    prune(parent, keep, protected_step)
+    for last in list_checkpoints(parent)[-1:]:
+        _write_latest(last)
 
 
-def _hint(folder: Path) -> None:
+def _write_latest(folder: Path) -> None:
     """Say in `latest`, for people and scripts, which checkpoint is the newest; nothing of ours believes it."""
     try:
         write_bytes(folder.parent / "latest", f"{folder.name}\n".encode())
@@ -177,12 +178,12 @@ def _hint(folder: Path) -> None:
         print(f"{folder.parent / 'latest'} could not be written: {error.strerror}", flush=True)
 
 
-def prune(parent: Path, keep: int, spare: int | None = None) -> None:
+def prune(parent: Path, keep: int, protected_step: int | None = None) -> None:
     """Delete the oldest checkpoints but `keep`, after a newer one is published; what resists stays for next time.
 
-    That of the step `spare`, the best one, is not among those that count.
+    That of the step `protected_step`, the best one, is not among those that count.
     """
-    old = [folder for folder in steps(parent)[:-keep] if step_of(folder) != spare]
+    old = [folder for folder in list_checkpoints(parent)[:-keep] if step_of(folder) != protected_step]
     for folder in [*parent.glob(".step-*.trash"), *old]:
         trash = folder if folder.suffix == ".trash" else folder.with_name(f".{folder.name}.trash")
         try:
@@ -197,11 +198,11 @@ def check_space(parent: Path, size: int) -> None:
     need, free = size * 6 // 5, shutil.disk_usage(parent).free
     if free < need:
         text = f"{parent}: a checkpoint needs {need} bytes, {free} are free"
-        raise Refusal(DISK, f"{text}; free some and start again; {_kept(parent)}")
+        raise ExitError(ExitCode.DISK, f"{text}; free some and start again; {_describe_last(parent)}")
 
 
-def _kept(parent: Path) -> str:
-    last = steps(parent)[-1:]
+def _describe_last(parent: Path) -> str:
+    last = list_checkpoints(parent)[-1:]
     return f"the last checkpoint is {last[0].name}" if last else "there is no checkpoint yet"
 
 
@@ -213,15 +214,15 @@ def save(
     optimizer: Tensors,
     state: dict[str, Any],
     world: int = 1,
-    spare: int | None = None,
+    protected_step: int | None = None,
 ) -> Path:
     """Publish `step-NNNNNNNN` with the weights, the optimizer's state, tensors and values of `state`; then prune.
 
-    The checkpoint of the step `spare` is left.
+    The checkpoint of the step `protected_step` is left.
 
-    Raises Refusal(DISK) where the disk does not take it; what was there before stays.
+    Raises ExitError(DISK) where the disk does not take it; what was there before stays.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     target = parent / f"step-{step:08d}"
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     values = {name: value for name, value in state.items() if name not in tensors}
@@ -230,118 +231,126 @@ def save(
     def write(folder: Path) -> None:
         for name, content in (("model", model), ("optimizer", optimizer), ("state", tensors)):
             save_file({key: value.contiguous() for key, value in content.items()}, folder / f"{name}.safetensors")
-            fault_injection.point("save.mid", step) if name == "model" else None
+            fault_injection.fault_point("save.mid", step) if name == "model" else None
         (folder / "state.json").write_text(json.dumps(values, indent=1))
 
     try:
         parent.mkdir(parents=True, exist_ok=True)
         check_space(parent, size)
         publish(target, write, step=step, world=world)
-        fault_injection.point("save.published", step)
-    except (OSError, Refusal) as error:
-        why = str(error) if isinstance(error, Refusal) else f"{target}: {error.strerror}: {error.filename}"
-        there = _kept(parent)
-        raise Refusal(DISK, why if why.endswith(there) else f"{why}; {there}") from error
-    _hint(target)
-    prune(parent, keep, spare)
-    fault_injection.point("save.pruned", step)
-    _judge_speed(target, size, time.monotonic() - began)
+        fault_injection.fault_point("save.published", step)
+    except (OSError, ExitError) as error:
+        reason = str(error) if isinstance(error, ExitError) else f"{target}: {error.strerror}: {error.filename}"
+        last_checkpoint = _describe_last(parent)
+        raise ExitError(
+            ExitCode.DISK, reason if reason.endswith(last_checkpoint) else f"{reason}; {last_checkpoint}"
+        ) from error
+    _write_latest(target)
+    prune(parent, keep, protected_step)
+    fault_injection.fault_point("save.pruned", step)
+    _warn_if_slow(target, size, time.monotonic() - start)
     return target
 
 
-def _judge_speed(target: Path, size: int, seconds: float) -> None:
-    if seconds > SLOW and size / seconds < SLOW_RATE:
-        late = " A signal 30 s before a kill would come too late." if seconds > BUDGET else ""
-        print(f"slow disk: {target} took {seconds:.1f} s, {size / seconds / 1e6:.2f} MB/s.{late}", flush=True)
+def _warn_if_slow(target: Path, size: int, seconds: float) -> None:
+    if seconds > SLOW_SECONDS and size / seconds < SLOW_BYTES_PER_SECOND:
+        warning = " A signal 30 s before a kill would come too late." if seconds > MAX_SAVE_SECONDS else ""
+        print(f"slow disk: {target} took {seconds:.1f} s, {size / seconds / 1e6:.2f} MB/s.{warning}", flush=True)
 
 
 def load(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
-    """A checkpoint's weights, optimizer state, and `state`; tensors on the CPU. Raises Refusal(INTEGRITY)."""
-    optimizer, tensors = (_tensors(folder / f"{name}.safetensors") for name in ("optimizer", "state"))
-    return weights(folder), optimizer, _values(folder / "state.json") | tensors
+    """A checkpoint's weights, optimizer state, and `state`; tensors on the CPU. Raises ExitError(INTEGRITY)."""
+    optimizer, tensors = (_read_tensors(folder / f"{name}.safetensors") for name in ("optimizer", "state"))
+    return load_weights(folder), optimizer, _read_json(folder / "state.json") | tensors
 
 
-def weights(folder: Path) -> Tensors:
+def load_weights(folder: Path) -> Tensors:
     """A checkpoint's weights alone, on the CPU."""
-    return _tensors(folder / "model.safetensors")
+    return _read_tensors(folder / "model.safetensors")
 
 
-def trained(folder: Path) -> Tensors:
+def trained_weights(folder: Path) -> Tensors:
     """What a checkpoint's training gave: the average of the weights where it kept one, else the weights."""
-    state = _tensors(folder / "state.safetensors")
-    means = {name.removeprefix(AVERAGE): value for name, value in state.items() if name.startswith(AVERAGE)}
-    return means or weights(folder)
+    state = _read_tensors(folder / "state.safetensors")
+    averages = {
+        name.removeprefix(AVERAGE_PREFIX): value for name, value in state.items() if name.startswith(AVERAGE_PREFIX)
+    }
+    return averages or load_weights(folder)
 
 
-def _values(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            values = json.loads(file.read(MOST + 1))
+            values = json.loads(file.read(MAX_JSON_BYTES + 1))
         return {**values}
     except (ValueError, TypeError, RecursionError) as error:
-        raise Refusal(INTEGRITY, f"{path}: not a file of values: {type(error).__name__}: {error}") from error
+        raise ExitError(ExitCode.INTEGRITY, f"{path}: not a file of values: {type(error).__name__}: {error}") from error
 
 
-def _tensors(path: Path) -> Tensors:
+def _read_tensors(path: Path) -> Tensors:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise Refusal(INTEGRITY, f"{path}: not a file of tensors: {error}") from error
+        raise ExitError(ExitCode.INTEGRITY, f"{path}: not a file of tensors: {error}") from error
 
 
-def on_main(accelerator: "Accelerator", tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
+def collect_on_main(accelerator: "Accelerator", tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
     """The tensors, on the main process's CPU; the others take part and keep none."""
-    kept = accelerator.is_main_process
-    return {name: value.cpu() for name, value in tensors if kept}
+    is_main = accelerator.is_main_process
+    return {name: value.cpu() for name, value in tensors if is_main}
 
 
 @dataclass
 class State:
     """What a checkpoint says beside weights and moments, or what a run begins with."""
 
-    window: Window
-    owed: bool = False
+    window: StepMetrics
+    pending_log: bool = False
     bad_samples: Sequence[int] = (0, 0)  # of the epoch, of the run
-    left_out: LeftOut = NOTHING
+    left_out: SkippedBatches = NO_SKIPS
     losses: Sequence[float] = ()
     skipped: Sequence[int] = ()
     average: Tensors = field(default_factory=dict)
 
 
 def resume(
-    run: Run, accelerator: "Accelerator", keep: int, model: Model, data: str, best: str | None = None
+    run: Run, accelerator: "Accelerator", keep: int, model: Model, data: str, best_metric: str | None = None
 ) -> tuple[Tensors, State]:
     """Put the newest checkpoint's weights in place, and its step into the run; returns moments, and all else it says.
 
-    Where there is none they are empty, and the step is 0. Where one process cannot read it, all raise the same Refusal.
+    Where there is none they are empty, and the step is 0. If one process cannot read it, all raise the same ExitError.
     """
 
-    def choose() -> tuple[Path | None, bool]:
-        folder = newest(run.checkpoints)
+    def select_checkpoint() -> tuple[Path | None, bool]:
+        folder = newest_valid(run.checkpoints)
         step = step_of(folder) if folder else 0
-        rewind(run.folder, step)
-        row = best_row(run.folder, best)
-        tidy(run.checkpoints, keep, row["step"] if row else None)
-        return folder, row_of(run.folder, step) is not None
+        truncate_metrics(run.folder, step)
+        row = find_best_row(run.folder, best_metric)
+        clean_up(run.checkpoints, keep, row["step"] if row else None)
+        return folder, read_row(run.folder, step) is not None
 
-    folder, told = from_main(accelerator, choose)
-    fault_injection.point("resume.chosen")
+    folder, row_exists = run_on_main(accelerator, select_checkpoint)
+    fault_injection.fault_point("resume.chosen")
     if folder is None:
         run.step = 0
-        return {}, State(Window())
-    weights, moments, state = together(accelerator, lambda: load(folder))
+        return {}, State(StepMetrics())
+    weights, moments, state = run_on_all(accelerator, lambda: load(folder))
     if state["data"] != data:
         text = f"run={run.folder}: was started on other data than data.train holds now"
-        raise Refusal(MISMATCH, text, shared=True)
+        raise ExitError(ExitCode.MISMATCH, text, shared=True)
     model.load_state_dict(weights)
     run.step = state["step"]
-    fault_injection.point("resume.loaded", run.step)
-    owed = state["owed"] and not told
+    fault_injection.fault_point("resume.loaded", run.step)
+    pending_log = state["owed"] and not row_exists
     sums = {name.removeprefix("window."): value for name, value in state.items() if name.startswith("window.")}
-    paid = state["owed"] and not owed
-    main = accelerator.is_main_process  # of sums over all, one process keeps them
-    mine = {} if paid else {name: value if main else torch.zeros_like(value) for name, value in sums.items()}
-    window = Window({name: value.to(accelerator.device) for name, value in mine.items()})
-    left_out = LeftOut(tuple(state["left_out"]), state["rollbacks"])
-    average = {name: value for name, value in state.items() if name.startswith(AVERAGE)}
-    return moments, State(window, owed, state["bad_samples"], left_out, state["losses"], state["skipped"], average)
+    already_logged = state["owed"] and not pending_log
+    is_main = accelerator.is_main_process  # of sums over all, one process keeps them
+    local_sums = (
+        {} if already_logged else {name: value if is_main else torch.zeros_like(value) for name, value in sums.items()}
+    )
+    metrics = StepMetrics({name: value.to(accelerator.device) for name, value in local_sums.items()})
+    skipped_batches = SkippedBatches(tuple(state["left_out"]), state["rollbacks"])
+    averages = {name: value for name, value in state.items() if name.startswith(AVERAGE_PREFIX)}
+    return moments, State(
+        metrics, pending_log, state["bad_samples"], skipped_batches, state["losses"], state["skipped"], averages
+    )

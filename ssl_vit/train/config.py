@@ -5,18 +5,18 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from ssl_vit.config import Config
-from ssl_vit.data.loader import Share
-from ssl_vit.errors import USAGE, Refusal
+from ssl_vit.data.loader import ProcessShard
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.runtime import Precision
 from ssl_vit.train.anomalies import Spike
-from ssl_vit.train.launch import Asked
+from ssl_vit.train.launch import LaunchSettings
 from ssl_vit.train.logger import TrackerName
 from ssl_vit.train.prepare import Attention
 
-PANELS = 20  # pictures a run, where it is not said how often
+PICTURES_PER_RUN = 20  # pictures a run, where it is not said how often
 
 
-class Loop(Config):
+class TrainConfig(Config):
     """How long, how large, how often."""
 
     steps: int = Field(default=1000, ge=1, description="optimizer steps")
@@ -48,7 +48,7 @@ class Loop(Config):
     on_save_error: Literal["stop", "continue"] = Field(
         default="stop", description="where a checkpoint cannot be written; the last one stays, the next is tried anyway"
     )
-    check_every: int = Field(
+    replica_check_every: int = Field(
         default=100,
         ge=1,
         description="steps between comparisons of the weights of all processes (and with checkpoints)",
@@ -56,10 +56,10 @@ class Loop(Config):
     verify_step: bool = Field(
         default=False, description="compute the first micro batch twice and stop where a bit differs"
     )
-    spike: Spike = Field(
+    on_loss_spike: Spike = Field(
         default="warn", description="of a loss that jumps by more than 6 sigma: say so, or go back and leave it out"
     )
-    average: float | None = Field(
+    ema_decay: float | None = Field(
         default=None, gt=0, lt=1, description="Polyak averaging of the weights, such as 0.9999 (none: the last weights)"
     )
     best: str | None = Field(
@@ -68,7 +68,7 @@ class Loop(Config):
     timeout: float = Field(
         default=600, gt=0, description="seconds that processes wait for one another before all end, naming the missing"
     )
-    panel_every: int | None = Field(
+    visualize_every: int | None = Field(
         default=None, ge=1, description="steps between pictures of fixed images (none: twenty times a run)"
     )
     tracker: TrackerName = Field(
@@ -82,46 +82,50 @@ class Loop(Config):
 
     @field_validator("best")
     @classmethod
-    def _is_evaluated(cls, name: str | None) -> str | None:
+    def _check_best(cls, name: str | None) -> str | None:
         if name is not None and not name.startswith("val_"):
             raise ValueError("names of evaluated values begin with val_, such as val_loss or val_top1")
         return name
 
-    def micro(self, world: int) -> int:
+    def local_micro_batch(self, world: int) -> int:
         """Images a process takes at once."""
         return self.micro_batch or self.batch // world
 
-    def asked(self, clip: float | None, world: int) -> Asked:
+    def launch_settings(self, clip: float | None, world: int) -> LaunchSettings:
         """What a launch file must not contradict."""
-        micro = shared(self, 0, world).micro_batch
+        micro = process_shard(self, 0, world).micro_batch
         values = self.precision, self.activation_checkpointing, self.timeout
-        return Asked(self.batch, micro, self.batch // world // micro, clip, *values)
+        return LaunchSettings(self.batch, micro, self.batch // world // micro, clip, *values)
 
 
-def shared(loop: Loop, rank: int, world: int) -> Share:
-    """A process's part of a batch; raises Refusal(USAGE) where processes or micro batches do not divide it."""
-    if loop.batch % world:
-        allowed = ", ".join(str(n) for n in range(1, loop.batch + 1) if loop.batch % n == 0 and n <= 4 * world)
-        raise Refusal(USAGE, f"batch={loop.batch} cannot be shared by {world} processes; these can: {allowed}")
-    micro = loop.micro(world)
-    if (loop.batch // world) % micro:
-        text = (
-            f"micro_batch={micro} does not divide the {loop.batch // world} images that each of {world} processes takes"
+def process_shard(config: TrainConfig, rank: int, world: int) -> ProcessShard:
+    """A process's part of a batch; raises ExitError(USAGE) where processes or micro batches do not divide it."""
+    if config.batch % world:
+        allowed = ", ".join(str(n) for n in range(1, config.batch + 1) if config.batch % n == 0 and n <= 4 * world)
+        raise ExitError(
+            ExitCode.USAGE, f"batch={config.batch} cannot be shared by {world} processes; these can: {allowed}"
         )
-        raise Refusal(USAGE, text)
-    return Share(rank, world, micro)
+    micro = config.local_micro_batch(world)
+    if (config.batch // world) % micro:
+        text = f"micro_batch={micro} does not divide the {config.batch // world} images"
+        text += f" that each of {world} processes takes"
+        raise ExitError(ExitCode.USAGE, text)
+    return ProcessShard(rank, world, micro)
 
 
-def judged(loop: Loop, step: int) -> bool:
+def should_evaluate(config: TrainConfig, step: int) -> bool:
     """Whether a step is followed by an evaluation."""
-    return step == loop.steps or (loop.eval_every is not None and step % loop.eval_every == 0)
+    return step == config.steps or (config.eval_every is not None and step % config.eval_every == 0)
 
 
-def told(loop: Loop, step: int) -> bool:
+def should_log(config: TrainConfig, step: int) -> bool:
     """Whether a step is followed by a row of metrics."""
-    return judged(loop, step) or step % loop.log_every == 0
+    return should_evaluate(config, step) or step % config.log_every == 0
 
 
-def drawn(loop: Loop, step: int) -> bool:
+def should_visualize(config: TrainConfig, step: int) -> bool:
     """Whether a step is followed by a picture."""
-    return step == loop.steps or step % (loop.panel_every or max(loop.log_every, -(-loop.steps // PANELS))) == 0
+    return (
+        step == config.steps
+        or step % (config.visualize_every or max(config.log_every, -(-config.steps // PICTURES_PER_RUN))) == 0
+    )

@@ -10,34 +10,34 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ssl_vit.train.checkpoint import AVERAGE, Tensors
-from ssl_vit.train.engine import Engine, share_of, whole
+from ssl_vit.train.checkpoint import AVERAGE_PREFIX, Tensors
+from ssl_vit.train.engine import Engine, full_tensor, local_shard
 
 
-class Average:
+class Ema:
     """The average of an engine's parameters, cut over the processes as they are."""
 
-    def __init__(self, engine: Engine, factor: float, state: Tensors):
-        self.factor, self._forget = factor, engine.forget_gathered
-        self._current = {name: p.detach() for name, p in engine.parameters.items()}
-        self._mean = {name: p.clone() for name, p in self._current.items()}
-        for name, mean in self._mean.items() if state else ():
-            mean.copy_(share_of(state[AVERAGE + name], mean))
+    def __init__(self, engine: Engine, decay: float, state: Tensors):
+        self.decay, self._reshard = decay, engine.reshard
+        self._weights = {name: p.detach() for name, p in engine.parameters.items()}
+        self._averages = {name: p.clone() for name, p in self._weights.items()}
+        for name, average in self._averages.items() if state else ():
+            average.copy_(local_shard(state[AVERAGE_PREFIX + name], average))
 
     @torch.no_grad()
-    def update(self, updates: int) -> None:
-        """Take in the weights after the run's update number `updates`, from 1."""
-        factor = min(self.factor, (1 + updates) / (10 + updates))
-        for name, mean in self._mean.items():
-            mean.lerp_(self._current[name], 1 - factor)
+    def update(self, num_updates: int) -> None:
+        """Take in the weights after the run's update number `num_updates`, from 1."""
+        decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
+        for name, average in self._averages.items():
+            average.lerp_(self._weights[name], 1 - decay)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """For a checkpoint: every average, whole, one after the other; called by all processes together."""
-        for name, mean in self._mean.items():
-            yield AVERAGE + name, whole(mean)
+        for name, average in self._averages.items():
+            yield AVERAGE_PREFIX + name, full_tensor(average)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """The averages stand in the model meanwhile, and the trained weights where the averages were."""
         self._swap()
         try:
@@ -47,8 +47,8 @@ class Average:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, mean in self._mean.items():
-            trained = self._current[name].clone()
-            self._current[name].copy_(mean)
-            mean.copy_(trained)
-        self._forget()
+        for name, average in self._averages.items():
+            weight = self._weights[name].clone()
+            self._weights[name].copy_(average)
+            average.copy_(weight)
+        self._reshard()

@@ -13,31 +13,31 @@ import torch
 from torch import Tensor, nn
 
 from ssl_vit.train.checkpoint import Tensors
-from ssl_vit.train.metrics import local, squares
+from ssl_vit.train.metrics import local_tensor, squared_norms
 from ssl_vit.train.optim import Optim
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def prepare(accelerator: "Accelerator", model: nn.Module, optim: Optim, state: Tensors) -> "Engine":
+def prepare_engine(accelerator: "Accelerator", model: nn.Module, optim: Optim, state: Tensors) -> "Engine":
     """The engine that was launched, around a whole model; `state` is its optimizer's, empty at the start of a run."""
     from accelerate.utils import DistributedType
 
-    kind = Zero if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
-    return kind(accelerator, model, optim, state)
+    engine_class = Zero if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
+    return engine_class(accelerator, model, optim, state)
 
 
 class Engine:
     """One process, DDP or FSDP2: torch's optimizer on parameters that are whole, or a DTensor's share."""
 
     def __init__(self, accelerator: "Accelerator", model: nn.Module, optim: Optim, state: Tensors):
-        self.optimizer, self.keys = optim.build(model), optim.state
+        self.optimizer, self.state_keys = optim.build(model), optim.state
         self.model: Any
-        self.model, self._prepared = accelerator.prepare(model, self.optimizer)
+        self.model, self._prepared_optimizer = accelerator.prepare(model, self.optimizer)
         # as they are now: FSDP2 puts gathered ones into the modules from a forward pass to its backward pass
         self.parameters = dict(model.named_parameters())
-        self.learned = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        self.trainable = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self._fused = self._can_fuse()
         self._restore(state)
 
@@ -48,15 +48,15 @@ class Engine:
         the same updates; the fused optimizers do so by a flag that stays on the device.
         """
         parameters = [p for p in self.parameters.values() if p.grad is not None]
-        norm = whole(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
+        norm = full_tensor(nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip))
         if self._fused:
             self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         if self._fused or norm.isfinite():
-            self._prepared.step()
-        self._prepared.zero_grad()
+            self._prepared_optimizer.step()
+        self._prepared_optimizer.zero_grad()
         return norm
 
-    def gradients(self, value: Callable[[], Tensor]) -> list[Tensor]:
+    def gradients(self, compute_value: Callable[[], Tensor]) -> list[Tensor]:
         """This process's part of the gradient of a value, which `value` computes by the wrapped model.
 
         Of every learned parameter, zeros where the value does not depend on it. No update follows, and nothing is left
@@ -64,26 +64,26 @@ class Engine:
         """
         if self.replicated:
             with getattr(self.model, "no_sync", nullcontext)():
-                return self._differentiate(value())
-        value().backward()
-        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.learned.values()]
-        self._prepared.zero_grad()
-        return [local(gradient) for gradient in found]
+                return self._differentiate(compute_value())
+        compute_value().backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trainable.values()]
+        self._prepared_optimizer.zero_grad()
+        return [local_tensor(gradient) for gradient in gradients]
 
     def _differentiate(self, value: Tensor) -> list[Tensor]:
         """By autograd alone: the hooks by which DDP and ZeRO reduce gradients are not called."""
-        learned = list(self.learned.values())
-        return list(torch.autograd.grad(value, learned, allow_unused=True, materialize_grads=True))
+        parameters = list(self.trainable.values())
+        return list(torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True))
 
     def gradient_squares(self) -> dict[str, Tensor]:
         """Before a step, the sum of squares of each layer's gradients; what processes hold adds up."""
-        return squares(((name, p.grad) for name, p in self.parameters.items()), self._copies())
+        return squared_norms(((name, p.grad) for name, p in self.parameters.items()), self._num_copies())
 
     def weight_squares(self) -> dict[str, Tensor]:
         """The same of the weights."""
-        return squares(self.parameters.items(), self._copies())
+        return squared_norms(self.parameters.items(), self._num_copies())
 
-    def _copies(self) -> int:
+    def _num_copies(self) -> int:
         return torch.distributed.get_world_size() if self.replicated and torch.distributed.is_initialized() else 1
 
     @property
@@ -92,11 +92,11 @@ class Engine:
         return not any(map(_is_dtensor, self.parameters.values()))
 
     @property
-    def cuts_gradients(self) -> bool:
+    def shards_gradients(self) -> bool:
         """Whether `gradients` gives a part of them, as FSDP2 does."""
         return not self.replicated
 
-    def forget_gathered(self) -> None:
+    def reshard(self) -> None:
         """After parameters were written to: FSDP2 would go on with what it gathered for a pass without backward."""
         for module in self.model.modules() if not self.replicated else ():
             if hasattr(module, "reshard"):
@@ -105,13 +105,13 @@ class Engine:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter, whole, one after the other; called by all processes together."""
         for name, parameter in self.parameters.items():
-            yield name, self._parameter(parameter)
+            yield name, self._full_parameter(parameter)
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the optimizer's state, whole, by parameter; called by all processes together."""
-        for name, parameter in self.learned.items():
-            for key in self.keys:
-                yield f"{name}/{key}", self._entry(parameter, key)
+        for name, parameter in self.trainable.items():
+            for key in self.state_keys:
+                yield f"{name}/{key}", self._full_state(parameter, key)
 
     def _can_fuse(self) -> bool:
         """torch has no fused SGD for DTensors: there the plain one steps, and the norm is waited for."""
@@ -122,18 +122,18 @@ class Engine:
             group["fused"] = False
         return False
 
-    def _parameter(self, parameter: nn.Parameter) -> Tensor:
-        return whole(parameter.detach())
+    def _full_parameter(self, parameter: nn.Parameter) -> Tensor:
+        return full_tensor(parameter.detach())
 
-    def _entry(self, parameter: nn.Parameter, key: str) -> Tensor:
-        return whole(self.optimizer.state[parameter][key])
+    def _full_state(self, parameter: nn.Parameter, key: str) -> Tensor:
+        return full_tensor(self.optimizer.state[parameter][key])
 
     def _restore(self, state: Tensors) -> None:
         """Fill the optimizer's state, with zeros where `state` has none; rates and decays are the recipe's."""
-        for name, parameter in self.learned.items():
-            entry = self.optimizer.state[parameter] = zeros(parameter, self.keys)
-            for key in self.keys if state else ():
-                entry[key].copy_(share_of(state[f"{name}/{key}"], entry[key]))
+        for name, parameter in self.trainable.items():
+            entry = self.optimizer.state[parameter] = initial_state(parameter, self.state_keys)
+            for key in self.state_keys if state else ():
+                entry[key].copy_(local_shard(state[f"{name}/{key}"], entry[key]))
 
 
 class Zero(Engine):
@@ -145,14 +145,14 @@ class Zero(Engine):
         norm = math.inf if self._zero.overflow else self.model.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.model.device)
 
-    def gradients(self, value: Callable[[], Tensor]) -> list[Tensor]:
+    def gradients(self, compute_value: Callable[[], Tensor]) -> list[Tensor]:
         """This process's own, of whole parameters; see `Engine`.
 
         Of DeepSpeed's module, whose hooks gather parameters under stage 3: its engine would reduce after any backward.
         """
         engine, self.model = self.model, self.model.module
         try:
-            return self._differentiate(value())
+            return self._differentiate(compute_value())
         finally:
             self.model = engine
 
@@ -164,8 +164,8 @@ class Zero(Engine):
         """Of the parts under ZeRO-3, of whole weights under 1 and 2."""
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if not any(hasattr(p, "ds_tensor") for p in self.parameters.values()):
-            return squares(self.parameters.items(), world)
-        return squares((name, _part(p, rank)) for name, p in self.parameters.items())
+            return squared_norms(self.parameters.items(), world)
+        return squared_norms((name, _local_partition(p, rank)) for name, p in self.parameters.items())
 
     @property
     def replicated(self) -> bool:
@@ -173,21 +173,21 @@ class Zero(Engine):
         return False
 
     @property
-    def cuts_gradients(self) -> bool:
+    def shards_gradients(self) -> bool:
         """Autograd gives whole ones before ZeRO cuts them."""
         return False
 
     @property
     def _zero(self) -> Any:
         """DeepSpeed's optimizer around torch's."""
-        return self._prepared.optimizer
+        return self._prepared_optimizer.optimizer
 
-    def _flats(self) -> list[Tensor]:
+    def _flat_partitions(self) -> list[Tensor]:
         """This process's flat parts, which torch's optimizer steps on."""
-        three = hasattr(self._zero, "fp32_partitioned_groups_flat")
-        return self._zero.fp32_partitioned_groups_flat if three else self._zero.single_partition_of_fp32_groups
+        is_stage3 = hasattr(self._zero, "fp32_partitioned_groups_flat")
+        return self._zero.fp32_partitioned_groups_flat if is_stage3 else self._zero.single_partition_of_fp32_groups
 
-    def _parameter(self, parameter: nn.Parameter) -> Any:
+    def _full_parameter(self, parameter: nn.Parameter) -> Any:
         import deepspeed  # type: ignore
         from deepspeed.utils import safe_get_full_fp32_param  # type: ignore
 
@@ -196,55 +196,55 @@ class Zero(Engine):
                 return parameter.detach().clone()
         return safe_get_full_fp32_param(parameter)
 
-    def _entry(self, parameter: nn.Parameter, key: str) -> Any:
+    def _full_state(self, parameter: nn.Parameter, key: str) -> Any:
         from deepspeed.utils import safe_get_full_optimizer_state  # type: ignore
 
         if key == "step":
-            return self.optimizer.state[self._flats()[0]][key].clone()
+            return self.optimizer.state[self._flat_partitions()[0]][key].clone()
         return safe_get_full_optimizer_state(parameter, key)
 
     def _restore(self, state: Tensors) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state  # type: ignore
 
         step = next((value for name, value in state.items() if name.endswith("/step")), torch.zeros(()))
-        for flat in self._flats():
-            entry = self.optimizer.state[flat] = zeros(flat, self.keys)
+        for partition in self._flat_partitions():
+            entry = self.optimizer.state[partition] = initial_state(partition, self.state_keys)
             if "step" in entry:
                 entry["step"].copy_(step)
         if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 find the parts by this
             self._zero._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self.learned.items() if state else ():
-            for key in self.keys:
+        for name, parameter in self.trainable.items() if state else ():
+            for key in self.state_keys:
                 if key != "step":
                     safe_set_full_optimizer_state(parameter, state[f"{name}/{key}"].to(parameter.device), key)
 
 
-def _part(parameter: Any, rank: int) -> Tensor:
+def _local_partition(parameter: Any, rank: int) -> Tensor:
     """What a process holds of a parameter under ZeRO-3, without the filling that makes all parts equally long."""
     size = parameter.ds_tensor.numel()
     return parameter.ds_tensor.flatten()[: max(0, min(size, parameter.ds_numel - rank * size))]
 
 
-def zeros(parameter: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
+def initial_state(parameter: Tensor, keys: tuple[str, ...]) -> dict[str, Tensor]:
     """An optimizer's state of a parameter before its first step."""
-    shape = torch.zeros((), dtype=torch.float32, device=parameter.device)
-    return {key: shape.clone() if key == "step" else torch.zeros_like(parameter.detach()) for key in keys}
+    scalar = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {key: scalar.clone() if key == "step" else torch.zeros_like(parameter.detach()) for key in keys}
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # its module takes a second to import
 
 
-def whole(tensor: Any) -> Tensor:
+def full_tensor(tensor: Any) -> Tensor:
     """A tensor that may be cut over the processes, whole; called by all of them."""
     return tensor.full_tensor() if _is_dtensor(tensor) else tensor
 
 
-def share_of(whole: Tensor, like: Any) -> Tensor:
+def local_shard(full: Tensor, like: Any) -> Tensor:
     """What a process holds of a whole tensor."""
-    whole = whole.to(like.device)
+    full = full.to(like.device)
     if not _is_dtensor(like):
-        return whole
+        return full
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)

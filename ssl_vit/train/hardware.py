@@ -33,26 +33,26 @@ GPUS = {  # NVIDIA's data sheets, by words of a GPU's name; the first that fits
 }
 
 
-def known(name: str) -> str:
+def canonical_gpu_name(name: str) -> str:
     """The table's name of a GPU, whatever its capitals and gaps: `rtx4090`, `H100-NVL`; ValueError lists all."""
-    same = {_letters(one): one for one in GPUS}
-    if _letters(name) not in same:
+    names = {_normalize_name(gpu): gpu for gpu in GPUS}
+    if _normalize_name(name) not in names:
         raise ValueError(f"{name!r} is not in the table of data sheets; these are: {', '.join(GPUS)}")
-    return same[_letters(name)]
+    return names[_normalize_name(name)]
 
 
-def _letters(name: str) -> str:
+def _normalize_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def data_sheet(name: str, half: bool) -> float | None:
+def spec_flops(name: str, half: bool) -> float | None:
     """FLOP/s that NVIDIA promises of a GPU of a name; None for others, and in fp32."""
     if not half or "MIG" in name:  # which is a part of one
         return None
-    return next((1e12 * gpu.tflops for part, gpu in GPUS.items() if re.search(rf"\b{part}\b", name)), None)
+    return next((1e12 * gpu.tflops for model, gpu in GPUS.items() if re.search(rf"\b{model}\b", name)), None)
 
 
-class Device(Config):
+class Hardware(Config):
     """What a GPU and its node can do; the defaults are those of a common node of eight H100."""
 
     gpu: str = Field(default="H100", description=f"the GPU to plan for, of: {', '.join(GPUS)}")
@@ -66,7 +66,7 @@ class Device(Config):
     tflops: float | None = Field(
         default=None,
         gt=0,
-        description="sustained a GPU, 10^12/s under bf16 (none: the data sheet's times device.mfu): `tflops` of a row "
+        description="sustained a GPU, 10^12/s under bf16 (none: data sheet times hardware.mfu): `tflops` of a row "
         "of metrics.jsonl (of a run without activation checkpointing) divided by its processes",
     )
     memory_gb: float | None = Field(
@@ -79,19 +79,19 @@ class Device(Config):
 
     @field_validator("gpu")
     @classmethod
-    def _is_known(cls, name: str) -> str:
-        return known(name)
+    def _check_gpu(cls, name: str) -> str:
+        return canonical_gpu_name(name)
 
     @property
-    def sustained(self) -> float:
+    def sustained_tflops(self) -> float:
         """10^12 FLOP/s that training reaches on a GPU."""
         return self.tflops or self.mfu * GPUS[self.gpu].tflops
 
-    def seconds(self, flops: float, again: bool) -> float:
-        """That a GPU computes, were it never to wait; with checkpointing the forward pass is computed `again`."""
-        return flops / (self.sustained * 1e12) * (4 / 3 if again else 1)
+    def compute_seconds(self, flops: float, recompute: bool) -> float:
+        """That a GPU computes, were it never to wait; with checkpointing the forward pass is computed `recompute`."""
+        return flops / (self.sustained_tflops * 1e12) * (4 / 3 if recompute else 1)
 
     @property
-    def gigabytes(self) -> float:
+    def gpu_memory_gb(self) -> float:
         """Memory of a GPU, 10^9 bytes."""
         return self.memory_gb or GPUS[self.gpu].memory_gb

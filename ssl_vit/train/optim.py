@@ -55,18 +55,18 @@ class _Optim(Config):
     )
 
     @model_validator(mode="after")
-    def _drops(self) -> "_Optim":
+    def _check_drops(self) -> "_Optim":
         if bool(self.drops) != (self.schedule == "step"):
             raise ValueError("schedule=step and drops=STEPS,... belong together; give both or neither")
         return self
 
-    def rate(self, step: int, steps: int) -> float:
+    def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of a step."""
         return learning_rate(step, self.lr, steps, self.warmup_steps, self.schedule, self.drops)
 
-    def groups(self, model: nn.Module) -> list[dict]:
+    def param_groups(self, model: nn.Module) -> list[dict]:
         """The parameter groups of a model."""
-        return groups(model, self.weight_decay, self.layer_decay)
+        return param_groups(model, self.weight_decay, self.layer_decay)
 
 
 class AdamW(_Optim):
@@ -79,7 +79,7 @@ class AdamW(_Optim):
     def build(self, model: nn.Module) -> Optimizer:
         """The optimizer over a model's parameters."""
         return torch.optim.AdamW(
-            groups(model, self.weight_decay, self.layer_decay), lr=self.lr, betas=self.betas, fused=True
+            param_groups(model, self.weight_decay, self.layer_decay), lr=self.lr, betas=self.betas, fused=True
         )
 
 
@@ -97,45 +97,45 @@ class Sgd(_Optim):
     def build(self, model: nn.Module) -> Optimizer:
         """The optimizer over a model's parameters; torch's decay enters before the momentum here."""
         return torch.optim.SGD(
-            groups(model, self.weight_decay, self.layer_decay), lr=self.lr, momentum=self.momentum, fused=True
+            param_groups(model, self.weight_decay, self.layer_decay), lr=self.lr, momentum=self.momentum, fused=True
         )
 
 
 Optim = Annotated[AdamW | Sgd, Field(discriminator="kind")]
 
 
-def moments(optim: Optim) -> int:
+def num_moments(optim: Optim) -> int:
     """Numbers that an optimizer keeps a parameter: AdamW 2, SGD with momentum 1."""
     return len(set(optim.state) - {"step"})
 
 
-def groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict]:
+def param_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict]:
     """Parameter groups: kernels, which decay; biases, norms, class token, positions and mask, which do not.
 
     With `layer_decay` (BEiT, MAE) such a pair for every block, for what is below and what is above them, each with its
     `scale` of the rate.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    blocks = len({name.split(".")[2] for name, _ in named if name.startswith("encoder.blocks.")})
-    made = []
-    for layer in range(blocks + 1, -1, -1) if layer_decay else [None]:
-        mine = [(name, p) for name, p in named if layer in (None, layer_of(name, blocks))]
-        scale = {} if layer is None or layer_decay is None else {"scale": layer_decay ** (blocks + 1 - layer)}
-        kernels = [p for name, p in mine if is_kernel(name, p)]
-        rest = [p for name, p in mine if not is_kernel(name, p)]
-        made += [{"params": kernels, "weight_decay": weight_decay, **scale}]
-        made += [{"params": rest, "weight_decay": 0.0, **scale}]
-    return [group for group in made if group["params"]] if layer_decay else made
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    num_blocks = len({name.split(".")[2] for name, _ in trainable if name.startswith("encoder.blocks.")})
+    groups = []
+    for layer in range(num_blocks + 1, -1, -1) if layer_decay else [None]:
+        layer_params = [(name, p) for name, p in trainable if layer in (None, layer_index(name, num_blocks))]
+        scale = {} if layer is None or layer_decay is None else {"scale": layer_decay ** (num_blocks + 1 - layer)}
+        kernels = [p for name, p in layer_params if is_kernel(name, p)]
+        no_decay = [p for name, p in layer_params if not is_kernel(name, p)]
+        groups += [{"params": kernels, "weight_decay": weight_decay, **scale}]
+        groups += [{"params": no_decay, "weight_decay": 0.0, **scale}]
+    return [group for group in groups if group["params"]] if layer_decay else groups
 
 
-def layer_of(name: str, blocks: int) -> int:
-    """A parameter's layer: 0 below the blocks, 1 to `blocks` in them, above them one more."""
+def layer_index(name: str, num_blocks: int) -> int:
+    """A parameter's layer: 0 below the blocks, 1 to `num_blocks` in them, above them one more."""
     if name.startswith("encoder.blocks."):
         return int(name.split(".")[2]) + 1
     return (
         0
         if name.startswith(("encoder.patch_embed.", "encoder.cls_token", "encoder.pos_embed", "encoder.offsets"))
-        else blocks + 1
+        else num_blocks + 1
     )
 
 
@@ -144,7 +144,7 @@ def is_kernel(name: str, parameter: nn.Parameter) -> bool:
     return name.endswith("weight") and parameter.ndim > 1
 
 
-def set_rate(groups: Iterable[dict], lr: float) -> None:
+def set_lr(groups: Iterable[dict], lr: float) -> None:
     """Write the learning rate into an optimizer's groups; done before backward, which steps under DeepSpeed."""
     for group in groups:
         group["lr"] = lr * group.get("scale", 1.0)

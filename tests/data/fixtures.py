@@ -18,15 +18,17 @@ from tests.data.servers import Buckets, Site
 def in_process() -> Iterator[None]:
     """For a module that is not about workers: one is this process itself, several are processes as ever."""
 
-    def do(pieces: list[Any], count: int, work: Callable[..., Any], arguments: Callable[..., Any], *rest: Any) -> Any:
+    def run_pieces(
+        pieces: list[Any], count: int, work: Callable[..., Any], arguments: Callable[..., Any], *extra_args: Any
+    ) -> Any:
         if count > 1:
-            yield from worker_pool.do(pieces, count, work, arguments, *rest)
+            yield from worker_pool.run_resilient(pieces, count, work, arguments, *extra_args)
         else:
             yield from ((piece, work(*arguments(piece))) for piece in list(pieces))
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (make_shards, index_shards, make_shards):
-            patch.setattr(module, "do", do)
+            patch.setattr(module, "run_resilient", run_pieces)
         yield
 
 
@@ -50,22 +52,22 @@ def source(tmp_path: Path) -> Path:
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     """A web server of an empty folder, which is asked again soon."""
     (tmp_path / "web").mkdir()
-    servers.hurry(monkeypatch, patience=10)
-    with servers.site(tmp_path / "web") as site:
+    servers.shorten_timeouts(monkeypatch, patience=10)
+    with servers.serve_folder(tmp_path / "web") as site:
         yield site
 
 
 @pytest.fixture(scope="session")
 def moto() -> Iterator[Buckets]:
-    with servers.s3() as made:
-        yield made
+    with servers.serve_s3() as server:
+        yield server
 
 
 @pytest.fixture
 def buckets(moto: Buckets, tmp_path: Path) -> Iterator[Buckets]:
     """S3, with this test's own home for what is on its way there."""
-    moto.seen.clear()
-    with servers.at_s3(moto, tmp_path / "home"):
+    moto.requests.clear()
+    with servers.use_s3(moto, tmp_path / "home"):
         yield moto
     moto.faults = lambda method, path, nth: None
 
@@ -75,11 +77,11 @@ def host(buckets: Buckets) -> Iterator[Callable[[str, Path], str]]:
     """Put a folder on the web ("http") or on S3 ("s3"): its URL."""
     with ExitStack() as stack:
 
-        def put(kind: str, folder: Path) -> str:
+        def publish(kind: str, folder: Path) -> str:
             if kind == "http":
-                return stack.enter_context(servers.site(folder)).url
+                return stack.enter_context(servers.serve_folder(folder)).url
             url = f"{buckets.bucket()}/x"
             buckets.upload(folder, url)
             return url
 
-        yield put
+        yield publish

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ssl_vit.convert.make_shards import MakeShards, convert
+from ssl_vit.convert.make_shards import MakeShards, convert_images
 from ssl_vit.data.manifest import Manifest
 
 CLASSES = ["animals/cat", "animals/dog", "plants"]
@@ -22,25 +22,25 @@ NAMES = [f"{c}/{i}.{kind}" for c in CLASSES for i, kind in enumerate(("jpg", "pn
 
 def picture(number: int = 0, height: int = 20, width: int = 24, channels: int = 3) -> Image.Image:
     """A smooth image, the same for the same arguments; JPEG keeps it to within a few levels."""
-    few = np.random.default_rng(number).integers(0, 256, (4, 4, channels), dtype=np.uint8)
-    return Image.fromarray(few.squeeze()).resize((width, height), Image.Resampling.BICUBIC)
+    coarse = np.random.default_rng(number).integers(0, 256, (4, 4, channels), dtype=np.uint8)
+    return Image.fromarray(coarse.squeeze()).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+def encode_pil(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def chunk(name: bytes, data: bytes) -> bytes:
+def png_chunk(name: bytes, data: bytes) -> bytes:
     """One chunk of a PNG file."""
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: bytes) -> bytes:
-    """A PNG by hand: what Pillow cannot write, such as 16-bit colour, or a header that lies."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    body = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+def make_png(width: int, height: int, depth: int, color: int, rows: bytes, *extra: bytes) -> bytes:
+    """A PNG by hand: what Pillow cannot write, such as 16-bit color, or a header that lies."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    body = png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + body
 
 
@@ -50,18 +50,18 @@ def write_pictures(root: Path, names: Iterable[str], **size: int) -> Path:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
-        path.write_bytes(encoded(picture(number, **size), kind))
+        path.write_bytes(encode_pil(picture(number, **size), kind))
     return root
 
 
-def rejected(folder: Path) -> dict[str, str]:
+def read_rejects(folder: Path) -> dict[str, str]:
     """Path -> reason of what a conversion left out."""
     file = folder / "rejects.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return {row["path"]: row["reason"] for row in rows}
 
 
-def members(tar: Path) -> dict[str, bytes]:
+def tar_members(tar: Path) -> dict[str, bytes]:
     """Name -> content of a tar, by the standard library."""
     with tarfile.open(tar) as archive:
         return {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
@@ -72,22 +72,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def make(source: Path, output: Path, **options: Any) -> dict[str, Manifest]:
-    return convert(MakeShards(input=str(source), output=str(output), **{"workers": 1, "quiet": True} | options))
+def build_splits(source: Path, output: Path, **options: Any) -> dict[str, Manifest]:
+    return convert_images(MakeShards(input=str(source), output=str(output), **{"workers": 1, "quiet": True} | options))
 
 
-def one(source: Path, output: Path, **options: Any) -> Manifest:
+def build_shards(source: Path, output: Path, **options: Any) -> Manifest:
     """The manifest of a conversion without splits."""
-    return make(source, output, **options)[""]
+    return build_splits(source, output, **options)[""]
 
 
-def samples(made: Manifest) -> dict[str, tuple[str, bytes, int]]:
+def read_samples(manifest: Manifest) -> dict[str, tuple[str, bytes, int]]:
     """Source path -> (key, image bytes, label) of every sample, as the tar files alone tell it."""
-    found = {}
-    for shard in made.shards:
-        inside = members(made.folder / shard.name)
-        for name in (name for name in inside if name.endswith(".json")):
+    samples = {}
+    for shard in manifest.shards:
+        files = tar_members(manifest.folder / shard.name)
+        for name in (name for name in files if name.endswith(".json")):
             stem = name.removesuffix(".json")
-            (image,) = (data for member, data in inside.items() if re.fullmatch(rf"{stem}\.(jpg|png|webp)", member))
-            found[json.loads(inside[name])["path"]] = (stem, image, int(inside.get(f"{stem}.cls", b"-1")))
-    return found
+            (image,) = (data for member, data in files.items() if re.fullmatch(rf"{stem}\.(jpg|png|webp)", member))
+            samples[json.loads(files[name])["path"]] = (stem, image, int(files.get(f"{stem}.cls", b"-1")))
+    return samples

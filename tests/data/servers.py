@@ -19,7 +19,7 @@ from urllib.parse import unquote
 import pytest
 
 from ssl_vit.data import remote
-from ssl_vit.errors import Refusal
+from ssl_vit.errors import ExitError
 from tests.data.pictures import contents
 
 
@@ -29,31 +29,35 @@ class Answer:
 
     code: int = 200  # 0: the connection is closed without a word
     change: Callable[[bytes], bytes] = bytes  # other bytes than the file's, honestly announced
-    more: int | None = 0  # bytes announced beyond those that come; None: no length, the end tells
+    extra_length: int | None = 0  # bytes announced beyond those that come; None: no length, the end tells
     cut: int | None = None  # the connection breaks after so many bytes
     drip: tuple[int, float] | None = None  # so many bytes at a time, and seconds of pause after each
-    late: float = 0  # seconds before the first word
-    where: str = ""  # another place
+    delay: float = 0  # seconds before the first word
+    location: str = ""  # another place
 
     def send(self, handler: "Handler", data: bytes) -> None:
-        time.sleep(self.late)
-        handler.close_connection |= not self.code or self.more != 0 or self.cut is not None
+        time.sleep(self.delay)
+        handler.close_connection |= not self.code or self.extra_length != 0 or self.cut is not None
         if not self.code:
             return
-        data = self.change(data) if self.code == 200 else b"" if self.where else b"error"
-        length = ("Connection", "close") if self.more is None else ("Content-Length", str(len(data) + self.more))
+        data = self.change(data) if self.code == 200 else b"" if self.location else b"error"
+        length = (
+            ("Connection", "close")
+            if self.extra_length is None
+            else ("Content-Length", str(len(data) + self.extra_length))
+        )
         handler.send_response(self.code)
-        for name, value in (length, *([("Location", self.where)] if self.where else [])):
+        for name, value in (length, *([("Location", self.location)] if self.location else [])):
             handler.send_header(name, value)
         handler.end_headers()
         data = b"" if handler.command == "HEAD" else data[: self.cut]
         size, pause = self.drip or (len(data) or 1, 0)
         for first in range(0, len(data), size):
-            handler.body(data[first : first + size])
+            handler.write_body(data[first : first + size])
             time.sleep(pause)
 
 
-GONE = Answer(0)
+CLOSED_CONNECTION = Answer(0)
 
 
 @dataclass
@@ -63,9 +67,9 @@ class Site:
     folder: Path
     url: str = ""
     faults: Callable[[str, int], Answer | None] = lambda path, nth: None  # nth: 0 for the first GET of a path
-    got: Counter[str] = field(default_factory=Counter)  # GET requests by path
-    asked: Counter[str] = field(default_factory=Counter)  # HEAD requests by path
-    sent: Counter[str] = field(default_factory=Counter)  # body bytes by path
+    get_counts: Counter[str] = field(default_factory=Counter)  # GET requests by path
+    head_counts: Counter[str] = field(default_factory=Counter)  # HEAD requests by path
+    bytes_sent: Counter[str] = field(default_factory=Counter)  # body bytes by path
     headers: list[dict[str, str]] = field(default_factory=list)
     connections: int = 0
     lock: Lock = field(default_factory=Lock)
@@ -92,23 +96,23 @@ class Handler(BaseHTTPRequestHandler):
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
-        self.place = unquote(self.path).lstrip("/")
-        seen = self.site.got if self.command == "GET" else self.site.asked
+        self.relative_path = unquote(self.path).lstrip("/")
+        counts = self.site.get_counts if self.command == "GET" else self.site.head_counts
         with self.site.lock:
-            nth = seen[self.place]
-            seen[self.place] += 1
+            nth = counts[self.relative_path]
+            counts[self.relative_path] += 1
             self.site.headers.append(dict(self.headers))
-        file = self.site.folder / self.place
-        answer = self.site.faults(self.place, nth) or Answer(200 if file.is_file() else 404)
+        file = self.site.folder / self.relative_path
+        answer = self.site.faults(self.relative_path, nth) or Answer(200 if file.is_file() else 404)
         answer.send(self, file.read_bytes() if file.is_file() else b"")
 
     do_HEAD = do_GET
 
-    def body(self, data: bytes) -> None:
+    def write_body(self, data: bytes) -> None:
         self.wfile.write(data)
         self.wfile.flush()
         with self.site.lock:
-            self.site.sent[self.place] += len(data)
+            self.site.bytes_sent[self.relative_path] += len(data)
 
     def log_message(self, *_: object) -> None:  # type: ignore[override]
         pass
@@ -125,22 +129,22 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def site(folder: Path) -> Iterator[Site]:
+def serve_folder(folder: Path) -> Iterator[Site]:
     """A folder on http://127.0.0.1."""
-    made = Site(folder)
-    with Server(("127.0.0.1", 0), partial(Handler, site=made)) as server:
-        made.url = f"http://127.0.0.1:{server.server_address[1]}"
+    site = Site(folder)
+    with Server(("127.0.0.1", 0), partial(Handler, site=site)) as server:
+        site.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = Thread(target=partial(server.serve_forever, poll_interval=0.02), daemon=True)
         thread.start()
         try:
-            yield made
+            yield site
         finally:
-            made.faults = lambda path, nth: GONE  # for connections that are kept open
+            site.faults = lambda path, nth: CLOSED_CONNECTION  # for connections that are kept open
             server.shutdown()
             thread.join()
 
 
-def closed() -> str:
+def closed_url() -> str:
     """A URL where nobody listens."""
     with Server(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         return f"http://127.0.0.1:{server.server_address[1]}"
@@ -153,7 +157,7 @@ class Buckets:
     client: Any  # boto3's
     environment: dict[str, str]  # in which it is found
     faults: Callable[[str, str, int], int | Callable[[bytes], bytes] | None] = lambda method, path, nth: None
-    seen: list[tuple[str, str]] = field(default_factory=list)  # (method, path) of every request, in order
+    requests: list[tuple[str, str]] = field(default_factory=list)  # (method, path) of every request, in order
 
     def bucket(self) -> str:
         """A new bucket's URL."""
@@ -164,15 +168,15 @@ class Buckets:
     def put(self, url: str, data: bytes | None) -> None:
         """Store an object; none: delete it."""
         name, _, key = url.removeprefix("s3://").partition("/")
-        do, body = (self.client.delete_object, {}) if data is None else (self.client.put_object, {"Body": data})
-        do(Bucket=name, Key=key, **body)
+        operation, body = (self.client.delete_object, {}) if data is None else (self.client.put_object, {"Body": data})
+        operation(Bucket=name, Key=key, **body)
 
     def contents(self, url: str) -> dict[str, bytes]:
         """Name -> bytes of all below a URL, by boto3 alone."""
         name, _, prefix = url.removeprefix("s3://").partition("/")
-        found = self.client.list_objects_v2(Bucket=name, Prefix=f"{prefix}/" if prefix else "").get("Contents", [])
-        read = lambda key: self.client.get_object(Bucket=name, Key=key)["Body"].read()  # noqa: E731
-        return {entry["Key"].removeprefix(prefix).lstrip("/"): read(entry["Key"]) for entry in found}
+        entries = self.client.list_objects_v2(Bucket=name, Prefix=f"{prefix}/" if prefix else "").get("Contents", [])
+        read_object = lambda key: self.client.get_object(Bucket=name, Key=key)["Body"].read()  # noqa: E731
+        return {entry["Key"].removeprefix(prefix).lstrip("/"): read_object(entry["Key"]) for entry in entries}
 
     def upload(self, folder: Path, url: str) -> None:
         """All files of a folder, by boto3 alone."""
@@ -181,7 +185,7 @@ class Buckets:
 
 
 @contextmanager
-def s3() -> Iterator[Buckets]:
+def serve_s3() -> Iterator[Buckets]:
     """moto's S3."""
     import boto3
     from moto.server import ThreadedMotoServer
@@ -194,28 +198,28 @@ def s3() -> Iterator[Buckets]:
     environment = {name.upper(): value for name, value in keys.items()}
     environment |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": url}
     environment |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
-    made = Buckets(boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys), environment)
-    inner = server._server.app  # type: ignore[union-attr]
+    buckets = Buckets(boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys), environment)
+    original_app = server._server.app  # type: ignore[union-attr]
 
-    def outer(environment: dict[str, Any], begin: Callable[..., Any]) -> Any:
-        place = environment["REQUEST_METHOD"], environment["PATH_INFO"].lstrip("/")
-        fault = made.faults(*place, made.seen.count(place))  # nth: 0 for the first of its kind
-        made.seen.append(place)
+    def app_with_faults(environment: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        request = environment["REQUEST_METHOD"], environment["PATH_INFO"].lstrip("/")
+        fault = buckets.faults(*request, buckets.requests.count(request))  # nth: 0 for the first of its kind
+        buckets.requests.append(request)
         if isinstance(fault, int):
-            begin(f"{fault} Fault", [("Content-Length", "0")])
+            start_response(f"{fault} Fault", [("Content-Length", "0")])
             return [b""]
-        answer = inner(environment, begin)
+        answer = original_app(environment, start_response)
         return answer if fault is None else [fault(b"".join(answer))]
 
-    server._server.app = outer  # type: ignore[union-attr]
+    server._server.app = app_with_faults  # type: ignore[union-attr]
     try:
-        yield made
+        yield buckets
     finally:
         server.stop()
 
 
 @contextmanager
-def at_s3(buckets: Buckets, home: Path) -> Iterator[None]:
+def use_s3(buckets: Buckets, home: Path) -> Iterator[None]:
     """Have this process, and those it starts, use that S3; nothing is kept in the user's own home."""
     import s3fs
 
@@ -227,16 +231,18 @@ def at_s3(buckets: Buckets, home: Path) -> Iterator[None]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def hurry(patch: pytest.MonkeyPatch, tries: int = 3, pause: float = 0.01, patience: float = 0.5) -> None:
+def shorten_timeouts(patch: pytest.MonkeyPatch, tries: int = 3, pause: float = 0.01, patience: float = 0.5) -> None:
     """Shorter times than those for the internet; processes forked later have them too, others have not."""
-    for name, value in {"TRIES": tries, "PAUSE": pause, "PATIENCE": patience}.items():
+    for name, value in {"TRIES": tries, "PAUSE": pause, "STALL_TIMEOUT": patience}.items():
         patch.setattr(remote, name, value)
-    patch.setattr(remote, "_web", functools.cache(remote._web.__wrapped__))  # it remembers the patience, too
+    patch.setattr(
+        remote, "_http_options", functools.cache(remote._http_options.__wrapped__)
+    )  # it remembers the patience, too
 
 
-def refused(call: Callable[[], Any], code: int) -> str:
+def assert_refused(call: Callable[[], Any], code: int) -> str:
     """The one line of a refusal."""
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(ExitError) as caught:
         call()
     assert caught.value.code == code, caught.value
     assert "\n" not in str(caught.value)

@@ -21,18 +21,25 @@ from hypothesis import strategies as st
 
 from ssl_vit import config, errors, recipes
 from ssl_vit.commands import setup
-from ssl_vit.convert.index_shards import Found, IndexShards, VerifyShards, index, readable, verify
+from ssl_vit.convert.index_shards import (
+    IndexShards,
+    ShardStatus,
+    VerifyShards,
+    count_readable,
+    index_tars,
+    verify_all_shards,
+)
 from ssl_vit.data import dataset as module
-from ssl_vit.data.dataset import Data, Fault, Samples
-from ssl_vit.data.loader import EvaluationStream, Share, TrainingStream
-from ssl_vit.data.manifest import Manifest, join, load
+from ssl_vit.data.dataset import Data, Fault, SampleDataset
+from ssl_vit.data.loader import EvaluationStream, ProcessShard, TrainingStream
+from ssl_vit.data.manifest import Manifest, join_manifests, load
 from ssl_vit.model import Batch
 from ssl_vit.rng import sample_seed
 from tests.conftest import TINY
-from tests.data.damage import CPU, KINDS, SAMPLES, SHARDS, SMALL, TOTAL, damage, flip, flipped
-from tests.data.pictures import contents, make, one, write_pictures
-from tests.data.servers import refused
-from tests.starts import call
+from tests.data.damage import CPU, KINDS, SAMPLES, SHARDS, SMALL, TOTAL, damage_shard, flip_bits, flip_file_bits
+from tests.data.pictures import build_shards, build_splits, contents, write_pictures
+from tests.data.servers import assert_refused
+from tests.processes import call_tool
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +57,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Four shards of six samples in three classes."""
     folder = tmp_path_factory.mktemp("whole")
     names = [f"{'abc'[number % 3]}/{number}.{'png' if number % 4 else 'jpg'}" for number in range(TOTAL)]
-    return one(write_pictures(folder / "in", names), folder / "out", shard_samples=SAMPLES)
+    return build_shards(write_pictures(folder / "in", names), folder / "out", shard_samples=SAMPLES)
 
 
 @pytest.fixture
@@ -63,307 +70,345 @@ def made(whole: Manifest, tmp_path: Path) -> Manifest:
 Cell = tuple[bytes, int, int, bool]
 
 
-def cells(batches: list[Batch]) -> list[Cell]:
+def list_cells(batches: list[Batch]) -> list[Cell]:
     """Pixels, label, seed and validity of every slot, in their order."""
-    whole = {name: torch.cat([batch[name] for batch in batches]) for name in ("image", "label", "seed", "valid")}
-    pixels = [image.contiguous().numpy().tobytes() for image in whole["image"]]
-    return list(zip(pixels, *(whole[name].tolist() for name in ("label", "seed", "valid")), strict=True))
+    columns = {name: torch.cat([batch[name] for batch in batches]) for name in ("image", "label", "seed", "valid")}
+    pixels = [image.contiguous().numpy().tobytes() for image in columns["image"]]
+    return list(zip(pixels, *(columns[name].tolist() for name in ("label", "seed", "valid")), strict=True))
 
 
-def trained(made: Manifest, **options: Any) -> tuple[dict[int, Cell], list[Fault]]:
+def run_training(manifest: Manifest, **options: Any) -> tuple[dict[int, Cell], list[Fault]]:
     """Every sample of the first epoch of training, and the faults."""
-    stream, share = TrainingStream(made, Data(**SMALL | options), seed=5, batch=TOTAL), Share(0, 1, TOTAL)
+    stream, share = TrainingStream(manifest, Data(**SMALL | options), seed=5, batch=TOTAL), ProcessShard(0, 1, TOTAL)
     batch, keys = next(stream.batches(0, share, CPU)), next(stream.keys(0, share))
-    return dict(zip([sample for _, sample in keys], cells([batch]), strict=True)), stream.faults.take()
+    return dict(zip([sample for _, sample in keys], list_cells([batch]), strict=True)), stream.faults.drain()
 
 
-def evaluated(made: Manifest) -> tuple[list[Cell], list[Fault]]:
+def run_evaluation(manifest: Manifest) -> tuple[list[Cell], list[Fault]]:
     """Every sample as evaluation takes it, and the faults."""
-    stream = EvaluationStream(made, Data(**SMALL), batch=TOTAL)
-    return cells(list(stream.batches(Share(), CPU))), stream.faults.take()
+    stream = EvaluationStream(manifest, Data(**SMALL), batch=TOTAL)
+    return list_cells(list(stream.batches(ProcessShard(), CPU))), stream.faults.drain()
 
 
-def shard(made: Manifest, number: int = 1) -> Path:
-    return made.folder / made.shards[number].name
+def shard_path(manifest: Manifest, number: int = 1) -> Path:
+    return manifest.folder / manifest.shards[number].name
 
 
-def without(lost: set[int], whole: dict[int, Cell]) -> dict[int, Cell]:
-    return {sample: cell for sample, cell in whole.items() if sample not in lost}
+def drop_samples(lost: set[int], cells: dict[int, Cell]) -> dict[int, Cell]:
+    return {sample: cell for sample, cell in cells.items() if sample not in lost}
 
 
-def places(made: Manifest, number: int = 1) -> list[tuple[int, int]]:
+def image_spans(manifest: Manifest, number: int = 1) -> list[tuple[int, int]]:
     """From where to where the image of each sample of a shard reaches."""
-    return [(int(row["offset"]), int(row["offset"]) + int(row["size"])) for row in made.index(number)]
+    return [(int(row["offset"]), int(row["offset"]) + int(row["size"])) for row in manifest.index(number)]
 
 
-def states(made: Manifest, full: bool = True, **options: Any) -> list[Found]:
-    return verify(VerifyShards(shards=(str(made.folder),), full=full, quiet=True, **{"workers": 1} | options))
+def shard_states(manifest: Manifest, full: bool = True, **options: Any) -> list[ShardStatus]:
+    return verify_all_shards(
+        VerifyShards(shards=(str(manifest.folder),), full=full, quiet=True, **{"workers": 1} | options)
+    )
 
 
-def bad(made: Manifest, full: bool = True, **options: Any) -> list[tuple[str, int, str | None]]:
+def bad_shards(manifest: Manifest, full: bool = True, **options: Any) -> list[tuple[str, int, str | None]]:
     """Name, readable samples and fault of the shards that are not whole."""
-    return [(Path(one.shard).name, one.readable, one.fault) for one in states(made, full, **options) if one.fault]
+    return [
+        (Path(status.shard).name, status.readable, status.fault)
+        for status in shard_states(manifest, full, **options)
+        if status.fault
+    ]
 
 
-def spoil(made: Manifest, number: int, *samples: int) -> None:
+def flip_images(manifest: Manifest, number: int, *samples: int) -> None:
     """Flip a bit in the image of each of these samples."""
-    flip(shard(made, number), *(sum(places(made, number)[sample]) // 2 for sample in samples))
+    flip_file_bits(
+        shard_path(manifest, number), *(sum(image_spans(manifest, number)[sample]) // 2 for sample in samples)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_to_a_shard_costs_exactly_the_samples_that_it_hits(whole: Manifest, made: Manifest, kind: str):
-    lost, says = damage(kind, shard(made), whole.index(1))
-    left, lost = SAMPLES - len(lost), {SAMPLES + number for number in lost}
-    wanted, none = trained(whole)
-    got, faults = trained(made)
-    assert none == []
+    lost, message = damage_shard(kind, shard_path(made), whole.index(1))
+    num_left, lost = SAMPLES - len(lost), {SAMPLES + number for number in lost}
+    expected, no_faults = run_training(whole)
+    actual, faults = run_training(made)
+    assert no_faults == []
     assert sorted(fault.sample for fault in faults) == sorted(lost)  # each once: good + bad = total
     assert all(str(made.folder / "000001") in fault.reason for fault in faults)
-    assert without(lost, got) == without(lost, wanted)
+    assert drop_samples(lost, actual) == drop_samples(lost, expected)
     candidates = TrainingStream(whole, Data(**SMALL), seed=5, batch=TOTAL).substitutes
     for fault in faults:  # another sample with its own label under the seed of the one that is lost
         seed, candidate = sample_seed(5, 0, fault.sample), candidates(0, fault.sample)
         substitute = next(sample for sample in candidate if sample not in lost)
         assert fault.substitute == substitute
-        image, label = Samples(whole, Data(**SMALL), 5, True).sample(substitute, seed)
-        assert got[fault.sample] == (image.contiguous().numpy().tobytes(), label, seed, True)
+        image, label = SampleDataset(whole, Data(**SMALL), 5, True).load_sample(substitute, seed)
+        assert actual[fault.sample] == (image.contiguous().numpy().tobytes(), label, seed, True)
 
-    slots, faults = evaluated(made)
+    slots, faults = run_evaluation(made)
     assert {(fault.sample, fault.substitute) for fault in faults} == {(sample, None) for sample in lost}
-    assert {s: cell for s, cell in enumerate(slots) if cell[3]} == without(lost, dict(enumerate(evaluated(whole)[0])))
+    assert {s: cell for s, cell in enumerate(slots) if cell[3]} == drop_samples(
+        lost, dict(enumerate(run_evaluation(whole)[0]))
+    )
 
-    fault = ("000001.tar", left, says)
-    assert bad(made) == [fault]
-    assert bad(made, full=False) == ([] if says.endswith("altered") else [fault])  # which only a digest tells
-    for full in [True] if says.endswith("altered") else [True, False]:
-        line = refused(lambda full=full: made.check(full), errors.DATA)
-        assert line == f"{made.folder}: 1 of 4 shards are bad: 000001.tar ({says})"
+    fault = ("000001.tar", num_left, message)
+    assert bad_shards(made) == [fault]
+    assert bad_shards(made, full=False) == ([] if message.endswith("altered") else [fault])  # which only a digest tells
+    for full in [True] if message.endswith("altered") else [True, False]:
+        line = assert_refused(lambda full=full: made.check_shards(full), errors.ExitCode.DATA)
+        assert line == f"{made.folder}: 1 of 4 shards are bad: 000001.tar ({message})"
 
 
 def test_wherever_a_shard_is_cut_all_before_the_cut_is_evaluated(whole: Manifest, made: Manifest):
-    right, size = evaluated(whole)[0], whole.shards[1].bytes
-    edges = {edge + near for place in places(whole) for edge in place for near in (-1, 0, 1)}
+    expected, size = run_evaluation(whole)[0], whole.shards[1].bytes
+    edges = {edge + delta for span in image_spans(whole) for edge in span for delta in (-1, 0, 1)}
     for cut in sorted({*range(0, size, 311), *edges}):
-        shutil.copyfile(shard(whole), shard(made))
-        os.truncate(shard(made), cut)
-        lost = {SAMPLES + number for number, (_, end) in enumerate(places(whole)) if end > cut}
-        left, faults = evaluated(made)
+        shutil.copyfile(shard_path(whole), shard_path(made))
+        os.truncate(shard_path(made), cut)
+        lost = {SAMPLES + number for number, (_, end) in enumerate(image_spans(whole)) if end > cut}
+        actual, faults = run_evaluation(made)
         assert {fault.sample for fault in faults} == lost
-        assert all(cell == right[sample] for sample, cell in enumerate(left) if sample not in lost)
-        assert readable(made, 1) == SAMPLES - len(lost)
+        assert all(cell == expected[sample] for sample, cell in enumerate(actual) if sample not in lost)
+        assert count_readable(made, 1) == SAMPLES - len(lost)
 
 
 @given(seed=st.integers(0, 2**32), bits=st.integers(1, 30))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_flipped_bits_cost_exactly_the_samples_that_they_hit(whole: Manifest, made: Manifest, seed: int, bits: int):
-    data = shard(whole).read_bytes()
+    data = shard_path(whole).read_bytes()
     spots = random.Random(seed).sample(range(len(data)), bits)
-    shard(made).write_bytes(flipped(data, *spots, bit=seed % 8))
-    hit = [n for n, (start, end) in enumerate(places(whole)) if any(start <= spot < end for spot in spots)]
-    assert readable(made, 1) == SAMPLES - len(hit)
-    assert {fault.sample for fault in evaluated(made)[1]} == {SAMPLES + number for number in hit}
+    shard_path(made).write_bytes(flip_bits(data, *spots, bit=seed % 8))
+    hit_samples = [n for n, (start, end) in enumerate(image_spans(whole)) if any(start <= spot < end for spot in spots)]
+    assert count_readable(made, 1) == SAMPLES - len(hit_samples)
+    assert {fault.sample for fault in run_evaluation(made)[1]} == {SAMPLES + number for number in hit_samples}
 
 
 def test_a_flipped_bit_of_an_index_brings_no_wrong_sample(whole: Manifest, made: Manifest):
     """Neither a wrong image nor a wrong label, nor the end of the training; the samples of the shard may be lost."""
-    wanted, path = trained(whole)[0], shard(made).with_suffix(".npy")
-    right = path.read_bytes()
-    for spot in range(0, len(right), 7):
-        path.write_bytes(right)
-        flip(path, spot)
-        got, faults = trained(made)
+    expected, path = run_training(whole)[0], shard_path(made).with_suffix(".npy")
+    original = path.read_bytes()
+    for spot in range(0, len(original), 7):
+        path.write_bytes(original)
+        flip_file_bits(path, spot)
+        actual, faults = run_training(made)
         lost = {fault.sample for fault in faults}
         assert lost <= set(range(SAMPLES, 2 * SAMPLES))
-        assert without(lost, got) == without(lost, wanted), spot
+        assert drop_samples(lost, actual) == drop_samples(lost, expected), spot
 
 
 @pytest.fixture
 def riddled(made: Manifest) -> Manifest:
     """One shard gone, one cut, and bits flipped in the two others: 14 of 24 samples are left."""
-    shard(made, 0).unlink()
-    os.truncate(shard(made, 1), places(made, 1)[4][0] + 5)
-    spoil(made, 2, 2)
-    spoil(made, 3, 3)
+    shard_path(made, 0).unlink()
+    os.truncate(shard_path(made, 1), image_spans(made, 1)[4][0] + 5)
+    flip_images(made, 2, 2)
+    flip_images(made, 3, 3)
     return made
 
 
-def steps_of(made: Manifest, first: int, steps: int, share: Share, **options: Any) -> tuple[list[Any], set[Any]]:
+def train_steps(
+    manifest: Manifest, first: int, steps: int, share: ProcessShard, **options: Any
+) -> tuple[list[Any], set[Any]]:
     """The cells of each step from `first` on, in batches of 8, and what took the place of what."""
-    stream = TrainingStream(made, Data(**SMALL | options), seed=5, batch=8)
+    stream = TrainingStream(manifest, Data(**SMALL | options), seed=5, batch=8)
     micro = 8 // share.world // share.micro_batch
     batches = list(itertools.islice(stream.batches(first * 8, share, CPU), steps * micro))
-    told = {(fault.epoch, fault.sample, fault.substitute) for fault in stream.faults.take()}
-    return [cells(batches[step * micro : (step + 1) * micro]) for step in range(steps)], told
+    substitutions = {(fault.epoch, fault.sample, fault.substitute) for fault in stream.faults.drain()}
+    return [list_cells(batches[step * micro : (step + 1) * micro]) for step in range(steps)], substitutions
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than a small machine has
 @pytest.mark.parametrize("options", [{}, {"subset": 0.5}])
 def test_substitutes_are_the_same_on_any_number_of_processes_and_after_a_resumption(riddled: Manifest, options: dict):
     """Pixels, labels and seeds of eight steps, which pass the end of an epoch."""
-    wanted, told = steps_of(riddled, 0, 8, Share(0, 1, 8), **options)
-    assert len(told) > 5
-    assert any(not cell[3] for step in wanted for cell in step) == any(taken is None for *_, taken in told)
+    expected, substitutions = train_steps(riddled, 0, 8, ProcessShard(0, 1, 8), **options)
+    assert len(substitutions) > 5
+    assert any(not cell[3] for step in expected for cell in step) == any(
+        substitute is None for *_, substitute in substitutions
+    )
     for world, micro, workers in ((1, 4, 2), (2, 2, 0), (4, 1, 0), (2, 4, 1)):
-        shares = [Share(rank, world, micro) for rank in range(world)]
-        ranks = [steps_of(riddled, 0, 8, share, workers=workers, **options) for share in shares]
-        assert [list(itertools.chain(*parts)) for parts in zip(*(cells for cells, _ in ranks), strict=True)] == wanted
-        assert set.union(*(told for _, told in ranks)) == told
-    assert steps_of(riddled, 3, 5, Share(0, 1, 8), **options)[0] == wanted[3:]
-    chosen = TrainingStream(riddled, Data(**SMALL | options), seed=5, batch=8).ids
-    assert (chosen is None) == (options == {})
-    assert chosen is None or {taken for *_, taken in told if taken is not None} <= set(chosen.tolist())
+        shares = [ProcessShard(rank, world, micro) for rank in range(world)]
+        ranks = [train_steps(riddled, 0, 8, share, workers=workers, **options) for share in shares]
+        assert [list(itertools.chain(*parts)) for parts in zip(*(cells for cells, _ in ranks), strict=True)] == expected
+        assert set.union(*(substitutions for _, substitutions in ranks)) == substitutions
+    assert train_steps(riddled, 3, 5, ProcessShard(0, 1, 8), **options)[0] == expected[3:]
+    subset_ids = TrainingStream(riddled, Data(**SMALL | options), seed=5, batch=8).ids
+    assert (subset_ids is None) == (options == {})
+    assert subset_ids is None or {substitute for *_, substitute in substitutions if substitute is not None} <= set(
+        subset_ids.tolist()
+    )
 
 
 def test_where_nothing_is_left_batches_keep_their_shape(made: Manifest):
     for path in made.folder.glob("*.tar"):
         path.unlink()
-    got, faults = trained(made)
-    assert len(got) == len(faults) == TOTAL
+    actual, faults = run_training(made)
+    assert len(actual) == len(faults) == TOTAL
     assert {fault.substitute for fault in faults} == {None}
-    assert not any(valid for *_, valid in [*got.values(), *evaluated(made)[0]])
+    assert not any(valid for *_, valid in [*actual.values(), *run_evaluation(made)[0]])
 
 
 def test_substitutes_come_from_the_same_shuffle_window_first(whole: Manifest):
     """So that a node which holds its own shards only need not fetch another for each bad sample."""
     stream = TrainingStream(whole, Data(**dict(SMALL, lanes=4)), seed=5, batch=TOTAL)  # a shard is a lane and a window
-    everywhere = set()
+    shards = set()
     for sample, epoch in itertools.product(range(TOTAL), (0, 1, 7)):
-        others = list(stream.substitutes(epoch, sample))
-        assert len(others) == 6
-        assert {other // SAMPLES for other in others[:3]} == {sample // SAMPLES}
-        assert others == list(stream.substitutes(epoch, sample))
-        everywhere |= {other // SAMPLES for other in others[3:]} if epoch == 0 else set()
-    assert everywhere == set(range(SHARDS))
+        candidates = list(stream.substitutes(epoch, sample))
+        assert len(candidates) == 6
+        assert {candidate // SAMPLES for candidate in candidates[:3]} == {sample // SAMPLES}
+        assert candidates == list(stream.substitutes(epoch, sample))
+        shards |= {candidate // SAMPLES for candidate in candidates[3:]} if epoch == 0 else set()
+    assert shards == set(range(SHARDS))
 
 
 @pytest.mark.parametrize("kind", ["altered once", "short once", "failing four times"])
 def test_what_fails_once_is_read_again_and_is_no_fault(whole: Manifest, monkeypatch: pytest.MonkeyPatch, kind: str):
-    wanted, asked, pread = trained(whole)[0], Counter[tuple[int, int]](), os.pread
+    expected, num_reads, pread = run_training(whole)[0], Counter[tuple[int, int]](), os.pread
 
-    def unreliable(handle: int, size: int, offset: int) -> bytes:
-        asked[size, offset] += 1
-        if kind == "failing four times" and asked[size, offset] < 5:
+    def unreliable_pread(handle: int, size: int, offset: int) -> bytes:
+        num_reads[size, offset] += 1
+        if kind == "failing four times" and num_reads[size, offset] < 5:
             raise OSError(errno.EIO, "Input/output error")
         data = pread(handle, size, offset)
-        if asked[size, offset] > 1:
+        if num_reads[size, offset] > 1:
             return data
         return bytes([data[0] ^ 1]) + data[1:] if kind == "altered once" else data[:-1]
 
-    monkeypatch.setattr(module.os, "pread", unreliable)
-    assert trained(whole) == (wanted, [])
+    monkeypatch.setattr(module.os, "pread", unreliable_pread)
+    assert run_training(whole) == (expected, [])
 
 
 def test_a_disk_that_keeps_failing_costs_what_it_cannot_read(whole: Manifest, monkeypatch: pytest.MonkeyPatch):
     row, pread = whole.index(2)[3], os.pread
 
-    def failing(handle: int, size: int, offset: int) -> bytes:
+    def failing_pread(handle: int, size: int, offset: int) -> bytes:
         if (size, offset) == (row["size"], row["offset"]):
             raise OSError(errno.EIO, "Input/output error")
         return pread(handle, size, offset)
 
-    monkeypatch.setattr(module.os, "pread", failing)
-    (fault,) = trained(whole)[1]
-    said = f"{shard(whole, 2)}: sample 3 cannot be read: Input/output error"
-    assert (fault.sample, fault.reason) == (2 * SAMPLES + 3, said)
-    assert readable(whole, 2) == SAMPLES - 1
+    monkeypatch.setattr(module.os, "pread", failing_pread)
+    (fault,) = run_training(whole)[1]
+    reason = f"{shard_path(whole, 2)}: sample 3 cannot be read: Input/output error"
+    assert (fault.sample, fault.reason) == (2 * SAMPLES + 3, reason)
+    assert count_readable(whole, 2) == SAMPLES - 1
 
 
 def test_a_shard_that_is_gone_is_waited_for_once(made: Manifest):
     """Not for each of its samples: that would be an hour for a shard of a thousand."""
-    shard(made).unlink()
-    with patch.object(module.os, "open", wraps=os.open) as opened:
-        assert len(trained(made)[1]) == SAMPLES
-    assert [str(call.args[0]) for call in opened.call_args_list].count(str(shard(made))) == module.TRIES
+    shard_path(made).unlink()
+    with patch.object(module.os, "open", wraps=os.open) as open_mock:
+        assert len(run_training(made)[1]) == SAMPLES
+    assert [str(call.args[0]) for call in open_mock.call_args_list].count(str(shard_path(made))) == module.TRIES
 
 
 @pytest.mark.parametrize("error", [MemoryError, SystemError, ImportError])
 def test_a_fault_of_the_machine_is_no_bad_sample(whole: Manifest, error: type[Exception]):
     """Passed over, it would drop good samples, and others on every machine."""
-    with patch.object(module.Samples, "crop", side_effect=error("of the machine")), pytest.raises(error):
-        trained(whole)
+    with patch.object(module.SampleDataset, "crop", side_effect=error("of the machine")), pytest.raises(error):
+        run_training(whole)
 
 
 @pytest.mark.parametrize("kind", ["gone", "replaced"])
 def test_shards_that_change_while_they_are_read_cost_what_was_not_open(whole: Manifest, made: Manifest, kind: str):
-    share = Share(0, 1, 4)
-    before, stream = (TrainingStream(part, Data(**dict(SMALL, lanes=1)), seed=5, batch=4) for part in (whole, made))
-    wanted = cells(list(itertools.islice(before.batches(0, share, CPU), 6)))
+    share = ProcessShard(0, 1, 4)
+    reference, stream = (
+        TrainingStream(manifest, Data(**dict(SMALL, lanes=1)), seed=5, batch=4) for manifest in (whole, made)
+    )
+    expected = list_cells(list(itertools.islice(reference.batches(0, share, CPU), 6)))
     keys = [sample for batch in itertools.islice(stream.keys(0, share), 6) for _, sample in batch]
-    opened = {sample // SAMPLES for sample in keys[:8]}
+    opened_shards = {sample // SAMPLES for sample in keys[:8]}
     batches = stream.batches(0, share, CPU)
-    got = [next(batches) for _ in range(2)]
+    received = [next(batches) for _ in range(2)]
     for number in range(SHARDS):
         if kind == "replaced":
             (made.folder / "new").write_bytes(bytes(made.shards[number].bytes))
-            os.replace(made.folder / "new", shard(made, number))
+            os.replace(made.folder / "new", shard_path(made, number))
         else:
-            shard(made, number).unlink()
-    got += [next(batches) for _ in range(4)]
-    faults = stream.faults.take()
+            shard_path(made, number).unlink()
+    received += [next(batches) for _ in range(4)]
+    faults = stream.faults.drain()
     lost = {fault.sample for fault in faults}
     assert 0 < len(lost) == len(faults) < TOTAL
-    assert lost == {sample for sample in keys if sample // SAMPLES not in opened}
+    assert lost == {sample for sample in keys if sample // SAMPLES not in opened_shards}
     assert all(f"{made.folder}/0000" in fault.reason for fault in faults)
-    assert all(cell == right or key in lost for cell, right, key in zip(cells(got), wanted, keys, strict=True))
+    assert all(
+        cell == expected_cell or key in lost
+        for cell, expected_cell, key in zip(list_cells(received), expected, keys, strict=True)
+    )
 
 
 def test_shards_are_told_in_order_by_any_number_of_workers(whole: Manifest, made: Manifest, tmp_path: Path):
     """And of all splits and sets, where they lie."""
     for full in (False, True):
-        assert states(whole, full) == [Found(str(shard(whole, n)), SAMPLES, SAMPLES, None) for n in range(SHARDS)]
-    damage("cut in an image", shard(made, 0), made.index(0))
-    damage("gone", shard(made, 1), made.index(1))
-    spoil(made, 3, 0, 3, 4)
-    sizes = shard(made, 0).stat().st_size, made.shards[0].bytes
-    wanted = [("000000.tar", 3, "{} bytes, not {}".format(*sizes)), ("000001.tar", 0, "missing")]
-    assert bad(made, full=False) == wanted
+        assert shard_states(whole, full) == [
+            ShardStatus(str(shard_path(whole, n)), SAMPLES, SAMPLES, None) for n in range(SHARDS)
+        ]
+    damage_shard("cut in an image", shard_path(made, 0), made.index(0))
+    damage_shard("gone", shard_path(made, 1), made.index(1))
+    flip_images(made, 3, 0, 3, 4)
+    sizes = shard_path(made, 0).stat().st_size, made.shards[0].bytes
+    expected = [("000000.tar", 3, "{} bytes, not {}".format(*sizes)), ("000001.tar", 0, "missing")]
+    assert bad_shards(made, full=False) == expected
     for workers in (1, 2):
-        assert bad(made, workers=workers) == [*wanted, ("000003.tar", 3, "altered")]
+        assert bad_shards(made, workers=workers) == [*expected, ("000003.tar", 3, "altered")]
 
     names = [f"{split}/{n}.png" for split in ("train", "val") for n in range(4)]
-    parts = make(write_pictures(tmp_path / "in", names), tmp_path / "split", shard_samples=2)
-    spoil(parts["val"], 1, 0)
+    manifests = build_splits(write_pictures(tmp_path / "in", names), tmp_path / "split", shard_samples=2)
+    flip_images(manifests["val"], 1, 0)
     paths = (str(tmp_path / "split"), str(whole.folder))
-    found = verify(VerifyShards(shards=paths, full=True, workers=1, quiet=True))
+    statuses = verify_all_shards(VerifyShards(shards=paths, full=True, workers=1, quiet=True))
     tars = [*(f"split/{split}/00000{n}.tar" for split in ("train", "val") for n in range(2))]
-    assert [one.shard for one in found] == [*(str(tmp_path / tar) for tar in tars), *map(whole.where, range(SHARDS))]
-    assert [(one.samples, one.readable) for one in found if one.fault] == [(2, 1)]
+    assert [status.shard for status in statuses] == [
+        *(str(tmp_path / tar) for tar in tars),
+        *map(whole.describe_shard, range(SHARDS)),
+    ]
+    assert [(status.samples, status.readable) for status in statuses if status.fault] == [(2, 1)]
 
 
 def test_shards_of_others_are_verified_where_they_lie(made: Manifest, tmp_path: Path):
-    with pytest.raises(errors.Refusal, match=r"has no manifest\.json"):
-        verify(VerifyShards(shards=(str(tmp_path / "empty"),), quiet=True))
+    with pytest.raises(errors.ExitError, match=r"has no manifest\.json"):
+        verify_all_shards(VerifyShards(shards=(str(tmp_path / "empty"),), quiet=True))
     (made.folder / "manifest.json").unlink()
-    theirs = index(IndexShards(shards=str(made.folder), output=str(tmp_path / "index"), workers=1, quiet=True))
-    assert states(theirs) == [Found(str(shard(made, n)), SAMPLES, SAMPLES, None) for n in range(SHARDS)]
-    os.truncate(shard(made, 2), int(theirs.index(2)[5]["offset"]))
-    assert [(one.shard, one.readable) for one in states(theirs) if one.fault] == [(str(shard(made, 2)), 5)]
+    indexed = index_tars(IndexShards(shards=str(made.folder), output=str(tmp_path / "index"), workers=1, quiet=True))
+    assert shard_states(indexed) == [
+        ShardStatus(str(shard_path(made, n)), SAMPLES, SAMPLES, None) for n in range(SHARDS)
+    ]
+    os.truncate(shard_path(made, 2), int(indexed.index(2)[5]["offset"]))
+    assert [(status.shard, status.readable) for status in shard_states(indexed) if status.fault] == [
+        (str(shard_path(made, 2)), 5)
+    ]
 
 
 def test_all_bad_shards_are_named_at_once_before_training_begins(whole: Manifest, made: Manifest):
-    def start(verify: bool) -> None:
-        words = [f"data.train={made.folder}", f"data.val={whole.folder}", f"data.verify={verify}"]
-        setup.sources(config.parse(recipes.Pretrain, [*TINY, *words], recipes.FOLDER))
+    def prepare(verify: bool) -> None:
+        args = [f"data.train={made.folder}", f"data.val={whole.folder}", f"data.verify={verify}"]
+        setup.prepare_data(config.parse(recipes.Pretrain, [*TINY, *args], recipes.RECIPES_FOLDER))
 
-    spoil(made, 3, 0)
-    start(False)  # sizes only
-    assert refused(lambda: start(True), errors.DATA) == f"{made.folder}: 1 of 4 shards are bad: 000003.tar (altered)"
-    os.truncate(shard(made, 0), 100)
-    shard(made, 2).unlink()
-    named = f"000000.tar (100 bytes, not {made.shards[0].bytes}), 000002.tar (missing)"
-    are = "shards are bad"
-    for full, says in ((False, f"2 of 4 {are}: {named}"), (True, f"3 of 4 {are}: {named}, 000003.tar (altered)")):
-        assert refused(lambda full=full: start(full), errors.DATA) == f"{made.folder}: {says}"
-    with pytest.raises(errors.Refusal, match="2 of 8 shards are bad"):
-        join([whole, made]).check()
-    whole.check(full=True)
+    flip_images(made, 3, 0)
+    prepare(False)  # sizes only
+    assert (
+        assert_refused(lambda: prepare(True), errors.ExitCode.DATA)
+        == f"{made.folder}: 1 of 4 shards are bad: 000003.tar (altered)"
+    )
+    os.truncate(shard_path(made, 0), 100)
+    shard_path(made, 2).unlink()
+    bad_names = f"000000.tar (100 bytes, not {made.shards[0].bytes}), 000002.tar (missing)"
+    verdict = "shards are bad"
+    for full, message in (
+        (False, f"2 of 4 {verdict}: {bad_names}"),
+        (True, f"3 of 4 {verdict}: {bad_names}, 000003.tar (altered)"),
+    ):
+        assert assert_refused(lambda full=full: prepare(full), errors.ExitCode.DATA) == f"{made.folder}: {message}"
+    with pytest.raises(errors.ExitError, match="2 of 8 shards are bad"):
+        join_manifests([whole, made]).check_shards()
+    whole.check_shards(full=True)
 
 
 def test_the_tool_says_so_in_lines_and_in_its_exit_code(made: Manifest):
-    spoil(made, 1, 0, 1, 2)
-    words = [f"shards={made.folder}", "quiet=true"]
-    said = "4 of 4 shards are whole by size (full=true compares every byte), 24 of 24 samples readable\n"
-    assert call("verify_shards", words) == (0, said)
-    said = f"{shard(made)}: altered: 3 of 6 samples readable\nverify_shards.py: 3 of 4 shards are whole by sha256, "
-    said += "21 of 24 samples readable; make or fetch the 1 others again\n"
-    assert call("verify_shards", [*words, "full=true"]) == (errors.DATA, said)
+    flip_images(made, 1, 0, 1, 2)
+    args = [f"shards={made.folder}", "quiet=true"]
+    output = "4 of 4 shards are whole by size (full=true compares every byte), 24 of 24 samples readable\n"
+    assert call_tool("verify_shards", args) == (0, output)
+    output = (
+        f"{shard_path(made)}: altered: 3 of 6 samples readable\nverify_shards.py: 3 of 4 shards are whole by sha256, "
+    )
+    output += "21 of 24 samples readable; make or fetch the 1 others again\n"
+    assert call_tool("verify_shards", [*args, "full=true"]) == (errors.ExitCode.DATA, output)

@@ -32,31 +32,31 @@ from PIL import Image
 from pydantic import ValidationError
 from torch.utils.data import Dataset
 
-from ssl_vit.convert.index_shards import VerifyShards, verify
-from ssl_vit.convert.sample_names import names
+from ssl_vit.convert.index_shards import VerifyShards, verify_all_shards
+from ssl_vit.convert.sample_names import read_sample_names
 from ssl_vit.data import manifest, workers
-from ssl_vit.data.augment import flips
-from ssl_vit.data.dataset import Data, Samples
-from ssl_vit.data.loader import EvaluationStream, Share, TrainingStream, parts
+from ssl_vit.data.augment import should_flip
+from ssl_vit.data.dataset import Data, SampleDataset
+from ssl_vit.data.loader import EvaluationStream, ProcessShard, TrainingStream, split_holdout
 from ssl_vit.data.manifest import ENTRY, Manifest, Shard
-from ssl_vit.errors import DATA, INTERNAL
+from ssl_vit.errors import ExitCode
 from ssl_vit.heads.corruption import draw
 from ssl_vit.model import Batch
 from ssl_vit.rng import sample_seed
 from tests.conftest import COLORS
-from tests.data.pictures import encoded, one, picture, write_pictures
-from tests.data.servers import refused
+from tests.data.pictures import build_shards, encode_pil, picture, write_pictures
+from tests.data.servers import assert_refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than a small machine has
 CPU = torch.device("cpu")
 SIDE, PATCHES = 12, 9  # of the input; of it in patches of 4 x 4
-PLACES, LARGEST = 5, 6  # shards of a set, samples of a shard
-SIZES = st.lists(st.integers(0, LARGEST), min_size=1, max_size=PLACES).filter(any)
+MAX_SHARDS, MAX_SAMPLES = 5, 6  # shards of a set, samples of a shard
+SIZES = st.lists(st.integers(0, MAX_SAMPLES), min_size=1, max_size=MAX_SHARDS).filter(any)
 SEED, LANES, WINDOW = st.integers(0, 2**31), st.integers(1, 7), st.integers(1, 3)
 BATCH = st.integers(1, 12)
 
 
-light = partial(settings, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+light_settings = partial(settings, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 
 def write_tar(path: Path, images: list[bytes]) -> np.ndarray:
@@ -73,10 +73,10 @@ def write_tar(path: Path, images: list[bytes]) -> np.ndarray:
     return index
 
 
-def set_of(folder: Path, *shards: tuple[str, int]) -> Manifest:
+def make_manifest(folder: Path, *shards: tuple[str, int]) -> Manifest:
     """A data set of these tars and sizes."""
-    made = [Shard(name=f"{stem}.tar", samples=n, bytes=0, sha256=stem, index_sha256="") for stem, n in shards]
-    return Manifest(folder, {}, ["a", "b", "c"], made)
+    entries = [Shard(name=f"{stem}.tar", samples=n, bytes=0, sha256=stem, index_sha256="") for stem, n in shards]
+    return Manifest(folder, {}, ["a", "b", "c"], entries)
 
 
 Sets = Callable[[list[int]], Manifest]
@@ -86,25 +86,25 @@ Sets = Callable[[list[int]], Manifest]
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
     """Data sets by the sizes of their shards: no two images alike, JPEG (some decoded at half size) and PNG."""
     folder = tmp_path_factory.mktemp("sets")
-    for place in range(PLACES):
+    for shard in range(MAX_SHARDS):
         images = []
-        for number in range(LARGEST):
+        for number in range(MAX_SAMPLES):
             kind = "PNG" if number % 3 == 2 else "JPEG"
             side = 90 if number == 1 else 12 + number
-            images.append(encoded(picture(100 * place + number, side, side + 3), kind))
-        rows = write_tar(folder / f"{place}.tar", images)
-        for size in range(LARGEST + 1):
-            os.link(folder / f"{place}.tar", folder / f"{place}-{size}.tar")
-            np.save(folder / f"{place}-{size}.npy", rows[:size])
+            images.append(encode_pil(picture(100 * shard + number, side, side + 3), kind))
+        rows = write_tar(folder / f"{shard}.tar", images)
+        for size in range(MAX_SAMPLES + 1):
+            os.link(folder / f"{shard}.tar", folder / f"{shard}-{size}.tar")
+            np.save(folder / f"{shard}-{size}.npy", rows[:size])
 
-    return lambda sizes: set_of(folder, *((f"{place}-{size}", size) for place, size in enumerate(sizes)))
-
-
-def data(lanes: int = 3, window: int = 1, workers: int = 0, **options: Any) -> Data:
-    return Data(image_size=SIDE, lanes=lanes, window=window, workers=workers, **options)
+    return lambda sizes: make_manifest(folder, *((f"{shard}-{size}", size) for shard, size in enumerate(sizes)))
 
 
-def prints(batch: Batch) -> list[bytes]:
+def data_config(lanes: int = 3, window: int = 1, workers: int = 0, **options: Any) -> Data:
+    return Data(image_size=SIDE, lanes=lanes, shuffle_window=window, workers=workers, **options)
+
+
+def batch_digests(batch: Batch) -> list[bytes]:
     """A digest of all that each sample of a batch means to the model."""
     assert batch["valid"].all()
     mask = draw(batch["seed"], PATCHES)
@@ -114,83 +114,92 @@ def prints(batch: Batch) -> list[bytes]:
 
 
 def global_batches(
-    made: Manifest, config: Data, seed: int, batch: int, seen: int, steps: int, world: int = 1, micro: int | None = None
+    dataset: Manifest,
+    config: Data,
+    seed: int,
+    batch: int,
+    samples_seen: int,
+    steps: int,
+    world: int = 1,
+    micro: int | None = None,
 ) -> list[list[bytes]]:
     """The samples of each step, of all processes one after the other."""
     share = batch // world
     micro, ranks = micro or share, []
     for rank in range(world):
-        stream = TrainingStream(made, config, seed, batch)
-        with closing(stream.batches(seen, Share(rank, world, micro), CPU)) as batches:  # type: ignore[type-var]
-            taken = itertools.islice(batches, steps * share // micro)
-            ranks.append([name for each in taken for name in prints(each)])
-        assert not stream.faults.take()
-    return [[n for taken in ranks for n in taken[step * share : (step + 1) * share]] for step in range(steps)]
+        stream = TrainingStream(dataset, config, seed, batch)
+        with closing(stream.batches(samples_seen, ProcessShard(rank, world, micro), CPU)) as batches:  # type: ignore[type-var]
+            micro_batches = itertools.islice(batches, steps * share // micro)
+            ranks.append([digest for micro_batch in micro_batches for digest in batch_digests(micro_batch)])
+        assert not stream.faults.drain()
+    return [[n for digests in ranks for n in digests[step * share : (step + 1) * share]] for step in range(steps)]
 
 
-def by_hand(made: Manifest, seed: int, epochs: int) -> dict[bytes, tuple[int, int]]:
+def reference_pairs(dataset: Manifest, seed: int, epochs: int) -> dict[bytes, tuple[int, int]]:
     """What each (epoch, sample) must be, made one by one without any stream."""
-    samples = Samples(made, data(), seed, training=True)
-    known = {}
-    for pair in itertools.product(range(epochs), range(made.samples)):
-        own = sample_seed(seed, *pair)
-        image, label = samples.sample(pair[1], own)
-        alone = dict(zip(("label", "seed", "valid"), map(torch.tensor, ([label], [own], [True])), strict=True))
-        known[prints({"image": image[None], **alone})[0]] = pair
-    assert len(known) == epochs * made.samples  # nothing is like another, in another epoch neither
-    return known
+    samples = SampleDataset(dataset, data_config(), seed, training=True)
+    pairs = {}
+    for pair in itertools.product(range(epochs), range(dataset.samples)):
+        own_seed = sample_seed(seed, *pair)
+        image, label = samples.load_sample(pair[1], own_seed)
+        fields = dict(zip(("label", "seed", "valid"), map(torch.tensor, ([label], [own_seed], [True])), strict=True))
+        pairs[batch_digests({"image": image[None], **fields})[0]] = pair
+    assert len(pairs) == epochs * dataset.samples  # nothing is like another, in another epoch neither
+    return pairs
 
 
 def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-@light()
+@light_settings()
 @given(SIZES, SEED, LANES, WINDOW, st.sampled_from([4, 6, 8, 12, 24]), st.integers(0, 40), st.data())
 def test_every_world_size_gives_the_same_global_batches(
     sets: Sets, sizes: list[int], seed: int, lanes: int, window: int, batch: int, seen: int, choose: st.DataObject
 ):
     """In micro batches of any size, from any position, also where there are fewer shards or samples than processes."""
-    made, config = sets(sizes), data(lanes, window)
-    alone = global_batches(made, config, seed, batch, seen, 2)
+    dataset, config = sets(sizes), data_config(lanes, window)
+    expected = global_batches(dataset, config, seed, batch, seen, 2)
     for world in divisors(batch)[1:]:
         micro = choose.draw(st.sampled_from(divisors(batch // world)))
-        assert global_batches(made, config, seed, batch, seen, 2, world, micro) == alone
+        assert global_batches(dataset, config, seed, batch, seen, 2, world, micro) == expected
 
 
-@light()
+@light_settings()
 @given(SIZES, SEED, LANES, WINDOW, BATCH)
 def test_every_epoch_is_the_data_set(sets: Sets, sizes: list[int], seed: int, lanes: int, window: int, batch: int):
     """Batches that span epochs, or are larger than one, included."""
-    made = sets(sizes)
-    steps = max(1, -(-2 * made.samples // batch))
-    whole, begun = divmod(steps * batch, made.samples)
-    known = by_hand(made, seed, whole + bool(begun))
-    taken = global_batches(made, data(lanes, window), seed, batch, 0, steps)
-    pairs = [known[name] for each in taken for name in each]
+    dataset = sets(sizes)
+    steps = max(1, -(-2 * dataset.samples // batch))
+    num_epochs, num_begun = divmod(steps * batch, dataset.samples)
+    pair_of = reference_pairs(dataset, seed, num_epochs + bool(num_begun))
+    step_digests = global_batches(dataset, data_config(lanes, window), seed, batch, 0, steps)
+    pairs = [pair_of[digest] for digests in step_digests for digest in digests]
     assert len(set(pairs)) == len(pairs) == steps * batch
-    assert {pair for pair in pairs if pair[0] < whole} == set(itertools.product(range(whole), range(made.samples)))
-    assert sum(epoch == whole for epoch, _ in pairs) == begun
+    assert {pair for pair in pairs if pair[0] < num_epochs} == set(
+        itertools.product(range(num_epochs), range(dataset.samples))
+    )
+    assert sum(epoch == num_epochs for epoch, _ in pairs) == num_begun
 
 
-@light()
+@light_settings()
 @given(SIZES, SEED, LANES, WINDOW, BATCH, st.integers(0, 5), st.lists(BATCH, min_size=1, max_size=4))
 def test_a_run_goes_on_exactly_from_any_cut(
     sets: Sets, sizes: list[int], seed: int, lanes: int, window: int, batch: int, steps: int, others: list[int]
 ):
     """With its batch size the very same batches follow; with others, one after the other, the very same samples."""
-    made, config = sets(sizes), data(lanes, window)
-    whole = global_batches(made, config, seed, batch, 0, steps + 3)
-    assert global_batches(made, config, seed, batch, steps * batch, 3) == whole[steps:]
-    line = [n for (n,) in global_batches(made, config, seed, 1, 0, steps * batch + sum(others))]  # one by one
-    seen = 0
+    dataset, config = sets(sizes), data_config(lanes, window)
+    straight_run = global_batches(dataset, config, seed, batch, 0, steps + 3)
+    assert global_batches(dataset, config, seed, batch, steps * batch, 3) == straight_run[steps:]
+    sequence = [n for (n,) in global_batches(dataset, config, seed, 1, 0, steps * batch + sum(others))]  # one by one
+    samples_seen = 0
     for size in [batch] * steps + others:
-        (taken,) = global_batches(made, config, seed, size, seen, 1)
-        assert Counter(taken) == Counter(line[seen : seen + size])
-        seen += size
+        (actual,) = global_batches(dataset, config, seed, size, samples_seen, 1)
+        assert Counter(actual) == Counter(sequence[samples_seen : samples_seen + size])
+        samples_seen += size
 
 
-@light(max_examples=8)
+@light_settings(max_examples=8)
 @given(
     SIZES, SEED, LANES, st.integers(1, 3), st.sampled_from([1, 2]), st.integers(0, 30), st.sampled_from([1, 2, 3, 6])
 )
@@ -198,29 +207,29 @@ def test_loader_workers_change_no_bit(
     sets: Sets, sizes: list[int], seed: int, lanes: int, workers: int, world: int, seen: int, micro: int
 ):
     """More of them than shards, than samples, or than micro batches, in one process or several."""
-    made = sets(sizes)
-    wanted = global_batches(made, data(lanes), seed, 12, seen, 3)
-    assert global_batches(made, data(lanes, workers=workers), seed, 12, seen, 3, world, micro) == wanted
+    dataset = sets(sizes)
+    expected = global_batches(dataset, data_config(lanes), seed, 12, seen, 3)
+    assert global_batches(dataset, data_config(lanes, workers=workers), seed, 12, seen, 3, world, micro) == expected
 
 
-@light(max_examples=15)
+@light_settings(max_examples=15)
 @given(SIZES.filter(lambda sizes: sum(sizes) > 3), SEED, LANES, st.floats(0.2, 0.9))
 def test_an_epoch_of_a_subset_is_the_subset(sets: Sets, sizes: list[int], seed: int, lanes: int, share: float):
-    made, config = sets(sizes), data(lanes, subset=share)
-    count = TrainingStream(made, config, seed, 1).epoch_samples
-    assert count == max(1, round(made.samples * share))
-    known, chosen = by_hand(made, seed, 2), sorted(parts(made.samples, config)[0].tolist())
-    for epoch, taken in enumerate(global_batches(made, config, seed, count, 0, 2)):
-        assert sorted(known[name] for name in taken) == [(epoch, sample) for sample in chosen]
+    dataset, config = sets(sizes), data_config(lanes, subset=share)
+    count = TrainingStream(dataset, config, seed, 1).epoch_samples
+    assert count == max(1, round(dataset.samples * share))
+    pair_of, subset = reference_pairs(dataset, seed, 2), sorted(split_holdout(dataset.samples, config)[0].tolist())
+    for epoch, digests in enumerate(global_batches(dataset, config, seed, count, 0, 2)):
+        assert sorted(pair_of[digest] for digest in digests) == [(epoch, sample) for sample in subset]
 
 
 def test_other_settings_of_the_loader_give_another_stream(sets: Sets):
     """So that the equalities above are not those of a stream that never changes."""
-    made, plain = sets([6, 5, 6, 3]), data()
-    cases = [(plain, 0, 0), (plain, 1, 0), (plain, 0, 4)]
-    others: list[Any] = [{"lanes": 1}, {"window": 3}, {"flip": False}, {"crop_area": (0.5, 1.0)}]
-    cases += [(data(**other), 0, 0) for other in others]
-    streams = {str(global_batches(made, config, seed, 4, seen, 3)) for config, seed, seen in cases}
+    dataset, default = sets([6, 5, 6, 3]), data_config()
+    cases = [(default, 0, 0), (default, 1, 0), (default, 0, 4)]
+    changes: list[Any] = [{"lanes": 1}, {"window": 3}, {"flip": False}, {"crop_area": (0.5, 1.0)}]
+    cases += [(data_config(**change), 0, 0) for change in changes]
+    streams = {str(global_batches(dataset, config, seed, 4, seen, 3)) for config, seed, seen in cases}
     assert len(streams) == len(cases)
 
 
@@ -235,26 +244,28 @@ DIGEST = "984bc9949f3f3202302bc4eea7f2cf0db41bad2a067e0da15b3f8e4c8c5b3bfa"  # o
 
 
 def test_the_stream_of_a_small_set_is_pinned(tmp_path: Path):
-    """Plain colours, which no version of a decoder or a resizer changes: order, seeds, labels, pixels and masks.
+    """Plain colors, which no version of a decoder or a resizer changes: order, seeds, labels, pixels and masks.
 
     A change here breaks the resuming of every run, and is a new version of the plan.
     """
     shards, classes = [], []
     for number, size in enumerate((3, 4, 2)):
         colors = [(10 * i, 200 - 10 * i, i) for i in range(len(classes), len(classes) + size)]
-        write_tar(tmp_path / f"{number}.tar", [encoded(Image.new("RGB", (9, 7), c), "PNG") for c in colors])
+        write_tar(tmp_path / f"{number}.tar", [encode_pil(Image.new("RGB", (9, 7), c), "PNG") for c in colors])
         shards.append((str(number), size))
         classes += [i % 3 for i in range(size)]
-    stream = TrainingStream(set_of(tmp_path, *shards), data(lanes=2), seed=0, batch=6)
-    batches = list(itertools.islice(stream.batches(0, Share(0, 1, 6), CPU), 3))
-    for batch, wanted in zip(batches, GOLDEN, strict=True):
-        assert batch["seed"].tolist() == [sample_seed(0, *pair) for pair in wanted]
-        assert batch["image"][:, :, 0, 0].tolist() == [[10 * i, 200 - 10 * i, i] for _, i in wanted]
+    stream = TrainingStream(make_manifest(tmp_path, *shards), data_config(lanes=2), seed=0, batch=6)
+    batches = list(itertools.islice(stream.batches(0, ProcessShard(0, 1, 6), CPU), 3))
+    for batch, pairs in zip(batches, GOLDEN, strict=True):
+        assert batch["seed"].tolist() == [sample_seed(0, *pair) for pair in pairs]
+        assert batch["image"][:, :, 0, 0].tolist() == [[10 * i, 200 - 10 * i, i] for _, i in pairs]
         assert (batch["image"] == batch["image"][:, :, :1, :1]).all()
-        assert batch["label"].tolist() == [classes[i] for _, i in wanted]
+        assert batch["label"].tolist() == [classes[i] for _, i in pairs]
     assert batches[0]["seed"].tolist()[:3] == SEEDS
     assert draw(batches[0]["seed"], PATCHES).index[0].tolist() == MASK
-    assert hashlib.sha256(b"".join(name for batch in batches for name in prints(batch))).hexdigest() == DIGEST
+    assert (
+        hashlib.sha256(b"".join(digest for batch in batches for digest in batch_digests(batch))).hexdigest() == DIGEST
+    )
 
 
 def test_ten_thousand_shards_are_begun_with_little_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -263,58 +274,60 @@ def test_ten_thousand_shards_are_begun_with_little_work(tmp_path: Path, monkeypa
     Neither an order of all samples is made, which alone would take 100 MB, nor more indexes read than a batch needs.
     All shards are the same file here.
     """
-    (row,) = write_tar(tmp_path / "0.tar", [encoded(picture(1), "JPEG")])
+    (row,) = write_tar(tmp_path / "0.tar", [encode_pil(picture(1), "JPEG")])
     np.save(tmp_path / "0.npy", np.array([row] * 1280, ENTRY))
     digests = {"sha256": "0" * 64, "index_sha256": hashlib.sha256((tmp_path / "0.npy").read_bytes()).hexdigest()}
     shard = Shard(name="0.tar", samples=1280, bytes=(tmp_path / "0.tar").stat().st_size, **digests)
-    manifest.save(Manifest(tmp_path, {}, ["a"], [shard] * 10_000))
-    index, read = Manifest.index, list[int]()
-    monkeypatch.setattr(Manifest, "index", lambda self, shard: (read.append(shard), index(self, shard))[1])
-    for rank, seen in ((0, 0), (7, 3 * 12_800_000 + 4_567_890)):
-        read.clear()
+    manifest.save_manifest(Manifest(tmp_path, {}, ["a"], [shard] * 10_000))
+    index, index_reads = Manifest.index, list[int]()
+    monkeypatch.setattr(Manifest, "index", lambda self, shard: (index_reads.append(shard), index(self, shard))[1])
+    for rank, samples_seen in ((0, 0), (7, 3 * 12_800_000 + 4_567_890)):
+        index_reads.clear()
         tracemalloc.start()
-        made = manifest.load(tmp_path)
-        stream = TrainingStream(made, Data(image_size=32, workers=0), seed=1, batch=1024)
-        batch = next(stream.batches(seen, Share(rank, 8, 128), CPU))
+        dataset = manifest.load(tmp_path)
+        stream = TrainingStream(dataset, Data(image_size=32, workers=0), seed=1, batch=1024)
+        batch = next(stream.batches(samples_seen, ProcessShard(rank, 8, 128), CPU))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert (made.samples, int(batch["valid"].sum()), len(set(batch["seed"].tolist()))) == (12_800_000, 128, 128)
+        assert (dataset.samples, int(batch["valid"].sum()), len(set(batch["seed"].tolist()))) == (12_800_000, 128, 128)
         assert peak < 50e6
-        assert len(read) == len(set(read)) <= 16
+        assert len(index_reads) == len(set(index_reads)) <= 16
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])
 def test_memory_does_not_grow_with_epochs(tmp_path: Path, workers: int):
     """By the slope of each process's memory over 400 epochs, of its own alone: 30 bytes a sample would be seen."""
     for size in (3, 4, 5):
-        write_tar(tmp_path / f"{size}.tar", [encoded(picture(i, 6, 6), "PNG") for i in range(size)])
-    config = Data(image_size=4, workers=workers, lanes=2, window=1)
-    stream = TrainingStream(set_of(tmp_path, *((str(size), size) for size in (3, 4, 5))), config, seed=0, batch=12)
+        write_tar(tmp_path / f"{size}.tar", [encode_pil(picture(i, 6, 6), "PNG") for i in range(size)])
+    config = Data(image_size=4, workers=workers, lanes=2, shuffle_window=1)
+    stream = TrainingStream(
+        make_manifest(tmp_path, *((str(size), size) for size in (3, 4, 5))), config, seed=0, batch=12
+    )
     assert stream.epoch_samples == 12
-    here = psutil.Process()
-    others, course = {process.pid for process in here.children()}, []  # of other tests
-    with closing(stream.batches(0, Share(0, 1, 12), CPU)) as batches:  # type: ignore[type-var]
+    parent = psutil.Process()
+    other_pids, history = {process.pid for process in parent.children()}, []  # of other tests
+    with closing(stream.batches(0, ProcessShard(0, 1, 12), CPU)) as batches:  # type: ignore[type-var]
         for epoch, batch in enumerate(itertools.islice(batches, 601)):
             del batch
             if epoch >= 200 and epoch % 20 == 0:
-                memory = {process.pid: process.memory_info() for process in (here, *here.children())}
-                course.append({pid: its.rss - its.shared for pid, its in memory.items()})
-    family = set.intersection(*map(set, course)) - others
-    assert len(family) == 1 + workers
-    for process in family:
-        line = [own[process] for own in course]
-        slope = float(np.polyfit(range(len(line)), line, 1)[0]) * len(line)
-        assert slope < 150_000, f"process {process}: {line}"
+                memory = {process.pid: process.memory_info() for process in (parent, *parent.children())}
+                history.append({pid: info.rss - info.shared for pid, info in memory.items()})
+    pids = set.intersection(*map(set, history)) - other_pids
+    assert len(pids) == 1 + workers
+    for process in pids:
+        series = [usage[process] for usage in history]
+        slope = float(np.polyfit(range(len(series)), series, 1)[0]) * len(series)
+        assert slope < 150_000, f"process {process}: {series}"
 
 
-def distance(got: torch.Tensor, wanted: Image.Image) -> float:
-    return float((got.permute(1, 2, 0).int() - torch.from_numpy(np.array(wanted)).int()).abs().float().mean())
+def distance(actual: torch.Tensor, expected: Image.Image) -> float:
+    return float((actual.permute(1, 2, 0).int() - torch.from_numpy(np.array(expected)).int()).abs().float().mean())
 
 
 def test_a_batch_is_what_the_contract_says(sets: Sets):
-    made = sets([6, 5])
-    stream = TrainingStream(made, Data(image_size=(16, 24), workers=0, lanes=3, window=1), seed=5, batch=8)
-    keys, batch = next(stream.keys(0, Share(0, 1, 8))), next(stream.batches(0, Share(0, 1, 8), CPU))
+    dataset = sets([6, 5])
+    stream = TrainingStream(dataset, Data(image_size=(16, 24), workers=0, lanes=3, shuffle_window=1), seed=5, batch=8)
+    keys, batch = next(stream.keys(0, ProcessShard(0, 1, 8))), next(stream.batches(0, ProcessShard(0, 1, 8), CPU))
     assert {name: (value.dtype, tuple(value.shape)) for name, value in batch.items()} == {
         "image": (torch.uint8, (8, 3, 16, 24)),
         "label": (torch.int64, (8,)),
@@ -323,52 +336,52 @@ def test_a_batch_is_what_the_contract_says(sets: Sets):
     }
     assert keys == stream.plan.batch(0)
     assert batch["seed"].tolist() == [sample_seed(5, epoch, sample) for epoch, sample in keys]
-    assert batch["label"].tolist() == [int(made.labels[sample]) for _, sample in keys]
+    assert batch["label"].tolist() == [int(dataset.labels[sample]) for _, sample in keys]
     assert batch["valid"].all()
 
 
 def test_evaluation_takes_each_sample_once(sets: Sets):
-    made = sets([LARGEST] * PLACES)
-    stream = EvaluationStream(made, data(), batch=4)
+    dataset = sets([MAX_SAMPLES] * MAX_SHARDS)
+    stream = EvaluationStream(dataset, data_config(), batch=4)
     for world in (1, 2, 3):
-        ranks = [list(stream.batches(Share(rank, world, 4), CPU)) for rank in range(world)]
+        ranks = [list(stream.batches(ProcessShard(rank, world, 4), CPU)) for rank in range(world)]
         batches = [batch for step in zip(*ranks, strict=True) for batch in step]
-        assert [len(batch["image"]) for batch in batches] == [4] * (-(-made.samples // (4 * world)) * world)
+        assert [len(batch["image"]) for batch in batches] == [4] * (-(-dataset.samples // (4 * world)) * world)
         valid, label = (torch.cat([batch[name] for batch in batches]) for name in ("valid", "label"))
-        assert label[valid].tolist() == made.labels.tolist()
+        assert label[valid].tolist() == dataset.labels.tolist()
         assert (label[~valid] == -1).all()
 
 
-def test_evaluation_sees_the_upright_centre_and_never_changes(sets: Sets):
-    samples = Samples(sets([LARGEST] * PLACES), data(eval_crop=0.5), seed=0, training=False)
-    for sample in range(LARGEST * PLACES):
-        image_bytes, _ = samples.read(sample)
+def test_evaluation_sees_the_upright_center_and_never_changes(sets: Sets):
+    samples = SampleDataset(sets([MAX_SAMPLES] * MAX_SHARDS), data_config(eval_crop=0.5), seed=0, training=False)
+    for sample in range(MAX_SAMPLES * MAX_SHARDS):
+        image_bytes, _ = samples.read_sample(sample)
         image = Image.open(io.BytesIO(image_bytes)).convert("RGB")
         side = round(min(image.size) * 0.5)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        centre = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
-        assert all(distance(samples.crop(image_bytes, seed), centre) < 6 for seed in (0, 1))
+        center = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+        assert all(distance(samples.crop(image_bytes, seed), center) < 6 for seed in (0, 1))
 
 
 @pytest.mark.parametrize(("size", "bound"), [((130, 150), 0.7), ((20, 24), 5)], ids=["full scale", "half scale"])
 def test_a_crop_is_what_pillow_makes_of_the_same_box(size: tuple[int, int], bound: float):
     """A large JPEG is decoded at half its size, where the box is rounded by at most a pixel."""
-    samples = Samples(Manifest(Path(), {}, [], []), Data(image_size=size), seed=0, training=True)
+    samples = SampleDataset(Manifest(Path(), {}, [], []), Data(image_size=size), seed=0, training=True)
     image = picture(1, 211, 303)
-    data = encoded(image, "JPEG", quality=95)
+    data = encode_pil(image, "JPEG", quality=95)
     for seed in range(40):
-        box = samples.box(211, 303, seed)
+        box = samples.crop_box(211, 303, seed)
         edges = (box.left, box.top, box.left + box.width, box.top + box.height)
-        wanted = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, edges)
-        if flips(seed):
-            wanted = wanted.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        assert distance(samples.crop(data, seed), wanted) < bound
+        expected = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, edges)
+        if should_flip(seed):
+            expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        assert distance(samples.crop(data, seed), expected) < bound
 
 
 @pytest.mark.parametrize("samples", [1, 2, 10, 1000])
 def test_subsets_are_nested_and_of_the_right_size(samples: int):
     shares = [0.001, 0.01, 0.1, 0.3, 0.5, 0.9, 1.0]
-    nested = [parts(samples, Data(subset=share))[0].tolist() for share in shares]
+    nested = [split_holdout(samples, Data(subset=share))[0].tolist() for share in shares]
     assert [len(part) for part in nested] == [max(1, round(samples * share)) for share in shares]
     assert all(part == sorted(set(part)) for part in nested)
     assert all(set(small) <= set(large) for small, large in itertools.pairwise(nested))
@@ -376,9 +389,9 @@ def test_subsets_are_nested_and_of_the_right_size(samples: int):
 
 
 def test_values_that_mean_nothing_are_refused():
-    given: dict[str, list[Any]] = {"crop_area": [(0.5, 0.1), (0.0, 0.0), (0.5, 2.0)], "image_size": [0, (32, -1)]}
-    given |= {"subset": [0], "eval_crop": [0], "workers": [-1]}
-    for name, value in ((name, value) for name, values in given.items() for value in values):
+    invalid: dict[str, list[Any]] = {"crop_area": [(0.5, 0.1), (0.0, 0.0), (0.5, 2.0)], "image_size": [0, (32, -1)]}
+    invalid |= {"subset": [0], "eval_crop": [0], "workers": [-1]}
+    for name, value in ((name, value) for name, values in invalid.items() for value in values):
         with pytest.raises(ValidationError, match=name):
             Data(**{name: value})
 
@@ -386,59 +399,67 @@ def test_values_that_mean_nothing_are_refused():
 @given(st.integers(200, 3000), st.floats(0.05, 0.95), st.floats(0.1, 1))
 def test_what_is_held_out_and_what_is_trained_on_are_all_and_disjoint(samples: int, hold_out: float, share: float):
     """C5.2a"""
-    trained, held = parts(samples, Data(hold_out=hold_out, subset=share))
-    chosen = parts(samples, Data(subset=share))[0]
-    assert sorted([*trained, *held]) == chosen.tolist()
-    assert len(held) == round(len(chosen) * hold_out)
-    assert not set(trained) & set(held)
+    train_ids, held_out_ids = split_holdout(samples, Data(holdout=hold_out, subset=share))
+    subset_ids = split_holdout(samples, Data(subset=share))[0]
+    assert sorted([*train_ids, *held_out_ids]) == subset_ids.tolist()
+    assert len(held_out_ids) == round(len(subset_ids) * hold_out)
+    assert not set(train_ids) & set(held_out_ids)
 
 
 def test_a_stream_trains_on_the_one_part_and_is_judged_on_the_other(shards: Path):
-    made = manifest.load(shards / "train")
-    config = Data(image_size=16, workers=0, hold_out=0.3)
-    stream = TrainingStream(made, config, seed=1, batch=4)
-    epoch = [next(stream.keys(4 * i, Share(micro_batch=4))) for i in range(stream.epoch_samples // 4 + 1)]
-    trained = {sample for keys in epoch for _, sample in keys}
-    judged = lambda batch: EvaluationStream(made, config, batch, parts(made.samples, config)[1])  # noqa: E731
-    held = {sample for keys in judged(4).keys(Share(micro_batch=4)) for _, sample in keys} - {-1}
-    assert trained | held == set(range(made.samples))
-    assert not trained & held
-    assert sum(int(batch["valid"].sum()) for batch in judged(4).batches(Share(micro_batch=4), CPU)) == len(held)
-    two = [judged(2).keys(Share(r, 2, 2)) for r in range(2)]
-    assert sorted(s for rank in two for keys in rank for _, s in keys if s >= 0) == sorted(held)
+    dataset = manifest.load(shards / "train")
+    config = Data(image_size=16, workers=0, holdout=0.3)
+    stream = TrainingStream(dataset, config, seed=1, batch=4)
+    epoch = [next(stream.keys(4 * i, ProcessShard(micro_batch=4))) for i in range(stream.epoch_samples // 4 + 1)]
+    train_ids = {sample for keys in epoch for _, sample in keys}
+    held_out = split_holdout(dataset.samples, config)[1]
+
+    def evaluation_stream(batch: int) -> EvaluationStream:
+        return EvaluationStream(dataset, config, batch, held_out)
+
+    held_out_ids = {sample for keys in evaluation_stream(4).keys(ProcessShard(micro_batch=4)) for _, sample in keys} - {
+        -1
+    }
+    assert train_ids | held_out_ids == set(range(dataset.samples))
+    assert not train_ids & held_out_ids
+    assert sum(
+        int(batch["valid"].sum()) for batch in evaluation_stream(4).batches(ProcessShard(micro_batch=4), CPU)
+    ) == len(held_out_ids)
+    rank_keys = [evaluation_stream(2).keys(ProcessShard(r, 2, 2)) for r in range(2)]
+    assert sorted(s for rank in rank_keys for keys in rank for _, s in keys if s >= 0) == sorted(held_out_ids)
 
 
 @pytest.mark.parametrize(("samples", "hold_out"), [(4, 0.1), (1, 0.5), (3, 0.9)])
 def test_a_part_that_would_be_empty_is_refused(samples: int, hold_out: float):
-    refused(lambda: parts(samples, Data(hold_out=hold_out)), DATA)
+    assert_refused(lambda: split_holdout(samples, Data(holdout=hold_out)), ExitCode.DATA)
 
 
 def test_samples_are_called_what_their_images_were(shards: Path):
-    made = manifest.load(shards / "val")
-    found = names(made)
-    assert len(found) == len(set(found)) == made.samples
-    assert [name.split("/")[0] for name in found] == [sorted(COLORS)[label] for label in made.labels]
-    joined = names(manifest.join([made, manifest.load(shards / "train")]))
-    assert joined[: made.samples] == found
+    dataset = manifest.load(shards / "val")
+    names = read_sample_names(dataset)
+    assert len(names) == len(set(names)) == dataset.samples
+    assert [name.split("/")[0] for name in names] == [sorted(COLORS)[label] for label in dataset.labels]
+    joined = read_sample_names(manifest.join_manifests([dataset, manifest.load(shards / "train")]))
+    assert joined[: dataset.samples] == names
     assert len(set(joined)) == len(joined)
 
 
 # loader workers that end in the midst of handing a batch over (issue 17); sick ones of a run: tests/train
 
 
-class Lost:
+class LostBatch:
     """A batch whose memory cannot be handed over: its worker ends a little later, which torch has not noticed yet."""
 
     def __reduce__(self) -> Any:
         threading.Timer(0.2, os._exit, [1]).start()
-        return hung_up, ("Connection reset by peer",)
+        return raise_connection_reset, ("Connection reset by peer",)
 
 
-def hung_up(what: str) -> None:
-    raise ConnectionResetError(errno.ECONNRESET, what)
+def raise_connection_reset(message: str) -> None:
+    raise ConnectionResetError(errno.ECONNRESET, message)
 
 
-class Source(Dataset):
+class UnreliableDataset(Dataset):
     """Batches that are lost on the way, or an error of the data set."""
 
     def __init__(self, fails: bool):
@@ -447,21 +468,21 @@ class Source(Dataset):
     def __len__(self) -> int:
         return 1
 
-    def __getitem__(self, index: int) -> Lost | None:
-        return hung_up("the bucket's server hung up") if self.fails else Lost()
+    def __getitem__(self, index: int) -> LostBatch | None:
+        return raise_connection_reset("the bucket's server hung up") if self.fails else LostBatch()
 
-    def where(self, sample: int) -> str:
+    def describe_sample(self, sample: int) -> str:
         return f"sample {sample}"
 
 
 def test_a_worker_that_ends_while_it_hands_over_is_named_and_an_error_of_the_data_stays_what_it_is():
-    load = lambda fails: next(workers.loaded(Source(fails), 1, timeout=60, size=1, device=CPU))  # noqa: E731
+    load = lambda fails: next(workers.worker_batches(UnreliableDataset(fails), 1, timeout=60, size=1, device=CPU))  # noqa: E731
     with pytest.raises(RuntimeError, match="exited unexpectedly") as caught:
         load(False)
-    end = workers.explain(caught.value)
-    assert end is not None
-    assert end.code == INTERNAL
-    assert re.match(r"loader worker 0 \(pid .*exited unexpectedly", str(end))
+    exit_error = workers.diagnose_worker_failure(caught.value)
+    assert exit_error is not None
+    assert exit_error.code == ExitCode.INTERNAL
+    assert re.match(r"loader worker 0 \(pid .*exited unexpectedly", str(exit_error))
     with pytest.raises(ConnectionResetError, match="the bucket's server hung up"):
         load(True)
 
@@ -472,50 +493,54 @@ def test_a_worker_that_ends_while_it_hands_over_is_named_and_an_error_of_the_dat
 @pytest.mark.long
 def test_ten_thousand_flipped_bits(tmp_path: Path):
     """Anywhere in a shard: what the flip does not touch is delivered as it was, what it touches is named."""
-    made = one(write_pictures(tmp_path / "in", [f"{i}.jpg" for i in range(10)]), tmp_path / "out", shard_samples=10)
-    path, rows = made.tar(0), made.index(0)
-    whole, draw, hit = path.read_bytes(), random.Random(5), 0
+    dataset = build_shards(
+        write_pictures(tmp_path / "in", [f"{i}.jpg" for i in range(10)]), tmp_path / "out", shard_samples=10
+    )
+    path, rows = dataset.tar(0), dataset.index(0)
+    original, rng, num_hit = path.read_bytes(), random.Random(5), 0
 
-    def every() -> dict[int, torch.Tensor]:
+    def load_images() -> dict[int, torch.Tensor]:
         """Sample id -> pixels of those that can be had."""
-        (batch,) = EvaluationStream(made, Data(image_size=16, workers=0), 10).batches(Share(), CPU)
+        (batch,) = EvaluationStream(dataset, Data(image_size=16, workers=0), 10).batches(ProcessShard(), CPU)
         return {i: batch["image"][i] for i in range(10) if batch["valid"][i]}
 
-    plain = every()
+    expected = load_images()
     for _ in range(10_000):
-        place = draw.randrange(len(whole))
-        flipped = bytearray(whole)
-        flipped[place] ^= 1 << draw.randrange(8)
+        position = rng.randrange(len(original))
+        flipped = bytearray(original)
+        flipped[position] ^= 1 << rng.randrange(8)
         path.write_bytes(flipped)
-        touched = [i for i, row in enumerate(rows) if row["offset"] <= place < row["offset"] + row["size"]]
-        hit += len(touched)
-        found = every()
-        assert [i for i in range(10) if i not in found] == touched
-        assert all(torch.equal(found[i], plain[i]) for i in found)
-    path.write_bytes(whole)
-    assert every().keys() == plain.keys()
-    print(f"\n10,000 flipped bits: {hit} samples hit, {hit} named, 0 others lost or changed")
+        touched = [i for i, row in enumerate(rows) if row["offset"] <= position < row["offset"] + row["size"]]
+        num_hit += len(touched)
+        actual = load_images()
+        assert [i for i in range(10) if i not in actual] == touched
+        assert all(torch.equal(actual[i], expected[i]) for i in actual)
+    path.write_bytes(original)
+    assert load_images().keys() == expected.keys()
+    print(f"\n10,000 flipped bits: {num_hit} samples hit, {num_hit} named, 0 others lost or changed")
 
 
 @pytest.mark.long
 def test_a_cut_at_every_block_of_a_shard(tmp_path: Path):
-    made = one(write_pictures(tmp_path / "in", [f"{i}.jpg" for i in range(40)]), tmp_path / "out", shard_samples=40)
-    whole, rows = made.tar(0).read_bytes(), made.index(0)
-    for cut in range(0, len(whole), 512):
-        made.tar(0).write_bytes(whole[:cut])
-        (state,) = verify(VerifyShards(shards=(str(tmp_path / "out"),), full=True, workers=1, quiet=True))
+    dataset = build_shards(
+        write_pictures(tmp_path / "in", [f"{i}.jpg" for i in range(40)]), tmp_path / "out", shard_samples=40
+    )
+    original, rows = dataset.tar(0).read_bytes(), dataset.index(0)
+    for cut in range(0, len(original), 512):
+        dataset.tar(0).write_bytes(original[:cut])
+        (state,) = verify_all_shards(VerifyShards(shards=(str(tmp_path / "out"),), full=True, workers=1, quiet=True))
         assert state.fault
         assert state.readable == sum(int(row["offset"]) + int(row["size"]) <= cut for row in rows)
-    print(f"\n{len(whole) // 512} cuts: good + bad = 40 each time")
+    print(f"\n{len(original) // 512} cuts: good + bad = 40 each time")
 
 
 @pytest.mark.long
 def test_a_hundred_epochs_on_real_workers_bring_every_sample_once(tmp_path: Path):
     pictures = write_pictures(tmp_path / "in", [f"{i}.png" for i in range(60)], height=8)
-    made = one(pictures, tmp_path / "out", shard_samples=7)
-    stream = TrainingStream(made, Data(image_size=8, workers=2, lanes=3, window=1), seed=1, batch=12)
-    seen = itertools.islice(stream.keys(0, Share(0, 1, 12)), 500)
-    assert len({pair for keys in seen for pair in keys}) == 6000
-    batches = itertools.islice(stream.batches(0, Share(0, 1, 12), CPU), 500)
+    dataset = build_shards(pictures, tmp_path / "out", shard_samples=7)
+    stream = TrainingStream(dataset, Data(image_size=8, workers=2, lanes=3, shuffle_window=1), seed=1, batch=12)
+    key_batches = itertools.islice(stream.keys(0, ProcessShard(0, 1, 12)), 500)
+    assert len({pair for keys in key_batches for pair in keys}) == 6000
+    batches = itertools.islice(stream.batches(0, ProcessShard(0, 1, 12), CPU), 500)
     assert len({seed for batch in batches for seed in batch["seed"].tolist()}) == 6000
     print("\n100 epochs of 60 samples with 2 workers: 6,000 different (epoch, sample) pairs")

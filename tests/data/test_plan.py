@@ -9,39 +9,39 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssl_vit.data.plan import Plan, in_order
-from ssl_vit.rng import key, permutation
+from ssl_vit.data.plan import Plan, sequential_plan
+from ssl_vit.rng import hash_key, permutation
 
 SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any)
 SEED, LANES, WINDOW = st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 4)
 
 
-def twin(sizes: list[int], seed: int, lanes: int, window: int, epoch: int) -> list[int]:
+def reference_order(sizes: list[int], seed: int, lanes: int, window: int, epoch: int) -> list[int]:
     """DESIGN 6 read aloud: permute shards, cut into equal lanes, permute within windows, deal round robin."""
     ids = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-    line = np.concatenate([ids[shard] for shard in permutation(key(seed, "shards", epoch), len(sizes))])
-    span = window * -(-len(line) // len(sizes))  # so many average shards
-    dealt = []
-    for lane, part in enumerate(np.array_split(line, min(lanes, len(line)))):
+    shuffled_ids = np.concatenate([ids[shard] for shard in permutation(hash_key(seed, "shards", epoch), len(sizes))])
+    span = window * -(-len(shuffled_ids) // len(sizes))  # so many average shards
+    lane_orders = []
+    for lane, part in enumerate(np.array_split(shuffled_ids, min(lanes, len(shuffled_ids)))):
         windows = [part[first : first + span] for first in range(0, len(part), span)]
-        names = [key(seed, "window", epoch, lane, number) for number in range(len(windows))]
-        dealt.append([int(w[i]) for w, name in zip(windows, names, strict=True) for i in permutation(name, len(w))])
-    return [i for row in itertools.zip_longest(*dealt) for i in row if i is not None]
+        keys = [hash_key(seed, "window", epoch, lane, number) for number in range(len(windows))]
+        lane_orders.append([int(w[i]) for w, key in zip(windows, keys, strict=True) for i in permutation(key, len(w))])
+    return [i for row in itertools.zip_longest(*lane_orders) for i in row if i is not None]
 
 
 @given(SIZES, SEED, LANES, WINDOW)
 def test_the_stream_is_its_plain_twin(sizes: list[int], seed: int, lanes: int, window: int):
     plan, total = Plan(sizes, seed, 1, lanes, window), sum(sizes)
-    stream = [plan.samples(place, 1)[0] for place in range(2 * total)]
-    assert stream == [(epoch, i) for epoch in (0, 1) for i in twin(sizes, seed, lanes, window, epoch)]
+    stream = [plan.samples(position, 1)[0] for position in range(2 * total)]
+    assert stream == [(epoch, i) for epoch in (0, 1) for i in reference_order(sizes, seed, lanes, window, epoch)]
 
 
 @given(SIZES, SEED, LANES, WINDOW, st.lists(st.integers(0, 60), min_size=2, max_size=12))
 def test_what_was_asked_before_changes_no_answer(
     sizes: list[int], seed: int, lanes: int, window: int, steps: list[int]
 ):
-    used = Plan(sizes, seed, 4, lanes, window)
-    assert [used.batch(s) for s in steps] == [Plan(sizes, seed, 4, lanes, window).batch(s) for s in steps]
+    plan = Plan(sizes, seed, 4, lanes, window)
+    assert [plan.batch(s) for s in steps] == [Plan(sizes, seed, 4, lanes, window).batch(s) for s in steps]
 
 
 def test_what_cannot_be_planned_is_refused():
@@ -64,7 +64,9 @@ def test_a_rank_reads_its_share_of_the_shards(world: int):
 @given(SIZES, SEED, st.integers(0, 30), st.sampled_from([2, 4, 8]))
 def test_a_share_is_a_contiguous_run_of_lanes(sizes: list[int], seed: int, step: int, world: int):
     plan, total = Plan(sizes, seed, 8, 8, 1), sum(sizes)
-    lane = {plan.samples(place, 1)[0]: place % total % min(8, total) for place in range(step * 8, step * 8 + 8)}
+    lane = {
+        plan.samples(position, 1)[0]: position % total % min(8, total) for position in range(step * 8, step * 8 + 8)
+    }
     lanes = [lane[pair] for rank in range(world) for pair in plan.batch(step, rank, world)]
     assert lanes == sorted(lanes)
 
@@ -91,7 +93,7 @@ def test_a_large_plan_seeks_anywhere_and_stays_small():
 
 @given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 5))
 def test_evaluation_takes_every_sample_once_on_equal_ranks(samples: int, batch: int, world: int):
-    ranks = [in_order(samples, batch, rank, world) for rank in range(world)]
+    ranks = [sequential_plan(samples, batch, rank, world) for rank in range(world)]
     assert {len(batches) for batches in ranks} == {-(-samples // (batch * world))}  # the fewest possible
     assert all(len(keys) == batch for batches in ranks for keys in batches)
     keys = [pair for step in zip(*ranks, strict=True) for pair in itertools.chain(*step)]

@@ -49,23 +49,23 @@ def test_output_and_gradients_are_those_of_fp32(make: Callable[..., nn.Module], 
         layer.bfloat16()
     exact = copy.deepcopy(layer).double()
     convolve_in_fp32_on_cpu(layer)
-    want = exact(image.double())
+    expected = exact(image.double())
     with torch.autocast("cpu", torch.bfloat16, enabled=not half_weights):
-        got = layer(image.bfloat16() if half_weights else image)
-    assert got.dtype == torch.bfloat16
+        actual = layer(image.bfloat16() if half_weights else image)
+    assert actual.dtype == torch.bfloat16
     # weights that are standardized are so in their own precision
     coarse = half_weights and make is not nn.Conv2d
-    assert relative(got, want) < (2e-2 if coarse else 3e-3)
-    pull = torch.randn_like(want).bfloat16()
-    want.backward(pull.double())
-    got.backward(pull)
-    for mine, theirs in zip(layer.parameters(), exact.parameters(), strict=True):
-        assert mine.grad is not None
-        assert relative(mine.grad, theirs.grad) < (3e-2 if coarse else 4e-3)
+    assert relative_error(actual, expected) < (2e-2 if coarse else 3e-3)
+    output_gradient = torch.randn_like(expected).bfloat16()
+    expected.backward(output_gradient.double())
+    actual.backward(output_gradient)
+    for parameter, exact_parameter in zip(layer.parameters(), exact.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert relative_error(parameter.grad, exact_parameter.grad) < (3e-2 if coarse else 4e-3)
 
 
-def relative(got: Tensor, want: Any) -> float:
-    return float((got.double() - want).detach().norm() / want.detach().norm())
+def relative_error(actual: Tensor, expected: Any) -> float:
+    return float((actual.double() - expected).detach().norm() / expected.detach().norm())
 
 
 ENCODERS = {
@@ -83,33 +83,33 @@ def test_no_encoder_convolves_in_bf16(name: str, monkeypatch: pytest.MonkeyPatch
     """Neither under autocast nor with bf16 weights, also where activation checkpointing computes a block again."""
     encoder = ENCODERS[name].build()
     image = torch.randint(0, 256, (2, encoder.channels, *encoder.config.image_hw), dtype=torch.uint8)
-    found = []
+    dtypes = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if "convolution" in str(func):
-                found.extend(part.dtype for part in args if isinstance(part, Tensor))
+                dtypes.extend(part.dtype for part in args if isinstance(part, Tensor))
             return func(*args, **(kwargs or {}))
 
     if name in ("bit", "hybrid"):
         encoder.activation_checkpointing = True
     with Watch(), torch.autocast("cpu", torch.bfloat16):
         encoder(image).float().sum().backward()
-    assert set(found) == {torch.float32}
-    found.clear()
+    assert set(dtypes) == {torch.float32}
+    dtypes.clear()
     encoder.bfloat16()
     with Watch():
         encoder(image).float().sum().backward()
-    assert set(found) == {torch.float32}
+    assert set(dtypes) == {torch.float32}
 
 
 def test_fp32_is_left_alone():
     """The same bits, and nothing in the way of copying and pickling."""
-    plain = nn.Sequential(nn.Conv2d(3, 8, 4))
-    layer = copy.deepcopy(plain)
+    reference = nn.Sequential(nn.Conv2d(3, 8, 4))
+    layer = copy.deepcopy(reference)
     convolve_in_fp32_on_cpu(layer)
     image = torch.randn(2, 3, 16, 16)
-    for same in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(same(image), plain(image))
-        convolution: Any = same[0]
+    for candidate in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(candidate(image), reference(image))
+        convolution: Any = candidate[0]
         assert convolution.forward.args[0] is convolution

@@ -14,12 +14,12 @@ from ssl_vit.encoders import layers
 from ssl_vit.encoders.axial import Axial, AxialResnet
 from ssl_vit.encoders.timm_encoder import Bit, TimmZoo
 from ssl_vit.encoders.vit import DropPath, Vit
-from ssl_vit.errors import USAGE, Refusal
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.estimate import cost
 from ssl_vit.model import count_parameters
 from ssl_vit.recipes import Pretrain
 from ssl_vit.train.optim import is_kernel, learning_rate
-from tests.encoders.kinds import FEATURES, TINY, VARIANTS, images, made
+from tests.encoders.kinds import FEATURES, TINY, VARIANTS, make_encoder, random_images
 
 SMALL = Vit(size="Ti", width=32, depth=2, heads=2, patch=4, image=(16, 24))
 TOKENS = {14: [257, 1370], 16: [197, 577], 32: [50, 145]}
@@ -43,7 +43,7 @@ def test_parameters_and_macs_are_the_papers(size, patch, trunk, with_head, large
         small = Vit(size=size, patch=patch).build()
         large = Vit(size=size, patch=patch, image=larger).build()
         head = nn.Linear(small.width, 1000)
-    assert [one.pos_embed.shape[1] for one in (small, large)] == TOKENS[patch]  # type: ignore[union-attr]
+    assert [encoder.pos_embed.shape[1] for encoder in (small, large)] == TOKENS[patch]  # type: ignore[union-attr]
     assert count_parameters(small) == trunk
     assert count_parameters(small) + count_parameters(head) == with_head
     assert count_parameters(large) + count_parameters(head) == with_head_larger
@@ -55,33 +55,37 @@ def test_parameters_and_macs_are_the_papers(size, patch, trunk, with_head, large
 def test_vit_b16_equals_timm_bit_for_bit(monkeypatch: pytest.MonkeyPatch):
     """Where both use one library; oneDNN, which ours uses on a CPU, rounds otherwise. Of twelve blocks it has two."""
     torch.manual_seed(0)
-    theirs: Any = timm.create_model("vit_base_patch16_224", num_classes=0, depth=2).eval()
-    ours = Vit(size="B", depth=2).build().eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    image = images(ours.config, 2)
+    timm_model: Any = timm.create_model("vit_base_patch16_224", num_classes=0, depth=2).eval()
+    encoder = Vit(size="B", depth=2).build().eval()
+    encoder.load_state_dict(timm_model.state_dict(), strict=True)
+    image = random_images(encoder.config, 2)
     with torch.no_grad():
-        want = theirs.forward_features(ours.normalise(image))
-        torch.testing.assert_close(ours(image), want, atol=1e-5, rtol=0)
+        expected = timm_model.forward_features(encoder.normalize(image))
+        torch.testing.assert_close(encoder(image), expected, atol=1e-5, rtol=0)
         monkeypatch.setattr(layers, "ONEDNN", False)
-        assert torch.equal(ours(image), want)
+        assert torch.equal(encoder(image), expected)
 
 
 def test_pixels_lie_between_minus_one_and_one_and_their_convolution_is_a_linear_layer_in_raster_order():
     encoder = SMALL.build()
     edges = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 16, 24)
-    assert encoder.normalise(edges).unique().tolist() == [-1.0, 1.0]
-    pixels = encoder.normalise(images(SMALL))
+    assert encoder.normalize(edges).unique().tolist() == [-1.0, 1.0]
+    pixels = encoder.normalize(random_images(SMALL))
     kernel: Any = encoder.patch_embed.proj
     flat = nn.functional.unfold(pixels, 4, stride=4).transpose(1, 2)  # C1.3
-    want = nn.functional.linear(flat, kernel.weight.flatten(1), kernel.bias)
-    torch.testing.assert_close(encoder.patch_embed(pixels), want, atol=1e-5, rtol=0)
+    expected = nn.functional.linear(flat, kernel.weight.flatten(1), kernel.bias)
+    torch.testing.assert_close(encoder.patch_embed(pixels), expected, atol=1e-5, rtol=0)
 
 
 def test_dropout_sits_at_the_papers_places():
     """C1.8: three a block and one after positions, none on the attention probabilities."""
     encoder = SMALL.model_copy(update={"dropout": 0.1}).build()
-    places = [name for name, module in encoder.named_modules() if isinstance(module, nn.Dropout) and module.p == 0.1]
-    assert places == ["pos_drop"] + [f"blocks.{i}.{at}" for i in (0, 1) for at in ("drop", "mlp.drop1", "mlp.drop2")]
+    dropout_names = [
+        name for name, module in encoder.named_modules() if isinstance(module, nn.Dropout) and module.p == 0.1
+    ]
+    assert dropout_names == ["pos_drop"] + [
+        f"blocks.{i}.{name}" for i in (0, 1) for name in ("drop", "mlp.drop1", "mlp.drop2")
+    ]
 
 
 def test_heads_change_neither_parameters_nor_macs_and_a_size_that_does_not_fit_is_refused():
@@ -96,69 +100,81 @@ def test_dropped_paths_are_whole_images_and_the_rest_is_scaled():
     """As timm's: a share of the images skips the branch, the others' is divided by what is kept."""
     drop, x = DropPath(0.25), torch.ones(4000, 3, 2)
     torch.manual_seed(0)
-    found = drop.train()(x)
-    kept = found[:, 0, 0] > 0
-    assert torch.equal(found, kept[:, None, None] * x / 0.75)
-    assert float(kept.float().mean()) == pytest.approx(0.75, abs=0.03)
+    output = drop.train()(x)
+    is_kept = output[:, 0, 0] > 0
+    assert torch.equal(output, is_kept[:, None, None] * x / 0.75)
+    assert float(is_kept.float().mean()) == pytest.approx(0.75, abs=0.03)
     assert drop.eval()(x) is x
 
 
 def test_dropping_grows_with_depth_and_leaves_evaluation_alone():
-    given = Vit.model_validate(TINY | {"depth": 5, "image": 8})
-    plain, dropping = made(given).eval(), made(given.model_copy(update={"drop_path": 0.2}))
-    shares = [1 - float(getattr(block.drop_path, "kept", 1)) for block in dropping.blocks]  # type: ignore[union-attr]
+    vit_config = Vit.model_validate(TINY | {"depth": 5, "image": 8})
+    reference, dropping = (
+        make_encoder(vit_config).eval(),
+        make_encoder(vit_config.model_copy(update={"drop_path": 0.2})),
+    )
+    shares = [1 - float(getattr(block.drop_path, "keep_prob", 1)) for block in dropping.blocks]  # type: ignore[union-attr]
     assert shares == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
-    image = images(given)
-    assert torch.equal(dropping.eval()(image), plain(image))
-    assert not torch.equal(dropping.train()(image), plain(image))
+    image = random_images(vit_config)
+    assert torch.equal(dropping.eval()(image), reference(image))
+    assert not torch.equal(dropping.train()(image), reference(image))
 
 
 # axial
 
 
-def changed(encoder: Any, image: Tensor, rows: slice, columns: slice, through: Callable[[Tensor], Tensor]) -> Tensor:
+def changed_cells(
+    encoder: Any, image: Tensor, rows: slice, columns: slice, forward: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Which cells of the grid tokens of differ once pixels of these cells do, bool [rows, columns]."""
-    side, other = encoder.stride, image.clone()
-    height, width = (slice(s.start * side, s.stop * side) for s in (rows, columns))
-    other[:, :, height, width] ^= 255
+    stride, inverted = encoder.stride, image.clone()
+    height, width = (slice(s.start * stride, s.stop * stride) for s in (rows, columns))
+    inverted[:, :, height, width] ^= 255
     with torch.no_grad():
-        differ = (through(image) != through(other)).any(2)[0]
+        differ = (forward(image) != forward(inverted)).any(2)[0]
     return differ.unflatten(0, encoder.grid)
 
 
-def axial(**update: Any) -> Any:
-    return made(Axial(**TINY | {"depth": 1, "image": (20, 16)} | update)).eval()
+def make_axial(**update: Any) -> Any:
+    return make_encoder(Axial(**TINY | {"depth": 1, "image": (20, 16)} | update)).eval()
 
 
 @pytest.mark.parametrize("variant", ["1d-stem", "2d-every", "relative-every", "none-None"])
 def test_rows_and_columns_do_not_mix(variant):
     """C3.5a, b: bit-identical outside of the row, or column, that was changed; both together reach every cell."""
-    encoder = axial(**VARIANTS[variant])
+    encoder = make_axial(**VARIANTS[variant])
     rows, columns = encoder.blocks
-    image, cell = images(encoder.config, 1), (slice(2, 3), slice(1, 2))
+    image, cell = random_images(encoder.config, 1), (slice(2, 3), slice(1, 2))
 
-    def want(across: Any, down: Any) -> Tensor:
-        expected = torch.zeros(encoder.grid, dtype=torch.bool)
-        expected[down, across] = True
-        return expected
+    def expected_cells(across: Any, down: Any) -> Tensor:
+        cells = torch.zeros(encoder.grid, dtype=torch.bool)
+        cells[down, across] = True
+        return cells
 
-    for block, expected in ((rows, want(slice(None), 2)), (columns, want(1, slice(None)))):
-        found = changed(encoder, image, *cell, lambda x, block=block: encoder.through(block, encoder.embed(x)))
-        assert torch.equal(found, expected)
-    assert changed(encoder, image, *cell, encoder).all()
+    for block, expected in ((rows, expected_cells(slice(None), 2)), (columns, expected_cells(1, slice(None)))):
+        actual = changed_cells(encoder, image, *cell, lambda x, block=block: encoder.run_block(block, encoder.embed(x)))
+        assert torch.equal(actual, expected)
+    assert changed_cells(encoder, image, *cell, encoder).all()
 
 
 @pytest.mark.parametrize("positions", ["none", "relative"])
 def test_one_row_of_patches_is_ordinary_attention(positions):
     """C3.5d: the row block on a grid of one row is a ViT's block; the column block sees each patch alone."""
     sizes = TINY | {"image": (4, 24), "depth": 1, "positions": positions}
-    line, plain = made(Axial(**sizes)).eval(), made(Vit(**sizes, class_token=False, pool="mean")).eval()
-    block = {name.removeprefix("blocks.0."): v for name, v in line.state_dict().items() if name.startswith("blocks.0.")}
-    plain.blocks[0].load_state_dict(block)
+    axial_encoder, vit_encoder = (
+        make_encoder(Axial(**sizes)).eval(),
+        make_encoder(Vit(**sizes, class_token=False, pool="mean")).eval(),
+    )
+    block = {
+        name.removeprefix("blocks.0."): v
+        for name, v in axial_encoder.state_dict().items()
+        if name.startswith("blocks.0.")
+    }
+    vit_encoder.blocks[0].load_state_dict(block)
     x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(line.blocks[0](x), plain.blocks[0](x))
-        columns = line.blocks[1].attn
+        torch.testing.assert_close(axial_encoder.blocks[0](x), vit_encoder.blocks[0](x))
+        columns = axial_encoder.blocks[1].attn
         alone = columns.proj(columns.qkv(x)[2].transpose(1, 2).flatten(2))  # a patch alone attends to itself
         torch.testing.assert_close(columns(x), alone)
 
@@ -185,7 +201,7 @@ def test_a_hybrid_takes_its_patches_from_a_feature_map(patch, blocks, channels, 
 
 def test_a_bottleneck_of_a_hybrid_starts_as_the_identity():
     """C3.1c: ReLU of what it is given, where no convolution projects its shortcut."""
-    backbone = made(FEATURES["hybrid-16"]).patch_embed.backbone
+    backbone = make_encoder(FEATURES["hybrid-16"]).patch_embed.backbone
     for stage, width, blocks in zip(backbone.stages, (256, 512, 1024), (3, 4, 9), strict=True):
         x = torch.randn(1, width, 6, 4, generator=torch.Generator().manual_seed(0))
         assert [torch.equal(block(x), x.relu()) for block in stage.blocks[1:]] == [True] * (blocks - 1)
@@ -194,23 +210,25 @@ def test_a_bottleneck_of_a_hybrid_starts_as_the_identity():
 @pytest.mark.parametrize("name", ["bit", "hybrid-16", "axial_resnet"])
 def test_convolutions_are_standardised(name, monkeypatch):
     """C3.2a: seen where they are applied, each filter has mean 0 and deviation 1, but for the embedding of a hybrid."""
-    encoder, seen = made(FEATURES[name]).eval(), []
+    encoder, seen_weights = make_encoder(FEATURES[name]).eval(), []
     conv2d = F.conv2d
 
-    def spy(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        seen.append(weight.detach())
-        return conv2d(x, weight, *rest)
+    def spy(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        seen_weights.append(weight.detach())
+        return conv2d(x, weight, *args)
 
     monkeypatch.setattr(layers, "ONEDNN", False)  # which makes convolutions of linear layers
     monkeypatch.setattr(F, "conv2d", spy)
     with torch.no_grad():
-        encoder(images(encoder.config, 1))
+        encoder(random_images(encoder.config, 1))
     convolutions = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
-    plain = [weight for weight in seen if any(weight.data_ptr() == conv.weight.data_ptr() for conv in convolutions)]
-    assert len(plain) == ("hybrid" in name)
-    rest = [weight for weight in seen if all(weight is not one for one in plain)]
-    assert len(rest) == len(convolutions) - len(plain) > 30
-    for weight in rest:
+    unstandardized = [
+        weight for weight in seen_weights if any(weight.data_ptr() == conv.weight.data_ptr() for conv in convolutions)
+    ]
+    assert len(unstandardized) == ("hybrid" in name)
+    standardized = [weight for weight in seen_weights if all(weight is not excluded for excluded in unstandardized)]
+    assert len(standardized) == len(convolutions) - len(unstandardized) > 30
+    for weight in standardized:
         assert weight.mean((1, 2, 3)).abs().max() < 1e-6
         assert (weight.std((1, 2, 3), unbiased=False) - 1).abs().max() < 1e-3
 
@@ -218,7 +236,7 @@ def test_convolutions_are_standardised(name, monkeypatch):
 @pytest.mark.parametrize("name", ["bit", "axial_resnet", "hybrid-16"])
 def test_an_image_does_not_see_the_others(name):
     """C3.2b: no batch statistics, in training neither."""
-    encoder, image = made(FEATURES[name]).train(), images(FEATURES[name], 3)
+    encoder, image = make_encoder(FEATURES[name]).train(), random_images(FEATURES[name], 3)
     assert not any("BatchNorm" in type(module).__name__ for module in encoder.modules())
     assert {module.num_groups for module in encoder.modules() if isinstance(module, nn.GroupNorm)} == {32}
     assert list(dict(encoder.named_buffers())) == ["mean", "std"]
@@ -236,20 +254,24 @@ def test_resnets_are_the_papers_with_strides_on_the_3x3():
             model: Any = Bit(depth=depth, widen=widen).create()
         assert [len(stage.blocks) for stage in model.stages] == blocks
         assert model.num_features == 2048 * widen
-        layers = [(name.split(".")[-1], one) for name, one in model.stages.named_modules() if "downsample" not in name]
-        strided = {name: one.kernel_size for name, one in layers if getattr(one, "stride", (1, 1)) != (1, 1)}
+        named_layers = [
+            (name.split(".")[-1], module) for name, module in model.stages.named_modules() if "downsample" not in name
+        ]
+        strided = {
+            name: layer.kernel_size for name, layer in named_layers if getattr(layer, "stride", (1, 1)) != (1, 1)
+        }
         assert strided == {"conv2": (3, 3)}
 
 
 def test_the_hyper_rule_of_bit():
     """C3.2c, for less than 20,000 images: supports 100, 200, 300, 400, end at 500."""
-    for step, want in {0: 0, 50: 0.0015, 100: 0.003, 250: 0.0003, 350: 3e-5, 400: 3e-6}.items():
+    for step, expected in {0: 0, 50: 0.0015, 100: 0.003, 250: 0.0003, 350: 3e-5, 400: 3e-6}.items():
         rate = learning_rate(step, 0.003, 500, 100, "step", (200, 300, 400))
-        assert rate == pytest.approx(want, rel=1e-9, abs=1e-15), step
+        assert rate == pytest.approx(expected, rel=1e-9, abs=1e-15), step
 
 
 def test_an_axial_resnet_has_attention_for_3x3_convolutions():
-    encoder = made(FEATURES["axial_resnet"]).eval()
+    encoder = make_encoder(FEATURES["axial_resnet"]).eval()
     kernels = {module.kernel_size for module in encoder.modules() if isinstance(module, nn.Conv2d)}
     assert kernels == {(7, 7), (1, 1)}
     blocks = [block for stage in encoder.model.stages for block in stage.blocks]
@@ -262,12 +284,12 @@ def test_an_axial_resnet_has_attention_for_3x3_convolutions():
         sides.append(rows.grid)
     assert list(dict.fromkeys(sides)) == [(16, 24), (8, 12), (4, 6), (2, 3)]
     with pytest.raises(ValueError, match="the encoder takes"):
-        encoder(images(AxialResnet(image=(96, 64))))
+        encoder(random_images(AxialResnet(image=(96, 64))))
 
 
 def test_relative_positions_of_an_axial_resnet_act():
     """Without them its attention would not tell rows, or columns, apart: a permuted map gives a permuted map."""
-    attention = made(FEATURES["axial_resnet"]).model.stages[0].blocks[1].conv2
+    attention = make_encoder(FEATURES["axial_resnet"]).model.stages[0].blocks[1].conv2
     rows, columns = attention.rows.grid
     x = torch.randn(1, 64, rows, columns, generator=torch.Generator().manual_seed(0))
     swap = torch.tensor([5, *range(1, 5), 0, *range(6, rows)])
@@ -288,26 +310,26 @@ def test_relative_positions_of_an_axial_resnet_act():
     [("test_vit3", "attn_pool"), ("vit_relpos_small_patch16_224", "fc_norm"), ("test_convnext", "norm")],
 )
 def test_no_part_of_timms_head_is_left_to_train(name, part):
-    encoder = made(TimmZoo(name=name, image=32))
-    encoder(images(encoder.config)).square().sum().backward()
+    encoder = make_encoder(TimmZoo(name=name, image=32))
+    encoder(random_images(encoder.config)).square().sum().backward()
     missed = {key for key, p in encoder.named_parameters() if p.requires_grad and p.grad is None}
     assert missed == set(), part
 
 
 def test_a_size_that_timm_cannot_cut_is_refused():
-    given = ["encoder.kind=timm", "encoder.name=test_vit", "data.image_size=56", "head.kind=classifier"]
-    with pytest.raises(Refusal) as end:
-        recipes.resolve(config.parse(Pretrain, given, recipes.FOLDER))
-    assert end.value.code == USAGE
+    args = ["encoder.kind=timm", "encoder.name=test_vit", "data.image_size=56", "head.kind=classifier"]
+    with pytest.raises(ExitError) as error:
+        recipes.resolve_recipe(config.parse(Pretrain, args, recipes.RECIPES_FOLDER))
+    assert error.value.code == ExitCode.USAGE
 
 
 def test_timms_models_recompute_or_say_that_they_cannot():
     with torch.device("meta"):
         able, unable = Bit(image=64).build(), TimmZoo(name="dla34", image=64).build()
-    for wanted in (True, False):
-        able.activation_checkpointing = wanted
-        assert able.activation_checkpointing == wanted
-        assert {stage.grad_checkpointing for stage in able.model.stages} == {wanted}
+    for enabled in (True, False):
+        able.activation_checkpointing = enabled
+        assert able.activation_checkpointing == enabled
+        assert {stage.grad_checkpointing for stage in able.model.stages} == {enabled}
     unable.activation_checkpointing = False
-    with pytest.raises(Refusal, match="dla34 has none"):
+    with pytest.raises(ExitError, match="dla34 has none"):
         unable.activation_checkpointing = True

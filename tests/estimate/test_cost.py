@@ -29,10 +29,10 @@ from ssl_vit.model import Model, count_parameters
 from ssl_vit.train import launch
 
 WORLD = 8
-TINY = Vit(patch=8, image=32, width=128, depth=4, heads=2, mlp=512)
+TINY_VIT = Vit(patch=8, image=32, width=128, depth=4, heads=2, mlp=512)
 
 
-def formula(config: Vit, bf16: bool, checkpointing: bool) -> int:
+def activation_formula(config: Vit, bf16: bool, checkpointing: bool) -> int:
     """What a plain ViT keeps an image, written out.
 
     With T tokens and b bytes a number (2 under bf16, else 4), a block keeps: for its norms the residual stream in
@@ -41,15 +41,15 @@ def formula(config: Vit, bf16: bool, checkpointing: bool) -> int:
     pixels, patches and the last residual stream; on the way back its gradient, and that of the hidden layer or of q, k
     and v.
     """
-    width, depth, heads, mlp = config.numbers
-    patches, number = config.grid[0] * config.grid[1], 2 if bf16 else 4
+    width, depth, heads, mlp = config.dims
+    patches, item_bytes = config.grid[0] * config.grid[1], 2 if bf16 else 4
     tokens = patches + 1
     masks = 2 * width + mlp if config.dropout else 0
-    block = tokens * (8 * width + 16 + number * (6 * width + 2 * mlp) + 4 * heads + masks)
+    block_bytes = tokens * (8 * width + 16 + item_bytes * (6 * width + 2 * mlp) + 4 * heads + masks)
     residual = 4 * tokens * width
-    blocks = (depth - 1) * residual + block if checkpointing else depth * block
-    pixels = number * config.channels * config.image_hw[0] * config.image_hw[1]
-    return blocks + pixels + number * patches * width + 2 * residual + number * tokens * max(mlp, 3 * width)
+    blocks = (depth - 1) * residual + block_bytes if checkpointing else depth * block_bytes
+    pixels = item_bytes * config.channels * config.image_hw[0] * config.image_hw[1]
+    return blocks + pixels + item_bytes * patches * width + 2 * residual + item_bytes * tokens * max(mlp, 3 * width)
 
 
 CONFIGS = [Vit(), Vit(size="S", patch=32), Vit(width=96, heads=2, mlp=160), Vit(size="Ti", dropout=0.1)]
@@ -57,15 +57,15 @@ CONFIGS = [Vit(), Vit(size="S", patch=32), Vit(width=96, heads=2, mlp=160), Vit(
 
 @pytest.mark.parametrize("again", [True, False])
 @pytest.mark.parametrize("bf16", [True, False])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.numbers}, dropout {config.dropout}")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.dims}, dropout {config.dropout}")
 def test_activations_and_parameters_are_a_vits_by_formula(config: Vit, bf16: bool, again: bool):
-    found = cost.activation_bytes(config, bf16, again)
-    assert found == pytest.approx(formula(config, bf16, again), rel=0.002 if not config.dropout else 0.02)
-    width, depth, _, mlp = config.numbers
-    assert cost.blocks(config) == (4 * width**2 + 2 * width * mlp + mlp + 9 * width,) * depth
+    actual = cost.activation_bytes(config, bf16, again)
+    assert actual == pytest.approx(activation_formula(config, bf16, again), rel=0.002 if not config.dropout else 0.02)
+    width, depth, _, mlp = config.dims
+    assert cost.parameters_per_block(config) == (4 * width**2 + 2 * width * mlp + mlp + 9 * width,) * depth
 
 
-def total(tracker: MemTracker) -> int:
+def peak_bytes(tracker: MemTracker) -> int:
     """Most bytes that were there at one time."""
     (device,) = (kinds for device, kinds in tracker.get_tracker_snapshot("peak").items() if device.type == "cpu")
     return next(size for kind, size in device.items() if str(kind).endswith("Total"))
@@ -74,7 +74,7 @@ def total(tracker: MemTracker) -> int:
 @pytest.mark.parametrize("images", [1, 24])
 @pytest.mark.parametrize(
     ("bf16", "again"),
-    [(True, False), (False, True), *(pytest.param(both, both, marks=pytest.mark.process) for both in (True, False))],
+    [(True, False), (False, True), *(pytest.param(flag, flag, marks=pytest.mark.process) for flag in (True, False))],
 )
 def test_a_process_needs_so_much_at_the_peak_of_a_step(bf16: bool, again: bool, images: int):
     """Of one image, where the peak is the model's, and of more, where it is theirs."""
@@ -93,10 +93,10 @@ def test_a_process_needs_so_much_at_the_peak_of_a_step(bf16: bool, again: bool, 
             optimizer.step()
             optimizer.zero_grad()
     parameters, block = count_parameters(encoder), cost.block_parameters(config)
-    each, copies = cost.activation_bytes(config, bf16, again), 2 * parameters if bf16 else 0
-    between, peak = cost.memory("ddp", parameters, block, 2, 1, False, copies, images * each)
+    image_bytes, copy_bytes = cost.activation_bytes(config, bf16, again), 2 * parameters if bf16 else 0
+    between, peak = cost.step_memory_bytes("ddp", parameters, block, 2, 1, False, copy_bytes, images * image_bytes)
     assert between == 4 * parameters * 3
-    assert peak == pytest.approx(total(tracker), rel=0.04)
+    assert peak == pytest.approx(peak_bytes(tracker), rel=0.04)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-class Sent(TorchDispatchMode):
+class SentBytes(TorchDispatchMode):
     """What collectives are given or give, whichever is larger: bytes by kind."""
 
     def __init__(self):
@@ -142,7 +142,7 @@ def test_fsdp2_keeps_and_sends_so_much(micro_batches: int, processes: None):
     optimizer = torch.optim.AdamW(encoder.parameters(), fused=True)
     image = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
     tracker = FSDPMemTracker(encoder, optimizer)
-    with tracker, Sent() as sent:
+    with tracker, SentBytes() as sent:
         for _ in range(2):
             sent.bytes = dict.fromkeys(sent.bytes, 0)
             for micro in range(micro_batches):
@@ -151,24 +151,30 @@ def test_fsdp2_keeps_and_sends_so_much(micro_batches: int, processes: None):
                 encoder(image).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-    each = cost.activation_bytes(config, False, False)
-    between, peak = cost.memory("fsdp2", parameters, block, 2, WORLD, micro_batches > 1, 0, each)
-    entries = [value for state in optimizer.state.values() for value in state.values()]
-    local = sum(value.to_local().nbytes for value in [*encoder.parameters(), *entries] if isinstance(value, DTensor))
-    assert between == pytest.approx(local, rel=0.01)
-    assert peak == pytest.approx(total(tracker), rel=0.08)
-    rings = sum(sent.bytes.values()) * (WORLD - 1) / WORLD  # of gathers and reduce-scatters
-    assert cost.sent_bytes("fsdp2", parameters, WORLD, micro_batches) == pytest.approx(rings, rel=0.01)
+    image_bytes = cost.activation_bytes(config, False, False)
+    between, peak = cost.step_memory_bytes("fsdp2", parameters, block, 2, WORLD, micro_batches > 1, 0, image_bytes)
+    state_tensors = [value for state in optimizer.state.values() for value in state.values()]
+    local_bytes = sum(
+        value.to_local().nbytes for value in [*encoder.parameters(), *state_tensors] if isinstance(value, DTensor)
+    )
+    assert between == pytest.approx(local_bytes, rel=0.01)
+    assert peak == pytest.approx(peak_bytes(tracker), rel=0.08)
+    ring_bytes = sum(sent.bytes.values()) * (WORLD - 1) / WORLD  # of gathers and reduce-scatters
+    assert cost.sent_bytes("fsdp2", parameters, WORLD, micro_batches) == pytest.approx(ring_bytes, rel=0.01)
 
 
-def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
+def storage_bytes(tensors: Iterable[Tensor | None]) -> dict[int, int]:
     """The bytes of the tensors' storages, by address."""
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in tensors
+        if tensor is not None
+    }
 
 
 @pytest.mark.filterwarnings("ignore:Grad strides do not match")  # of the class token, whose sides of 1 do not matter
 def test_ddp_keeps_gradients_in_buckets_and_others_while_it_accumulates(process: None):
-    encoder = TINY.build()
+    encoder = TINY_VIT.build()
     model = DistributedDataParallel(encoder, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(encoder.parameters(), fused=True)
     image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
@@ -176,19 +182,19 @@ def test_ddp_keeps_gradients_in_buckets_and_others_while_it_accumulates(process:
         optimizer.zero_grad()
         model(image).mean().backward()
         optimizer.step()
-    buckets = storages(p.grad for p in encoder.parameters())
-    entries = [v for state in optimizer.state.values() for v in state.values() if v.ndim]
-    counted = storages(encoder.parameters()) | storages(entries) | buckets
-    parameters, block = count_parameters(encoder), cost.block_parameters(TINY)
-    between, peak = cost.memory("ddp", parameters, block, 2, WORLD, False, 0, 0)
-    assert sum(counted.values()) == pytest.approx(between, rel=0.001) == peak
+    buckets = storage_bytes(parameter.grad for parameter in encoder.parameters())
+    state_tensors = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    all_storages = storage_bytes(encoder.parameters()) | storage_bytes(state_tensors) | buckets
+    parameters, block = count_parameters(encoder), cost.block_parameters(TINY_VIT)
+    between, peak = cost.step_memory_bytes("ddp", parameters, block, 2, WORLD, False, 0, 0)
+    assert sum(all_storages.values()) == pytest.approx(between, rel=0.001) == peak
     optimizer.zero_grad()
     with model.no_sync():
         model(image).mean().backward()
-    others = storages(p.grad for p in encoder.parameters())
-    assert not others.keys() & buckets.keys()
-    between, peak = cost.memory("ddp", parameters, block, 2, WORLD, True, 0, 0)
-    assert sum(others.values()) == pytest.approx(peak - between, rel=0.005)
+    accumulated = storage_bytes(parameter.grad for parameter in encoder.parameters())
+    assert not accumulated.keys() & buckets.keys()
+    between, peak = cost.step_memory_bytes("ddp", parameters, block, 2, WORLD, True, 0, 0)
+    assert sum(accumulated.values()) == pytest.approx(peak - between, rel=0.005)
 
 
 # What DeepSpeed 0.19.8 was measured to hold in two processes, between steps and at the peak, in fp32 and of it what
@@ -209,17 +215,17 @@ MEASURED: dict[tuple[runtime.Engine, int], tuple[tuple[float, float], tuple[int,
 def test_zero_holds_and_sends_what_was_measured(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launch, "ZERO_BUCKET", 4_000_000)
     small, large = 25_585_152, 63_413_760  # parameters
-    for (engine, micro_batches), (held, (gathered, reduced, scattered)) in MEASURED.items():
-        sizes = [cost.memory(engine, p, 3_152_384, 2, 2, micro_batches > 1, 0, 0) for p in (small, large)]
-        grows = [(b - a) / (4 * (large - small)) for a, b in zip(*sizes, strict=True)]
-        assert grows == pytest.approx(held, rel=0.04), (engine, micro_batches)
-        rings = (gathered + 2 * reduced + scattered) * 4 * small / 2
-        assert cost.sent_bytes(engine, small, 2, micro_batches) == rings
+    for (engine, micro_batches), (expected, (gathered, reduced, scattered)) in MEASURED.items():
+        sizes = [cost.step_memory_bytes(engine, p, 3_152_384, 2, 2, micro_batches > 1, 0, 0) for p in (small, large)]
+        growth = [(b - a) / (4 * (large - small)) for a, b in zip(*sizes, strict=True)]
+        assert growth == pytest.approx(expected, rel=0.04), (engine, micro_batches)
+        ring_bytes = (gathered + 2 * reduced + scattered) * 4 * small / 2
+        assert cost.sent_bytes(engine, small, 2, micro_batches) == ring_bytes
 
 
 def test_more_processes_hold_less_each_and_send_no_more_than_twice():
     for engine in runtime.ENGINES:
-        sizes = [cost.memory(engine, 10**9, 10**7, 2, world, False, 0, 0)[0] for world in (2, 8, 64, 512)]
+        sizes = [cost.step_memory_bytes(engine, 10**9, 10**7, 2, world, False, 0, 0)[0] for world in (2, 8, 64, 512)]
         assert sizes == sorted(sizes, reverse=True), engine
         sent = [cost.sent_bytes(engine, 10**9, world, 1) for world in (1, 2, 8, 64, 512)]
         assert sent[0] == 0
@@ -243,11 +249,11 @@ TABLE: dict[tuple[str, int], tuple[float, float]] = {  # GFLOP, and half a unit 
 
 
 def test_the_nominal_cost_of_an_image():
-    for (size, patch), (want, near) in TABLE.items():
+    for (size, patch), (expected, tolerance) in TABLE.items():
         with torch.device("meta"):
             encoder = Vit(size=size, patch=patch).build()  # type: ignore[arg-type]
         model = Model(encoder, MeanColor().build(encoder, 0))
-        assert setup.flops(model) / 1e9 == pytest.approx(want, abs=1.01 * near), (size, patch)
+        assert setup.flops_per_image(model) / 1e9 == pytest.approx(expected, abs=1.01 * tolerance), (size, patch)
 
 
 def test_what_nobody_asks_for_is_the_gradient_of_pixels():
@@ -260,18 +266,18 @@ def test_what_nobody_asks_for_is_the_gradient_of_pixels():
         encoder: Any = config.build()
     image = torch.zeros(1, 4, 12, 20, dtype=torch.uint8, device="meta")
 
-    def counted(forward: Callable[[], torch.Tensor]) -> int:
+    def count_flops(forward: Callable[[], torch.Tensor]) -> int:
         with FlopCounterMode(display=False) as counter:
             forward().sum().backward()
         return counter.get_total_flops()
 
-    def patches(wanted: bool) -> int:
-        return counted(lambda: encoder.patch_embed.proj(encoder.normalise(image).requires_grad_(wanted)))
+    def patch_flops(requires_grad: bool) -> int:
+        return count_flops(lambda: encoder.patch_embed.proj(encoder.normalize(image).requires_grad_(requires_grad)))
 
-    needless = cost.needless_flops(config)
-    assert patches(True) - patches(False) == needless == 2 * 15 * 4 * 16 * 32
-    every = cost.training_flops(cost.encoder_macs(config))
-    assert counted(lambda: encoder(image)) == pytest.approx(every - needless, rel=0.03)
+    needless_flops = cost.needless_flops(config)
+    assert patch_flops(True) - patch_flops(False) == needless_flops == 2 * 15 * 4 * 16 * 32
+    training_flops = cost.training_flops(cost.encoder_macs(config))
+    assert count_flops(lambda: encoder(image)) == pytest.approx(training_flops - needless_flops, rel=0.03)
     with torch.device("meta"):
         assert cost.needless_flops(Vit(size="B", patch=32, stem="r50")) == 0
         assert cost.needless_flops(TimmZoo()) == 0

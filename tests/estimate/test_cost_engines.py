@@ -26,7 +26,7 @@ from ssl_vit.heads.mean_color import MeanColor
 from ssl_vit.model import Batch, Model, count_parameters
 from ssl_vit.train import launch
 from ssl_vit.train.optim import AdamW
-from tests.train.engines import BIN, launched
+from tests.train.engines import BIN, run_checked
 
 BUCKET = 4_000_000  # parameters, far below a model's
 COLLECTIVES = {
@@ -38,33 +38,33 @@ COLLECTIVES = {
 }
 
 
-def a_config(depth: int) -> Vit:
+def make_config(depth: int) -> Vit:
     return Vit(patch=8, image=16, width=512, depth=depth, heads=8, mlp=2048)
 
 
-def resident(key: str) -> int:
+def resident_bytes(key: str) -> int:
     """Bytes: VmRSS now, VmHWM at most since it was last forgotten."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 
-def count(sent: dict[str, int]) -> None:
+def count_sent(sent: dict[str, int]) -> None:
     """Add up what collectives are given or give, whichever is larger."""
     for name, kind in COLLECTIVES.items():
-        real = getattr(dist, name, None)
+        original = getattr(dist, name, None)
 
-        def counted(*args: Any, real: Any = real, kind: str = kind, **kwargs: Any) -> Any:
+        def counting(*args: Any, original: Any = original, kind: str = kind, **kwargs: Any) -> Any:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             sent[kind] = sent.get(kind, 0) + max(tensor.nbytes for tensor in tensors)
-            return real(*args, **kwargs)
+            return original(*args, **kwargs)
 
-        if real is not None:
-            setattr(dist, name, counted)
+        if original is not None:
+            setattr(dist, name, counting)
 
 
-def engine(name: str, model: Model, micro_batches: int) -> Callable[[Batch, bool], None]:
+def make_step(name: str, model: Model, micro_batches: int) -> Callable[[Batch, bool], None]:
     """A function that takes a micro batch, and steps after the last one."""
-    made: Any = model
+    engine: Any = model
     if name.startswith("zero"):
         import deepspeed  # type: ignore
 
@@ -72,23 +72,23 @@ def engine(name: str, model: Model, micro_batches: int) -> Callable[[Batch, bool
         settings |= {"zero_optimization": {"stage": int(name[-1]), "reduce_bucket_size": BUCKET}}
         settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
         settings |= {"gradient_clipping": 1.0}
-        made, *_ = deepspeed.initialize(model=model, optimizer=AdamW().build(model), config=settings)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=AdamW().build(model), config=settings)
     elif name == "ddp":
-        made = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        engine = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     else:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for module in [*model.encoder.blocks, model]:
             fully_shard(module, mesh=mesh)
-    optimizer = made if name.startswith("zero") else AdamW().build(model)
+    optimizer = engine if name.startswith("zero") else AdamW().build(model)
 
     def step(batch: Batch, last: bool) -> None:
         if name.startswith("zero"):
-            made.backward(made(batch).loss)
-            return made.step()
+            engine.backward(engine(batch).loss)
+            return engine.step()
         if name == "fsdp2":
-            made.set_requires_gradient_sync(last)
-        with nullcontext() if last or name == "fsdp2" else made.no_sync():
-            made(batch).loss.backward()
+            engine.set_requires_gradient_sync(last)
+        with nullcontext() if last or name == "fsdp2" else engine.no_sync():
+            engine(batch).loss.backward()
         if last:
             optimizer.step()
             optimizer.zero_grad()
@@ -97,38 +97,38 @@ def engine(name: str, model: Model, micro_batches: int) -> Callable[[Batch, bool
     return step
 
 
-def work(name: str, depth: int, micro_batches: int) -> dict[str, Any]:
+def run_steps(name: str, depth: int, micro_batches: int) -> dict[str, Any]:
     """Bytes between steps, at the peak of one, and by collective, of a process."""
     torch.set_num_threads(1)
-    sent: dict[str, int] = {}
-    count(sent)
+    sent_bytes: dict[str, int] = {}
+    count_sent(sent_bytes)
     dist.init_process_group("gloo")
     dist.all_reduce(torch.ones(BUCKET))
-    encoder = a_config(depth).build()
+    encoder = make_config(depth).build()
     model = Model(encoder, MeanColor().build(encoder, 1))
     parameters = count_parameters(model)
-    take = engine(name, model, micro_batches)
-    one = torch.zeros(1, dtype=torch.int64)
-    batch = {"image": torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "seed": one, "valid": one == 0, "label": one}
+    step = make_step(name, model, micro_batches)
+    zeros = torch.zeros(1, dtype=torch.int64)
+    batch = {"image": torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "seed": zeros, "valid": zeros == 0, "label": zeros}
     between = 0
     for _ in range(4):
-        sent.clear()
-        between = resident("VmRSS")
+        sent_bytes.clear()
+        between = resident_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the most until now
         for micro in range(micro_batches):
-            take(batch, micro == micro_batches - 1)
-    peak = resident("VmHWM")
+            step(batch, micro == micro_batches - 1)
+    peak = resident_bytes("VmHWM")
     dist.destroy_process_group()
-    return {"parameters": parameters, "between": between, "peak": peak, "sent": sent}
+    return {"parameters": parameters, "between": between, "peak": peak, "sent": sent_bytes}
 
 
-def measured(name: str, depth: int, micro_batches: int, folder: Path) -> dict[str, Any]:
+def measure(name: str, depth: int, micro_batches: int, folder: Path) -> dict[str, Any]:
     """What the first of two processes found."""
     output = folder / f"{depth}.json"
     # every tensor is given back to the system when it is freed
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    words = [BIN / "torchrun", "--standalone", "--nproc_per_node", 2, __file__, name, depth, micro_batches, output]
-    launched(*words, **malloc, DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="1", PYTHONWARNINGS="ignore")
+    command = [BIN / "torchrun", "--standalone", "--nproc_per_node", 2, __file__, name, depth, micro_batches, output]
+    run_checked(*command, **malloc, DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="1", PYTHONWARNINGS="ignore")
     return json.loads(output.read_text())
 
 
@@ -137,23 +137,26 @@ def measured(name: str, depth: int, micro_batches: int, folder: Path) -> dict[st
 @pytest.mark.parametrize("name", runtime.ENGINES)
 def test_memory_and_what_is_sent(name: runtime.Engine, micro_batches: int, tmp_path: Path, monkeypatch: Any):
     monkeypatch.setattr(launch, "ZERO_BUCKET", BUCKET)
-    small, large = (measured(name, depth, micro_batches, tmp_path) for depth in (8, 20))
-    unit = 4 * (large["parameters"] - small["parameters"])
-    found = [(large[key] - small[key]) / unit for key in ("between", "peak")]
-    block = cost.block_parameters(a_config(8))
-    sizes = [cost.memory(name, m["parameters"], block, 2, 2, micro_batches > 1, 0, 0) for m in (small, large)]
-    said = [(b - a) / unit for a, b in zip(*sizes, strict=True)]
-    given = {kind: round(size / (4 * large["parameters"]), 2) for kind, size in large["sent"].items()}
-    print(f"\n{name}, {micro_batches} micro batches, bytes / (4 x parameters): between steps {found[0]:.2f} (formula")
-    print(f"{said[0]:.2f}), peak {found[1]:.2f} ({said[1]:.2f}), given to collectives {given}")
-    assert found == pytest.approx(said, rel=0.08)
+    small, large = (measure(name, depth, micro_batches, tmp_path) for depth in (8, 20))
+    unit_bytes = 4 * (large["parameters"] - small["parameters"])
+    actual = [(large[key] - small[key]) / unit_bytes for key in ("between", "peak")]
+    block = cost.block_parameters(make_config(8))
+    sizes = [
+        cost.step_memory_bytes(name, result["parameters"], block, 2, 2, micro_batches > 1, 0, 0)
+        for result in (small, large)
+    ]
+    expected = [(b - a) / unit_bytes for a, b in zip(*sizes, strict=True)]
+    sent = {kind: round(size / (4 * large["parameters"]), 2) for kind, size in large["sent"].items()}
+    print(f"\n{name}, {micro_batches} micro batches, bytes / (4 x parameters): between steps {actual[0]:.2f} (formula")
+    print(f"{expected[0]:.2f}), peak {actual[1]:.2f} ({expected[1]:.2f}), given to collectives {sent}")
+    assert actual == pytest.approx(expected, rel=0.08)
     if name != "ddp":  # whose collectives are out of Python's sight
-        rings = given.get("gathered", 0) + 2 * given.get("reduced", 0) + given.get("scattered", 0)
-        formula = cost.sent_bytes(name, large["parameters"], 2, micro_batches) / (4 * large["parameters"] / 2)
-        assert rings == pytest.approx(formula, rel=0.02)
+        ring_bytes = sent.get("gathered", 0) + 2 * sent.get("reduced", 0) + sent.get("scattered", 0)
+        expected_sent = cost.sent_bytes(name, large["parameters"], 2, micro_batches) / (4 * large["parameters"] / 2)
+        assert ring_bytes == pytest.approx(expected_sent, rel=0.02)
 
 
 if __name__ == "__main__":
-    answer = work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    result = run_steps(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     if os.environ["RANK"] == "0":
-        Path(sys.argv[4]).write_text(json.dumps(answer))
+        Path(sys.argv[4]).write_text(json.dumps(result))

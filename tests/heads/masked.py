@@ -14,43 +14,45 @@ from ssl_vit.heads.patch_pixels import PatchPixels
 
 SIDE, PATCH = 16, 4  # a grid of 4 x 4
 SIZES: dict[str, Any] = {"size": "Ti", "width": 32, "depth": 2, "heads": 2, "patch": PATCH, "image": SIDE}
-WAYS: dict[str, dict[str, Any]] = {
+MASKINGS: dict[str, dict[str, Any]] = {
     "single": {},
-    "units": {"unit": 2, "mix": (0.5, 0.3, 0.2)},
-    "blocks": {"blocks": True},
+    "units": {"mask_unit": 2, "mix": (0.5, 0.3, 0.2)},
+    "blocks": {"mask_blockwise": True},
 }
-KINDS = ("mean_color", "patch_colors", "pixels", "normalised", "colors", "patches")
-PIXELS = ("pixels", "normalised")
+KINDS = ("mean_color", "patch_colors", "pixels", "normalized", "colors", "patches")
+PIXELS = ("pixels", "normalized")
 
 
 def vit(**update: Any) -> Vit:
     return Vit(**SIZES | update)
 
 
-def codebook_of(folder: Path, space: str, patch: int = PATCH, count: int = 7, seed: int = 2) -> str:
+def make_codebook(folder: Path, space: str, patch: int = PATCH, count: int = 7, seed: int = 2) -> str:
     width = 3 if space == "color" else 3 * patch**2
     centers = torch.rand(count, width, generator=torch.Generator().manual_seed(seed))
-    clusters.write(folder / f"{space}.safetensors", centers, {"space": space})
+    clusters.write_codebook(folder / f"{space}.safetensors", centers, {"space": space})
     return str(folder / f"{space}.safetensors")
 
 
-def head_config(kind: str, folder: Path, **way: Any) -> Any:
+def head_config(kind: str, folder: Path, **masking: Any) -> Any:
     if kind in ("colors", "patches"):
-        return clusters.Clusters(codebook=codebook_of(folder, {"colors": "color", "patches": "patch"}[kind]), **way)
+        return clusters.Clusters(
+            codebook=make_codebook(folder, {"colors": "color", "patches": "patch"}[kind]), **masking
+        )
     if kind in PIXELS:
-        return PatchPixels(normalise=kind == "normalised", **way)
-    return {"mean_color": MeanColor, "patch_colors": PatchColors}[kind](**way)
+        return PatchPixels(normalize=kind == "normalized", **masking)
+    return {"mean_color": MeanColor, "patch_colors": PatchColors}[kind](**masking)
 
 
-def make(kind: str, folder: Path, encoder: Any = None, **way: Any) -> tuple[Any, Any]:
+def make_encoder_and_head(kind: str, folder: Path, encoder: Any = None, **masking: Any) -> tuple[Any, Any]:
     """An encoder and the head of a kind for it."""
     torch.manual_seed(0)
-    made = (encoder or vit()).build()
-    return made, head_config(kind, folder, **way).build(made, classes=0)
+    built_encoder = (encoder or vit()).build()
+    return built_encoder, head_config(kind, folder, **masking).build(built_encoder, classes=0)
 
 
-def batch(count: int = 5, side: int = SIDE, classes: int = 0) -> dict[str, Tensor]:
-    """Noise over flat patches, labelled in turn where there are classes."""
+def make_batch(count: int = 5, side: int = SIDE, classes: int = 0) -> dict[str, Tensor]:
+    """Noise over flat patches, labeled in turn where there are classes."""
     random = torch.Generator().manual_seed(3)
     noise = torch.randint(0, 64, (count, 3, side, side), generator=random)
     color = torch.randint(0, 192, (count, 3, side // 4, side // 4), generator=random)
@@ -64,12 +66,12 @@ def batch(count: int = 5, side: int = SIDE, classes: int = 0) -> dict[str, Tenso
 
 def patches_of(image: Tensor, patch: int) -> np.ndarray:
     """[B, N, C, P, P] by a plain loop over rows and columns."""
-    cut = []
+    patches = []
     for picture in image.numpy():
         for top in range(0, picture.shape[1], patch):
             for left in range(0, picture.shape[2], patch):
-                cut.append(picture[:, top : top + patch, left : left + patch])
-    return np.stack(cut).reshape(len(image), -1, image.shape[1], patch, patch)
+                patches.append(picture[:, top : top + patch, left : left + patch])
+    return np.stack(patches).reshape(len(image), -1, image.shape[1], patch, patch)
 
 
 def color_class(cell: np.ndarray, bits: int = 3) -> int:
@@ -80,20 +82,22 @@ def color_class(cell: np.ndarray, bits: int = 3) -> int:
     return label
 
 
-def by_hand(kind: str, head: Any, image: Tensor) -> np.ndarray:
+def expected_targets(kind: str, head: Any, image: Tensor) -> np.ndarray:
     """The target of each patch, [B, N, ...]."""
-    cut = patches_of(image, PATCH)
+    patches = patches_of(image, PATCH)
     if kind == "mean_color":
-        return np.array([[[color_class(patch)] for patch in one] for one in cut])
+        return np.array([[[color_class(patch)] for patch in row] for row in patches])
     if kind == "patch_colors":
-        cells = [[patch[:, r : r + 1, c : c + 1] for r in range(4) for c in range(4)] for one in cut for patch in one]
-        return np.array([[color_class(cell) for cell in one] for one in cells]).reshape(*cut.shape[:2], 16)
-    flat = cut.reshape(*cut.shape[:2], -1).astype(np.float64)
+        cells = [
+            [patch[:, r : r + 1, c : c + 1] for r in range(4) for c in range(4)] for row in patches for patch in row
+        ]
+        return np.array([[color_class(cell) for cell in row] for row in cells]).reshape(*patches.shape[:2], 16)
+    flat = patches.reshape(*patches.shape[:2], -1).astype(np.float64)
     if kind in PIXELS:
         flat = flat / 127.5 - 1
-        if kind == "normalised":
+        if kind == "normalized":
             flat = (flat - flat.mean(2, keepdims=True)) / np.sqrt(flat.var(2, keepdims=True) + 1e-6)
         return flat
-    points = (flat if kind == "patches" else cut.reshape(*cut.shape[:3], -1).mean(3)) / 255
+    points = (flat if kind == "patches" else patches.reshape(*patches.shape[:3], -1).mean(3)) / 255
     distance = ((points[:, :, None] - head.centers.double().numpy()) ** 2).sum(3)
     return distance.argmin(2)[:, :, None]

@@ -1,4 +1,4 @@
-"""Which patches are corrupted and how: exact counts, no favourites, a function of the seed (C2.x, C8.x)."""
+"""Which patches are corrupted and how: exact counts, no favorites, a function of the seed (C2.x, C8.x)."""
 
 import math
 
@@ -11,24 +11,24 @@ from ssl_vit.encoders.axial import Axial
 from ssl_vit.heads import corruption
 from ssl_vit.heads.corruption import KEEP, MASK, SWAP, Corruption, block_shapes, counts, draw, draw_blocks, draw_units
 from ssl_vit.heads.mean_color import MeanColor
-from ssl_vit.rng import words
-from tests.heads.masked import SIZES, WAYS, batch, make, vit
+from ssl_vit.rng import random_words
+from tests.heads.masked import MASKINGS, SIZES, make_batch, make_encoder_and_head, vit
 
 PAPER = (0.8, 0.1, 0.1)
 FATES = (MASK, SWAP, KEEP)
 
 
-def drawn(
-    way: str, count: int, grid: tuple[int, int], ratio: float = 0.5, mix: tuple[float, float, float] = PAPER
+def draw_corruption(
+    masking: str, count: int, grid: tuple[int, int], ratio: float = 0.5, mix: tuple[float, float, float] = PAPER
 ) -> Corruption:
     seeds = torch.arange(count)
-    if way == "blocks":
+    if masking == "blocks":
         shapes = torch.tensor(block_shapes(grid, sum(counts(grid[0] * grid[1], ratio, mix))))
         return draw_blocks(seeds, grid, shapes, ratio, mix)
-    return draw_units(seeds, grid, 2, ratio, mix) if way == "units" else draw(seeds, grid[0] * grid[1], ratio, mix)
+    return draw_units(seeds, grid, 2, ratio, mix) if masking == "units" else draw(seeds, grid[0] * grid[1], ratio, mix)
 
 
-def check(plan: Corruption, patches: int, fates: tuple[int, int, int]) -> None:
+def check_plan(plan: Corruption, patches: int, fates: tuple[int, int, int]) -> None:
     """Exact counts, no patch twice, sources elsewhere."""
     assert plan.index.shape == plan.fate.shape == plan.source.shape == (len(plan.index), sum(fates))
     assert (plan.index.sort(1).values.diff(dim=1) > 0).all()
@@ -37,7 +37,7 @@ def check(plan: Corruption, patches: int, fates: tuple[int, int, int]) -> None:
     swapped = plan.fate == SWAP
     assert (plan.source != plan.index)[swapped].all()
     assert torch.equal(plan.source[~swapped], plan.index[~swapped])
-    assert all(0 <= int(one.min()) <= int(one.max()) < patches for one in (plan.index, plan.source))
+    assert all(0 <= int(indices.min()) <= int(indices.max()) < patches for indices in (plan.index, plan.source))
 
 
 COUNTS = [(16, (6, 1, 1), 2), (36, (14, 2, 2), 5), (49, (20, 3, 2), 7), (64, (26, 3, 3), 10), (144, (58, 7, 7), 22)]
@@ -49,12 +49,12 @@ def test_counts_are_the_references(patches, want, at_15):
     """Masked, swapped and kept of 50 %, and all of 15 %."""
     assert counts(patches, 0.5, PAPER) == want
     assert sum(counts(patches, 0.15, PAPER)) == at_15
-    check(draw(torch.arange(500), patches), patches, want)
+    check_plan(draw(torch.arange(500), patches), patches, want)
 
 
 @pytest.mark.parametrize(("ratio", "grid"), [(0.4, (14, 14)), (0.9, (14, 14)), (0.5, (7, 12)), (0.5, (4, 4))])
 def test_rectangles_cover_exactly_as_many(ratio, grid):
-    check(drawn("blocks", 300, grid, ratio), grid[0] * grid[1], counts(grid[0] * grid[1], ratio, PAPER))
+    check_plan(draw_corruption("blocks", 300, grid, ratio), grid[0] * grid[1], counts(grid[0] * grid[1], ratio, PAPER))
 
 
 UNITS = [((14, 14), 2, 0.6, mix, 120) for mix in (PAPER, (1.0, 0.0, 0.0), (0.4, 0.4, 0.2))]
@@ -68,21 +68,21 @@ def test_units_are_corrupted_as_one(grid, unit, ratio, mix, want):
     patches, square, (rows, columns) = grid[0] * grid[1], unit**2, (side // unit for side in grid)
     fates = counts(rows * columns, ratio, mix, up=True)
     assert square * sum(fates) == want
-    check(plan, patches, (square * fates[0], square * fates[1], square * fates[2]))
-    for values, none in ((plan.fate, -1), (plan.source - plan.index, 0)):
-        units = torch.full((200, patches), none).scatter(1, plan.index, values)
+    check_plan(plan, patches, (square * fates[0], square * fates[1], square * fates[2]))
+    for values, fill in ((plan.fate, -1), (plan.source - plan.index, 0)):
+        units = torch.full((200, patches), fill).scatter(1, plan.index, values)
         units = units.unflatten(1, (rows, unit, columns, unit)).transpose(2, 3).flatten(3)
         assert torch.equal(units, units[..., :1].expand_as(units))
     source = plan.source.unflatten(1, (-1, square))
-    for place in (source // grid[1], source % grid[1]):  # the row, the column
-        assert (place.amin(2) % unit == 0).all()
-        assert (place.amax(2) == place.amin(2) + unit - 1).all()
+    for coordinate in (source // grid[1], source % grid[1]):  # the row, the column
+        assert (coordinate.amin(2) % unit == 0).all()
+        assert (coordinate.amax(2) == coordinate.amin(2) + unit - 1).all()
 
 
 @pytest.mark.parametrize(("way", "count", "grid"), [("single", 10_000, (4, 4)), ("units", 4000, (8, 8))])
 def test_positions_are_uniform(way, count, grid):
     """C2.3: each position's frequency is within 5 standard errors."""
-    plan, patches = drawn(way, count, grid), grid[0] * grid[1]
+    plan, patches = draw_corruption(way, count, grid), grid[0] * grid[1]
     frequency = plan.index.flatten().bincount(minlength=patches) / count
     assert (frequency - 0.5).abs().max() < 5 * math.sqrt(0.25 / count)
     if way == "single":  # and so is how far away a source is
@@ -91,9 +91,9 @@ def test_positions_are_uniform(way, count, grid):
         assert (offsets[1:] - 1 / 15).abs().max() < 5 * math.sqrt(1 / 15 / count)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", MASKINGS)
 def test_a_draw_is_a_function_of_its_seed(way, tmp_path):
-    _, head = make("mean_color", tmp_path, **WAYS[way])
+    _, head = make_encoder_and_head("mean_color", tmp_path, **MASKINGS[way])
     seeds = torch.tensor([5, 2**62 + 3, 9, -3])
     together = head.draw(seeds)
     for b, seed in enumerate(seeds):
@@ -120,7 +120,7 @@ def test_fates_fall_alike_on_the_rectangle_that_was_cut():
     cut = covered.gather(1, row) == 4
     assert float((plan.fate == MASK)[cut].float().mean()) == pytest.approx(0.5, abs=0.02)
     assert float((plan.fate == SWAP)[cut].float().mean()) == pytest.approx(0.25, abs=0.02)
-    plan = drawn("blocks", 4000, (14, 14))
+    plan = draw_corruption("blocks", 4000, (14, 14))
     hits, masked = (index.bincount(minlength=196) for index in (plan.index.flatten(), plan.index[plan.fate == MASK]))
     assert (masked / hits - 78 / 98).abs().max() < 5 * math.sqrt(0.16 / float(hits.min()))
     step = ((plan.source - plan.index) % 196)[plan.fate == SWAP].bincount(minlength=196) / 40_000
@@ -143,13 +143,13 @@ def test_rectangles_are_beits():
 def test_rectangles_agree_with_a_plain_loop():
     """One after the other until K are covered, the last one cut at random; the same words of the counter."""
     grid, ratio, patches = (14, 14), 0.5, 196
-    shapes, plan = block_shapes(grid, 98), drawn("blocks", 25, grid, ratio)
+    shapes, plan = block_shapes(grid, 98), draw_corruption("blocks", 25, grid, ratio)
     for b in range(25):
-        random = words(b, 2 * patches + 3 * corruption.BLOCKS).astype(np.int64)
-        which, top, left = (random[2 * patches :] & (1 << 62) - 1).reshape(3, corruption.BLOCKS)
+        random = random_words(b, 2 * patches + 3 * corruption.RECTANGLES_PER_IMAGE).astype(np.int64)
+        shape_index, top, left = (random[2 * patches :] & (1 << 62) - 1).reshape(3, corruption.RECTANGLES_PER_IMAGE)
         covered: list[int] = []
-        for number in range(corruption.BLOCKS):
-            height, width = shapes[which[number] % len(shapes)]
+        for number in range(corruption.RECTANGLES_PER_IMAGE):
+            height, width = shapes[shape_index[number] % len(shapes)]
             assert height * width >= 16
             row, column = top[number] % (14 - height + 1), left[number] % (14 - width + 1)
             cells = {r * 14 + c for r in range(row, row + height) for c in range(column, column + width)}
@@ -166,13 +166,13 @@ DISTANCES += [("units", 0.4, 11.0, 1.0), ("units", 0.6, 14.9, 1.0), ("blocks", 0
 @pytest.mark.parametrize(("way", "ratio", "want", "near"), DISTANCES)
 def test_distance_to_what_can_be_seen(way, ratio, want, near):
     """C8.7: mean distance of a masked pixel to the nearest visible one, at 224 px; of rectangles the order of it."""
-    plan, found = drawn(way, 40, (14, 14), ratio, (1, 0, 0)), []
+    plan, distances = draw_corruption(way, 40, (14, 14), ratio, (1, 0, 0)), []
     for index in plan.index.numpy():
         masked = np.zeros(196, dtype=bool)
         masked[index] = True
         masked = masked.reshape(14, 14).repeat(16, 0).repeat(16, 1)
-        found.append(np.asarray(distance_transform_edt(masked))[masked].mean())
-    assert np.mean(found) == pytest.approx(want, abs=near)
+        distances.append(np.asarray(distance_transform_edt(masked))[masked].mean())
+    assert np.mean(distances) == pytest.approx(want, abs=near)
 
 
 # in an encoder
@@ -184,33 +184,33 @@ ENCODERS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", MASKINGS)
 @pytest.mark.parametrize("encoder", ["vit", "axial", pytest.param("hybrid", marks=pytest.mark.process)])
 def test_what_enters_the_blocks(encoder, way, tmp_path):
     """C2.9: clean and kept patches bit for bit, the mask embedding, and clean patches from elsewhere."""
-    given = ENCODERS[encoder]
-    made, head = make("pixels", tmp_path, given, **WAYS[way])
-    samples, seen = batch(3, given.image), []
-    made.pos_drop.register_forward_hook(lambda _module, x, _out: seen.append(x[0]))
+    encoder_config = ENCODERS[encoder]
+    encoder_module, head = make_encoder_and_head("pixels", tmp_path, encoder_config, **MASKINGS[way])
+    samples, block_inputs = make_batch(3, encoder_config.image), []
+    encoder_module.pos_drop.register_forward_hook(lambda _module, x, _out: block_inputs.append(x[0]))
     with torch.no_grad():
-        head(made, samples)
-        clean = made.patch_embed(made.normalise(samples["image"]))
-    plan, entered = head.draw(samples["seed"]), seen[0][:, made.prefix :]
+        head(encoder_module, samples)
+        clean = encoder_module.patch_embed(encoder_module.normalize(samples["image"]))
+    plan, entered = head.draw(samples["seed"]), block_inputs[0][:, encoder_module.prefix :]
     assert set(plan.fate.unique().tolist()) >= {MASK, SWAP}
     assert plan.index.shape[1] < 16
     for b in range(3):
-        want = clean[b].clone()
+        expected = clean[b].clone()
         for i, fate, source in zip(plan.index[b].tolist(), plan.fate[b].tolist(), plan.source[b].tolist(), strict=True):
-            want[i] = {MASK: head.mask_token.detach(), SWAP: clean[b, source], KEEP: clean[b, i]}[fate]
-        assert torch.equal(entered[b], want)
+            expected[i] = {MASK: head.mask_token.detach(), SWAP: clean[b, source], KEEP: clean[b, i]}[fate]
+        assert torch.equal(entered[b], expected)
 
 
 @pytest.mark.parametrize(
     ("way", "message"),
-    [({"unit": 3}, "head.unit=3 does not divide a grid of 4 x 4"), ({"ratio": 0.01}, "corrupts none")],
+    [({"mask_unit": 3}, "head.mask_unit=3 does not divide a grid of 4 x 4"), ({"ratio": 0.01}, "corrupts none")],
 )
 def test_a_corruption_that_does_not_fit_is_refused(way, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        make("mean_color", tmp_path, **way)
+        make_encoder_and_head("mean_color", tmp_path, **way)
     with pytest.raises(ValueError, match="take one"):
-        MeanColor(unit=2, blocks=True)
+        MeanColor(mask_unit=2, mask_blockwise=True)

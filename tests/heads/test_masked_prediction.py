@@ -11,31 +11,43 @@ from torch import Tensor, nn
 
 from ssl_vit import config, recipes
 from ssl_vit.encoders.axial import Axial
-from ssl_vit.errors import USAGE, Refusal
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.heads import Head
 from ssl_vit.heads.corruption import KEEP, MASK
-from ssl_vit.heads.masked_prediction import Masked, copying
-from ssl_vit.heads.mean_color import colors, labels
-from ssl_vit.heads.visualize import LEGIBLE, cells, grid
-from tests.encoders.kinds import gathered
+from ssl_vit.heads.masked_prediction import MaskedPrediction, neighbor_baseline_loss
+from ssl_vit.heads.mean_color import label_colors, labels
+from ssl_vit.heads.visualize import MIN_SIDE, image_grid, split_grid
+from tests.encoders.kinds import gather_tokens
 from tests.heads import masked
-from tests.heads.masked import KINDS, PATCH, PIXELS, SIDE, WAYS, batch, by_hand, color_class, make, patches_of, vit
+from tests.heads.masked import (
+    KINDS,
+    MASKINGS,
+    PATCH,
+    PIXELS,
+    SIDE,
+    color_class,
+    expected_targets,
+    make_batch,
+    make_encoder_and_head,
+    patches_of,
+    vit,
+)
 
 # targets
 
 
-def flat(*rgb: int) -> Tensor:
+def flat_patch(*rgb: int) -> Tensor:
     return torch.tensor(rgb, dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4)
 
 
 LABELS = {(0, 0, 0): 0, (255, 255, 255): 511, (255, 0, 0): 448, (0, 255, 0): 56, (0, 0, 255): 7, (31, 31, 31): 0}
 LABELS |= {(32, 32, 32): 73, (127, 127, 127): 219, (128, 128, 128): 292, (200, 100, 50): 409}
-LABELS |= {(grey, grey, grey): 73 * (grey >> 5) for grey in range(256)}
+LABELS |= {(gray, gray, gray): 73 * (gray >> 5) for gray in range(256)}
 
 
 def test_known_labels():
     """Of flat patches; a mean exactly on an edge goes up."""
-    assert {rgb: labels(flat(*rgb), 4).item() for rgb in LABELS} == LABELS
+    assert {rgb: labels(flat_patch(*rgb), 4).item() for rgb in LABELS} == LABELS
     for patch in (4, 8, 16):
         board = 127 + (torch.arange(patch)[:, None] + torch.arange(patch)) % 2
         assert labels(board.to(torch.uint8).expand(1, 3, patch, patch), patch).item() == 4 * 73
@@ -44,21 +56,21 @@ def test_known_labels():
 @pytest.mark.parametrize(("bits", "channels"), [(3, 3), (2, 3), (3, 1)])
 def test_labels_agree_with_a_plain_loop(bits, channels):
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, channels, 8, 12), dtype=np.uint8))
-    want = [[color_class(patch, bits) for patch in one] for one in patches_of(image, 4)]
-    assert labels(image, 4, bits).tolist() == want
+    expected = [[color_class(patch, bits) for patch in row] for row in patches_of(image, 4)]
+    assert labels(image, 4, bits).tolist() == expected
 
 
 def test_labels_commute_with_a_flip_and_decode_to_their_bin():
-    image = batch()["image"]
+    image = make_batch()["image"]
     columns = labels(image, 4).view(-1, 4, 4)
     assert torch.equal(labels(image.flip(3), 4).view(-1, 4, 4), columns.flip(2))
-    every = torch.arange(512)
-    assert torch.equal(labels(colors(every).view(512, 3, 1, 1).expand(-1, -1, 4, 4), 4)[:, 0], every)
+    all_labels = torch.arange(512)
+    assert torch.equal(labels(label_colors(all_labels).view(512, 3, 1, 1).expand(-1, -1, 4, 4), 4)[:, 0], all_labels)
 
 
 def test_cells_of_a_patch_are_area_means_in_raster_order(tmp_path):
     """C2.12: of 16 cells each, of 2 x 2 pixels; a patch that four does not divide has none."""
-    encoder, head = make("patch_colors", tmp_path, vit(depth=1, patch=8, image=(8, 16)))
+    encoder, head = make_encoder_and_head("patch_colors", tmp_path, vit(depth=1, patch=8, image=(8, 16)))
     color = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 4, 8), dtype=np.uint8))
     image = color.repeat_interleave(2, 2).repeat_interleave(2, 3)
     levels = (color[0].numpy().astype(int) * 8 // 255).clip(max=7)
@@ -66,32 +78,32 @@ def test_cells_of_a_patch_are_area_means_in_raster_order(tmp_path):
     assert head.target(encoder, image)[0].tolist() == flat_cells.tolist()
     noise = image ^ torch.randint(0, 2, image.shape, dtype=torch.uint8)  # a cell is its mean, not one of its pixels
     tops = [(row, column) for row in range(0, 8, 2) for column in range(0, 8, 2)]
-    by_mean = [[color_class(one[:, r : r + 2, c : c + 2]) for r, c in tops] for one in patches_of(noise, 8)[0]]
+    by_mean = [[color_class(patch[:, r : r + 2, c : c + 2]) for r, c in tops] for patch in patches_of(noise, 8)[0]]
     assert head.target(encoder, noise)[0].tolist() == by_mean
     with pytest.raises(ValueError, match="6 is no multiple"):
-        make("patch_colors", tmp_path, vit(depth=1, patch=6, image=12))
+        make_encoder_and_head("patch_colors", tmp_path, vit(depth=1, patch=6, image=12))
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-def test_predicting_the_pixels_costs_nothing(normalise, tmp_path):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_predicting_the_pixels_costs_nothing(normalize, tmp_path):
     """C2.13, C8.5"""
-    given = vit(depth=1, patch=16, image=32)
-    encoder, head = make("normalised" if normalise else "pixels", tmp_path, given)
+    encoder_config = vit(depth=1, patch=16, image=32)
+    encoder, head = make_encoder_and_head("normalized" if normalize else "pixels", tmp_path, encoder_config)
     assert head.linear.out_features == 768
-    image = batch(3, side=32)["image"]
+    image = make_batch(3, side=32)["image"]
     image[0, :, :16, :16] = 77  # flat: nothing to divide by
     image[1, 0, 0, :2] = torch.tensor([0, 255])
     target = head.target(encoder, image)
     assert target.shape == (3, 4, 768)
-    assert head.cost(target, target)[0].tolist() == [0, 0, 0]
-    if normalise:
+    assert head.loss(target, target)[0].tolist() == [0, 0, 0]
+    if normalize:
         assert target[0, 0].abs().max() < 1e-3
-        rest = target.flatten(0, 1)[1:].double()
-        assert rest.mean(1).abs().max() < 1e-6
-        assert (rest.std(1, unbiased=False) - 1).abs().max() < 1e-5
+        normalized = target.flatten(0, 1)[1:].double()
+        assert normalized.mean(1).abs().max() < 1e-6
+        assert (normalized.std(1, unbiased=False) - 1).abs().max() < 1e-5
     else:
         assert target.aminmax() == (-1, 1)
-    loss, _ = head.cost(target + 0.5, target)
+    loss, _ = head.loss(target + 0.5, target)
     torch.testing.assert_close(loss, torch.full((3,), 0.25))
 
 
@@ -101,64 +113,64 @@ def test_predicting_the_pixels_costs_nothing(normalise, tmp_path):
 CLASSES = {"mean_color": 512, "patch_colors": 512, "colors": 7, "patches": 7}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", MASKINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_target_loss_and_report_by_hand(kind, way, tmp_path):
     """Over all corrupted patches of valid images: the loss, accuracy, and label entropy and top label by numpy."""
-    encoder, head = make(kind, tmp_path, **WAYS[way])
-    given = batch()
-    target, found = by_hand(kind, head, given["image"]), head.target(encoder, given["image"]).numpy()
+    encoder, head = make_encoder_and_head(kind, tmp_path, **MASKINGS[way])
+    batch = make_batch()
+    target, values = expected_targets(kind, head, batch["image"]), head.target(encoder, batch["image"]).numpy()
     if kind in PIXELS:
-        np.testing.assert_allclose(found, target, atol=2e-5)
+        np.testing.assert_allclose(values, target, atol=2e-5)
     else:  # its first loss is that of a blind guess: C2.7, after averaging over cells; ln K of K clusters
         assert len(np.unique(target)) > 3  # they do not say the same of all
-        np.testing.assert_array_equal(found, target)
-        output, uniform = head(encoder, given), math.log(CLASSES[kind])
+        np.testing.assert_array_equal(values, target)
+        output, uniform = head(encoder, batch), math.log(CLASSES[kind])
         report = head.report(output.sums, float(output.weight))
         assert output.loss.item() == pytest.approx(uniform, abs=1e-5)
         assert report["loss"] == pytest.approx(uniform, abs=1e-5)
         assert report["uniform"] == uniform
     nn.init.normal_(head.linear.weight, std=0.3)
-    given["valid"][3] = False
-    plan = head.draw(given["seed"])
+    batch["valid"][3] = False
+    plan = head.draw(batch["seed"])
     with torch.no_grad():
-        output = head(encoder, given)
-        made = encoder(given["image"], edit=lambda patches: plan.apply(patches, head.mask_token))
-        made = head.linear(made[:, 1:]).double().numpy()
-    loss, right, found = [], [], []
+        output = head(encoder, batch)
+        predictions = encoder(batch["image"], edit=lambda patches: plan.apply(patches, head.mask_token))
+        predictions = head.linear(predictions[:, 1:]).double().numpy()
+    loss, correct, values = [], [], []
     for b in (0, 1, 2, 4):
         for i in plan.index[b].tolist():
             if kind in PIXELS:
-                loss.append(((made[b, i] - target[b, i]) ** 2).mean())
-                found.extend(target[b, i].tolist())
+                loss.append(((predictions[b, i] - target[b, i]) ** 2).mean())
+                values.extend(target[b, i].tolist())
                 continue
-            for logits, label in zip(made[b, i].reshape(target.shape[2], -1), target[b, i], strict=True):
+            for logits, label in zip(predictions[b, i].reshape(target.shape[2], -1), target[b, i], strict=True):
                 loss.append(np.log(np.exp(logits).sum()) - logits[label])
-                right.append(logits.argmax() == label)
-                found.append(label)
+                correct.append(logits.argmax() == label)
+                values.append(label)
     report = head.report(output.sums, float(output.weight))
     assert output.weight == 4
     assert output.loss.item() == pytest.approx(np.mean(loss), rel=1e-5)
     assert report["loss"] == pytest.approx(np.mean(loss), rel=1e-5)
     if kind in PIXELS:
-        assert report["variance"] == pytest.approx(np.var(found), rel=1e-4)
+        assert report["variance"] == pytest.approx(np.var(values), rel=1e-4)
         return
-    assert output.sums["histogram"].sum() == len(found)
-    share = np.unique(found, return_counts=True)[1] / len(found)
-    assert report["accuracy"] == pytest.approx(np.mean(right), rel=1e-5)
+    assert output.sums["histogram"].sum() == len(values)
+    share = np.unique(values, return_counts=True)[1] / len(values)
+    assert report["accuracy"] == pytest.approx(np.mean(correct), rel=1e-5)
     assert report["unigram_entropy"] == pytest.approx(-(share * np.log(share)).sum(), rel=1e-5)
     assert report["top_label"] == pytest.approx(share.max(), rel=1e-6)
 
 
 def test_overfits_one_batch(tmp_path):
     """C2.10: eight images of noise under one fixed mask are learned by heart."""
-    encoder, head = make("mean_color", tmp_path)
+    encoder, head = make_encoder_and_head("mean_color", tmp_path)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=3e-3)
     noise = torch.randint(0, 256, (8, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    given, loss = batch(8) | {"image": noise}, torch.tensor(0.0)
+    batch, loss = make_batch(8) | {"image": noise}, torch.tensor(0.0)
     for _ in range(150):
         optimizer.zero_grad()
-        loss = head(encoder, given).loss
+        loss = head(encoder, batch).loss
         loss.backward()
         optimizer.step()
     assert loss < 0.1
@@ -167,18 +179,18 @@ def test_overfits_one_batch(tmp_path):
 # in every encoder
 
 
-def everything(encoder: Any) -> Any:
+def gather_all_tokens(encoder: Any) -> Any:
     """The encoder, which computes all tokens and gathers."""
-    made = copy.copy(encoder)
-    made.forward = lambda image, edit=None, select=None: (
-        encoder(image, edit=edit) if select is None else gathered(encoder(image, edit=edit), select)
+    wrapper = copy.copy(encoder)
+    wrapper.forward = lambda image, edit=None, select=None: (
+        encoder(image, edit=edit) if select is None else gather_tokens(encoder(image, edit=edit), select)
     )
-    return made
+    return wrapper
 
 
 ENCODERS: dict[str, Any] = {
     "vit": vit(),
-    "vit without class token": vit(class_token=False, pool="mean", positions_at="every"),
+    "vit without class token": vit(class_token=False, pool="mean", position_placement="every"),
     "relative": vit(positions="relative"),
     "axial": Axial.model_validate(masked.SIZES | {"depth": 1}),
 }
@@ -188,95 +200,99 @@ ENCODERS: dict[str, Any] = {
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_objective_learns_the_same_of_selected_tokens(kind: str, name: str, recomputed: bool, tmp_path):
-    encoder, head = make(kind, tmp_path, ENCODERS[name])
+    encoder, head = make_encoder_and_head(kind, tmp_path, ENCODERS[name])
     encoder.activation_checkpointing = recomputed
     nn.init.normal_(head.linear.weight, std=0.1)
-    given = batch()
+    batch = make_batch()
     parameters = [*encoder.parameters(), *head.parameters()]
-    some, every = head(encoder, given), head(everything(encoder), given)
-    mine, wanted = (torch.autograd.grad(one.loss, parameters, allow_unused=True) for one in (some, every))
-    torch.testing.assert_close(some.loss, every.loss, atol=1e-6, rtol=1e-6)
-    whole = max(float(want.norm()) for want in wanted if want is not None)
-    for got, want in zip(mine, wanted, strict=True):
-        assert (got is None) == (want is None)
-        if got is not None and want is not None:
-            assert (got - want).norm() <= 1e-5 * (want.norm() + 0.1 * whole)
-    assert torch.equal(head.panel(encoder, given), head.panel(everything(encoder), given))
+    selected, full = head(encoder, batch), head(gather_all_tokens(encoder), batch)
+    gradients, expected_gradients = (
+        torch.autograd.grad(output.loss, parameters, allow_unused=True) for output in (selected, full)
+    )
+    torch.testing.assert_close(selected.loss, full.loss, atol=1e-6, rtol=1e-6)
+    max_norm = max(float(gradient.norm()) for gradient in expected_gradients if gradient is not None)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        assert (gradient is None) == (expected is None)
+        if gradient is not None and expected is not None:
+            assert (gradient - expected).norm() <= 1e-5 * (expected.norm() + 0.1 * max_norm)
+    assert torch.equal(head.visualize(encoder, batch), head.visualize(gather_all_tokens(encoder), batch))
 
 
-NAMES = [kind.model_fields["kind"].default for kind in get_args(get_args(Head)[0]) if issubclass(kind, Masked)]
+NAMES = [
+    kind.model_fields["kind"].default for kind in get_args(get_args(Head)[0]) if issubclass(kind, MaskedPrediction)
+]
 BARE = [["kind=timm", "name=test_resnet"], ["kind=bit"], ["kind=axial_resnet"], ["kind=timm", "name=levit_128s"]]
-NOW = [(NAMES[0], encoder) for encoder in BARE] + [(head, BARE[0]) for head in NAMES[1:]]
-LATER = [pytest.param(head, encoder, marks=pytest.mark.process) for head in NAMES[1:] for encoder in BARE[1:]]
+DEFAULT_CASES = [(NAMES[0], encoder) for encoder in BARE] + [(head, BARE[0]) for head in NAMES[1:]]
+PROCESS_CASES = [pytest.param(head, encoder, marks=pytest.mark.process) for head in NAMES[1:] for encoder in BARE[1:]]
 
 
-@pytest.mark.parametrize(("head", "encoder"), NOW + LATER)
+@pytest.mark.parametrize(("head", "encoder"), DEFAULT_CASES + PROCESS_CASES)
 def test_masked_objectives_refuse_what_has_no_patches(head, encoder):
     side = 224 if "name=levit_128s" in encoder else 64  # a LeViT has patches that are not its tokens
-    given = [f"encoder.{word}" for word in encoder] + [f"head.kind={head}", f"data.image_size={side}"]
-    with pytest.raises(Refusal) as end:
-        recipes.resolve(config.parse(recipes.Pretrain, given, recipes.FOLDER))
-    assert end.value.code == USAGE
-    said = str(end.value)
-    assert f"head.kind={head} replaces patch embeddings, and this encoder has none" in said
-    assert f"encoder.{encoder[0]}" in said
-    assert "\n" not in said
-    supervised = [*given[:-2], "head.kind=classifier", given[-1]]
-    recipes.resolve(config.parse(recipes.Pretrain, supervised, recipes.FOLDER))
+    args = [f"encoder.{word}" for word in encoder] + [f"head.kind={head}", f"data.image_size={side}"]
+    with pytest.raises(ExitError) as error:
+        recipes.resolve_recipe(config.parse(recipes.Pretrain, args, recipes.RECIPES_FOLDER))
+    assert error.value.code == ExitCode.USAGE
+    message = str(error.value)
+    assert f"head.kind={head} replaces patch embeddings, and this encoder has none" in message
+    assert f"encoder.{encoder[0]}" in message
+    assert "\n" not in message
+    supervised = [*args[:-2], "head.kind=classifier", args[-1]]
+    recipes.resolve_recipe(config.parse(recipes.Pretrain, supervised, recipes.RECIPES_FOLDER))
 
 
 # pictures
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", MASKINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_panel_shows_what_it_says(kind, way, tmp_path):
-    encoder, head = make(kind, tmp_path, **WAYS[way])
+    encoder, head = make_encoder_and_head(kind, tmp_path, **MASKINGS[way])
     nn.init.normal_(head.linear.weight, std=0.1)
-    given = batch(3)
-    panel = head.panel(encoder, given)
+    batch = make_batch(3)
+    panel = head.visualize(encoder, batch)
     assert panel.dtype == torch.uint8
-    image, seen, guess, truth, error = cells(panel, SIDE, SIDE).unbind(1)
-    assert torch.equal(image, given["image"])
-    cut = [torch.from_numpy(patches_of(one, PATCH)) for one in (image, seen, truth, guess)]
-    target = by_hand(kind, head, image)
+    image, seen, guess, truth, error = split_grid(panel, SIDE, SIDE).unbind(1)
+    assert torch.equal(image, batch["image"])
+    patches = [torch.from_numpy(patches_of(column, PATCH)) for column in (image, seen, truth, guess)]
+    target = expected_targets(kind, head, image)
     for b in range(3):
         for i in range(16):
-            want = {
-                "mean_color": lambda t: colors(torch.tensor(t[0])).view(3, 1, 1).expand(3, 4, 4),
-                "patch_colors": lambda t: colors(torch.tensor(t)).view(4, 4, 3).permute(2, 0, 1),
+            expected = {
+                "mean_color": lambda t: label_colors(torch.tensor(t[0])).view(3, 1, 1).expand(3, 4, 4),
+                "patch_colors": lambda t: label_colors(torch.tensor(t)).view(4, 4, 3).permute(2, 0, 1),
                 "colors": lambda t: (255 * head.centers[t[0]]).round().view(3, 1, 1).expand(3, 4, 4),
                 "patches": lambda t: (255 * head.centers[t[0]]).round().view(3, 4, 4),
-            }.get(kind, lambda _, own=cut[0][b, i]: own)(target[b, i])
-            assert torch.equal(cut[2][b, i], want.to(torch.uint8)), (b, i)
-    plan = head.draw(given["seed"])
+            }.get(kind, lambda _, own=patches[0][b, i]: own)(target[b, i])
+            assert torch.equal(patches[2][b, i], expected.to(torch.uint8)), (b, i)
+    plan = head.draw(batch["seed"])
     edge = torch.ones(4, 4, dtype=torch.bool)
     edge[1:3, 1:3] = False
     for b in range(3):
         clean = sorted(set(range(16)) - set(plan.index[b].tolist()))
-        assert torch.equal(cut[1][b, clean], cut[0][b, clean])
-        assert torch.equal(cut[3][b, clean], cut[2][b, clean])
+        assert torch.equal(patches[1][b, clean], patches[0][b, clean])
+        assert torch.equal(patches[3][b, clean], patches[2][b, clean])
         for i, fate, source in zip(plan.index[b].tolist(), plan.fate[b].tolist(), plan.source[b].tolist(), strict=True):
-            shown = cut[1][b, i]
+            patch = patches[1][b, i]
             if fate == MASK:
-                assert (shown == 128).all()
+                assert (patch == 128).all()
                 continue
-            assert torch.equal(shown[:, ~edge], cut[0][b, source][:, ~edge])
+            assert torch.equal(patch[:, ~edge], patches[0][b, source][:, ~edge])
             frame = (255, 255, 255) if fate == KEEP else (255, 0, 0)
-            assert torch.equal(shown[:, edge], torch.tensor(frame, dtype=torch.uint8)[:, None].expand(3, 12))
+            assert torch.equal(patch[:, edge], torch.tensor(frame, dtype=torch.uint8)[:, None].expand(3, 12))
     assert not torch.equal(guess, truth)
-    wanted = (guess.float() - truth.float()).abs().mean(1, keepdim=True).expand_as(error)
-    assert (error.float() - wanted).abs().max() <= 1.0  # of pixels, which are rounded after the difference
+    expected_error = (guess.float() - truth.float()).abs().mean(1, keepdim=True).expand_as(error)
+    assert (error.float() - expected_error).abs().max() <= 1.0  # of pixels, which are rounded after the difference
     assert error.max() > 0
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 24), (40, 12), (100, 30)])
 def test_what_was_put_side_by_side_comes_apart_again(height: int, width: int):
     columns = [torch.randint(256, (2, 3, height, width), dtype=torch.uint8) for _ in range(3)]
-    picture = grid(columns)
-    times = max(1, LEGIBLE // max(height, width))
+    picture = image_grid(columns)
+    times = max(1, MIN_SIDE // max(height, width))
     assert picture.shape == (3, 2 * (2 + times * height), 3 * (2 + times * width))
-    assert torch.equal(cells(picture, height, width), torch.stack(columns, dim=1))
+    assert torch.equal(split_grid(picture, height, width), torch.stack(columns, dim=1))
     first = columns[0][0].repeat_interleave(times, 1).repeat_interleave(times, 2)  # each pixel is a square
     assert torch.equal(picture[:, 2 : 2 + times * height, 2 : 2 + times * width], first)
 
@@ -284,39 +300,39 @@ def test_what_was_put_side_by_side_comes_apart_again(height: int, width: int):
 # the baseline that copies
 
 
-def copied_by_hand(image: np.ndarray, corrupted: set[int], rounds: int, side: int) -> np.ndarray:
+def fill_from_neighbors(image: np.ndarray, corrupted: set[int], rounds: int, side: int) -> np.ndarray:
     """[3, rows, columns]: of a corrupted patch the mean over known ones around it, in so many rounds; else over all."""
     mean = image.astype(float).reshape(3, side, PATCH, side, PATCH).mean((2, 4))
     known = {(i // side, i % side): mean[:, i // side, i % side] for i in range(side**2) if i not in corrupted}
-    visible, places = list(known.values()), [(row, column) for row in range(side) for column in range(side)]
+    visible, cells = list(known.values()), [(row, column) for row in range(side) for column in range(side)]
     for _ in range(rounds):
         fresh = {}
-        for row, column in places:
-            near = [(r, c) for r in range(row - 1, row + 2) for c in range(column - 1, column + 2)]
-            if (row, column) not in known and any(place in known for place in near):
-                fresh[row, column] = np.mean([known[place] for place in near if place in known], axis=0)
+        for row, column in cells:
+            neighbors = [(r, c) for r in range(row - 1, row + 2) for c in range(column - 1, column + 2)]
+            if (row, column) not in known and any(cell in known for cell in neighbors):
+                fresh[row, column] = np.mean([known[cell] for cell in neighbors if cell in known], axis=0)
         known |= fresh
     fallback = np.mean(visible, axis=0) if visible else np.full(3, 127.5)
-    return np.stack([known.get(place, fallback) for place in places], 1).reshape(3, side, side)
+    return np.stack([known.get(cell, fallback) for cell in cells], 1).reshape(3, side, side)
 
 
-COPIED = [({}, 1, 4), ({"ratio": 0.9}, 1, 4), ({"ratio": 1.0}, 1, 4), ({"unit": 2}, 2, 4)]
-COPIED += [({"blocks": True, "ratio": 0.9}, 2, 4), ({"blocks": True}, 7, 14)]
+COPIED = [({}, 1, 4), ({"ratio": 0.9}, 1, 4), ({"ratio": 1.0}, 1, 4), ({"mask_unit": 2}, 2, 4)]
+COPIED += [({"mask_blockwise": True, "ratio": 0.9}, 2, 4), ({"mask_blockwise": True}, 7, 14)]
 
 
 @pytest.mark.parametrize(("way", "rounds", "side"), COPIED)
-def test_the_neighbours_of_a_corrupted_patch(way, rounds, side, tmp_path):
+def test_the_neighbors_of_a_corrupted_patch(way, rounds, side, tmp_path):
     """Rectangles are filled up to their middle."""
-    _encoder, head = make("mean_color", tmp_path, vit(depth=1, image=side * PATCH), **way)
-    given = batch(6, side * PATCH)
-    index = head.draw(given["seed"]).index
+    _encoder, head = make_encoder_and_head("mean_color", tmp_path, vit(depth=1, image=side * PATCH), **way)
+    batch = make_batch(6, side * PATCH)
+    index = head.draw(batch["seed"]).index
     if side == 14:  # a rectangle of 12 x 12
         index = torch.arange(196).view(14, 14)[1:13, 1:13].reshape(1, -1).expand(6, -1)
-    found = head.neighbours(given["image"], index)
+    colors = head.neighbor_colors(batch["image"], index)
     for b in range(6):
-        wanted = copied_by_hand(given["image"][b].numpy(), set(index[b].tolist()), rounds, side)
-        off = (found[b].numpy() - wanted).reshape(3, -1)[:, index[b]]
-        assert np.abs(off).max() <= 0.51, b
+        expected = fill_from_neighbors(batch["image"][b].numpy(), set(index[b].tolist()), rounds, side)
+        difference = (colors[b].numpy() - expected).reshape(3, -1)[:, index[b]]
+        assert np.abs(difference).max() <= 0.51, b
 
 
 def test_what_copying_costs_is_the_best_mixture_with_frequencies():
@@ -327,56 +343,58 @@ def test_what_copying_costs_is_the_best_mixture_with_frequencies():
     share = np.bincount(label, minlength=5) / 3000
     right = np.bincount(label[guess == label], minlength=5) / 3000
     p = np.linspace(0, 0.999, 1000)[:, None]
-    each = np.log(np.where(guess == label, p, 0) + (1 - p) * share[label])
-    assert copying(torch.tensor(share), torch.tensor(right)) == pytest.approx(-each.mean(1).max(), abs=1e-4)
+    log_likelihood = np.log(np.where(guess == label, p, 0) + (1 - p) * share[label])
+    assert neighbor_baseline_loss(torch.tensor(share), torch.tensor(right)) == pytest.approx(
+        -log_likelihood.mean(1).max(), abs=1e-4
+    )
     entropy = -(share * np.log(share)).sum()
-    assert copying(torch.tensor(share), torch.zeros(5)) == pytest.approx(entropy)
-    assert copying(torch.tensor(share), torch.tensor(share)) < 0.02
+    assert neighbor_baseline_loss(torch.tensor(share), torch.zeros(5)) == pytest.approx(entropy)
+    assert neighbor_baseline_loss(torch.tensor(share), torch.tensor(share)) < 0.02
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_copying_is_perfect_on_flat_images_and_reported_by_every_target(kind, tmp_path):
-    encoder, head = make(kind, tmp_path)
-    given = batch(4)
-    flat = {**given, "image": given["image"][:, :, :1, :1].expand_as(given["image"]).contiguous()}
-    for one, perfect in ((flat, True), (given, False)):
-        found = head(encoder, one)
-        said = head.report(found.sums, float(found.weight))
-        if "neighbour_accuracy" in said:
-            assert (said["neighbour_accuracy"] == 1.0) == perfect
-            assert said["neighbour_loss"] <= said["unigram_entropy"] + 1e-9
+    encoder, head = make_encoder_and_head(kind, tmp_path)
+    batch = make_batch(4)
+    flat_batch = {**batch, "image": batch["image"][:, :, :1, :1].expand_as(batch["image"]).contiguous()}
+    for case_batch, perfect in ((flat_batch, True), (batch, False)):
+        output = head(encoder, case_batch)
+        report = head.report(output.sums, float(output.weight))
+        if "neighbor_accuracy" in report:
+            assert (report["neighbor_accuracy"] == 1.0) == perfect
+            assert report["neighbor_loss"] <= report["unigram_entropy"] + 1e-9
         else:
-            plain = not head.normalise
-            assert said["neighbour_loss"] == pytest.approx(0, abs=1e-3) or not perfect
-            assert said["neighbour_loss"] > 0.01 or perfect, plain
+            unnormalized = not head.normalize
+            assert report["neighbor_loss"] == pytest.approx(0, abs=1e-3) or not perfect
+            assert report["neighbor_loss"] > 0.01 or perfect, unnormalized
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_flat_patches_have_the_targets_of_flat_images(kind, tmp_path):
-    """Each patch, at its own place, what an image of its colour alone would have."""
-    encoder, head = make(kind, tmp_path, **({"bits": 2} if kind == "mean_color" else {}))
+    """Each patch, at its own place, what an image of its color alone would have."""
+    encoder, head = make_encoder_and_head(kind, tmp_path, **({"bits": 2} if kind == "mean_color" else {}))
     color = torch.randint(256, (2, 3, 4, 4), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    found = head.flat(encoder, color)
-    for place in range(16):
-        image = color[:, :, place // 4, place % 4, None, None].expand(-1, -1, SIDE, SIDE).contiguous()
-        assert torch.equal(found[:, place], head.target(encoder, image)[:, place]), place
+    targets = head.targets_of_flat_color(encoder, color)
+    for index in range(16):
+        image = color[:, :, index // 4, index % 4, None, None].expand(-1, -1, SIDE, SIDE).contiguous()
+        assert torch.equal(targets[:, index], head.target(encoder, image)[:, index]), index
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_copied_is_compared_with_its_own_patches(kind, tmp_path):
     """Images of padding do not count, nor do steps without a row, in which it is not tried; evaluation always tries."""
-    encoder, head = make(kind, tmp_path)
-    given = batch(4)
-    half = {**given, "valid": torch.tensor([True, True, False, False])}
-    first = {name: value[:2] for name, value in given.items()}
-    want = head(encoder, first)
-    want = head.report(want.sums, 2.0)["neighbour_loss"]
-    found = head(encoder, half)
-    assert head.report(found.sums, 2.0)["neighbour_loss"] == pytest.approx(want, rel=1e-5)
-    head.told = False
-    rest = head(encoder, given)
-    assert found.sums.keys() - rest.sums.keys() == {"copied", "compared"}
-    both = {name: value + rest.sums.get(name, 0) for name, value in found.sums.items()}
-    assert head.report(both, 6.0)["neighbour_loss"] == pytest.approx(want, rel=1e-5)
+    encoder, head = make_encoder_and_head(kind, tmp_path)
+    batch = make_batch(4)
+    half = {**batch, "valid": torch.tensor([True, True, False, False])}
+    first = {name: value[:2] for name, value in batch.items()}
+    expected = head(encoder, first)
+    expected = head.report(expected.sums, 2.0)["neighbor_loss"]
+    output = head(encoder, half)
+    assert head.report(output.sums, 2.0)["neighbor_loss"] == pytest.approx(expected, rel=1e-5)
+    head.log_metrics = False
+    unlogged = head(encoder, batch)
+    assert output.sums.keys() - unlogged.sums.keys() == {"copied", "compared"}
+    summed = {name: value + unlogged.sums.get(name, 0) for name, value in output.sums.items()}
+    assert head.report(summed, 6.0)["neighbor_loss"] == pytest.approx(expected, rel=1e-5)
     head.eval()
-    assert head(encoder, given).sums.keys() == found.sums.keys()
+    assert head(encoder, batch).sums.keys() == output.sums.keys()

@@ -11,33 +11,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from ssl_vit.errors import verdict
+from ssl_vit.errors import to_exit_error
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 
 
-def fork(work: Callable[[], object], screen: Path) -> int:
+def fork(work: Callable[[], object], log: Path) -> int:
     """A child that does the work and ends with the code that a tool would end with, or by a signal."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, from Python 3.12 on
         pid = os.fork()
     if pid == 0:
-        _work(work, screen)
+        _run_child(work, log)
     return pid
 
 
-def _work(work: Callable[[], object], screen: Path) -> NoReturn:
+def _run_child(work: Callable[[], object], log: Path) -> NoReturn:
     code = 1
     gc.freeze()  # else a collection would copy all memory that is shared with the parent
     try:
-        handle = os.open(screen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         work()
         code = 0
     except BaseException as error:
-        end = verdict(error)
+        end = to_exit_error(error)
         code = end.code
         print(f"line: {end}\n", "".join(traceback.format_exception(error)))
     finally:
@@ -46,12 +46,12 @@ def _work(work: Callable[[], object], screen: Path) -> NoReturn:
         os._exit(code)
 
 
-def ended(pid: int) -> int:
+def wait_for_exit(pid: int) -> int:
     """The exit code, negative where a signal did it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def own_mounts() -> None:
+def unshare_mounts() -> None:
     """From here on, what this process mounts is seen by it and its children alone, and ends with them."""
     user, group, root = os.getuid(), os.getgid(), os.geteuid() == 0
     libc = ctypes.CDLL(None, use_errno=True)
@@ -64,6 +64,6 @@ def own_mounts() -> None:
     mount("--make-rprivate", "/")
 
 
-def mount(*words: object) -> None:
+def mount(*args: object) -> None:
     """The command of that name."""
-    subprocess.run(["mount", *map(str, words)], check=True, capture_output=True)
+    subprocess.run(["mount", *map(str, args)], check=True, capture_output=True)

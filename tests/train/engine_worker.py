@@ -23,19 +23,19 @@ from accelerate.state import AcceleratorState, GradientState
 
 from ssl_vit import config, recipes
 from ssl_vit.commands import train
-from ssl_vit.errors import Refusal
+from ssl_vit.errors import ExitError
 from ssl_vit.heads.mean_color import MeanColorHead
 from ssl_vit.model import Output
-from ssl_vit.runtime import choose
+from ssl_vit.runtime import select_engine
 from ssl_vit.train import launch
-from ssl_vit.train.launch import Asked
-from tests.train.engines import HALF
+from ssl_vit.train.launch import LaunchSettings
+from tests.train.engines import HALF_CHECKPOINT
 
 FORWARD = MeanColorHead.forward
 calls: list[int] = []
 
 
-def poisoned(self: Any, encoder: Any, batch: Any) -> Output:
+def nan_forward(self: Any, encoder: Any, batch: Any) -> Output:
     """The head's forward, whose third loss in training is not a number on rank 1."""
     output = FORWARD(self, encoder, batch)
     calls.append(self.training)
@@ -43,34 +43,34 @@ def poisoned(self: Any, encoder: Any, batch: Any) -> Output:
     return output._replace(loss=output.loss * float("nan")) if bad else output
 
 
-def half_of(run: Path, other: Path) -> None:
+def copy_half(run: Path, target: Path) -> None:
     """Make another run of the first half of one."""
     if dist.get_rank() == 0:
-        shutil.copytree(run / HALF, other / HALF)
+        shutil.copytree(run / HALF_CHECKPOINT, target / HALF_CHECKPOINT)
         for file in ("metrics.jsonl", "recipe.yaml"):
-            shutil.copy(run / file, other)
+            shutil.copy(run / file, target)
     dist.barrier()
 
 
-def ends_of(configs: dict[str, Any]) -> dict[str, Any]:
+def resolve_configs(configs: dict[str, Any]) -> dict[str, Any]:
     """Starts up to where Accelerate would be made: refusals, or DeepSpeed's config as the recipe filled it."""
-    found = {}
+    results = {}
     for name, content in configs.items():
         environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": json.dumps(content)}
         if name == "file and section":
             environment["ACCELERATE_CONFIG_DS_FIELDS"] = "zero_stage"
         clip = None if name == "no clip" else 0.5
-        asked = Asked(24, 4, 3, clip, precision="auto", activation_checkpointing=False, timeout=60)
-        made = partial(SimpleNamespace, num_processes=dist.get_world_size())
+        settings = LaunchSettings(24, 4, 3, clip, precision="auto", activation_checkpointing=False, timeout=60)
+        accelerator_stub = partial(SimpleNamespace, num_processes=dist.get_world_size())
         try:
-            with patch.dict(os.environ, environment), patch("accelerate.Accelerator", made):
-                started: Any = launch.start(asked, "none", Path())
-            found[name] = started.deepspeed_plugin.deepspeed_config
-        except Refusal as error:
-            found[name] = {"code": error.code, "message": error.message}
+            with patch.dict(os.environ, environment), patch("accelerate.Accelerator", accelerator_stub):
+                accelerator: Any = launch.start_accelerator(settings, "none", Path())
+            results[name] = accelerator.deepspeed_plugin.deepspeed_config
+        except ExitError as error:
+            results[name] = {"code": error.code, "message": error.message}
         except Exception as error:
-            found[name] = {"code": None, "message": repr(error)}
-    return found
+            results[name] = {"code": None, "message": repr(error)}
+    return results
 
 
 def main() -> None:
@@ -80,16 +80,16 @@ def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         gc.freeze()  # else all that is imported would be looked through at the end of each training
         if "copy" in job:
-            half_of(*map(Path, job["copy"]))
+            copy_half(*map(Path, job["copy"]))
         elif "configs" in job:
-            found = ends_of(job["configs"])
+            results = resolve_configs(job["configs"])
             if dist.get_rank() == 0:
-                Path(job["to"]).write_text(json.dumps(found))
+                Path(job["to"]).write_text(json.dumps(results))
         else:
-            choose(job["engine"], job["zero"])
-            MeanColorHead.forward = poisoned if job["poisoned"] else FORWARD
+            select_engine(job["engine"], job["zero"])
+            MeanColorHead.forward = nan_forward if job["poisoned"] else FORWARD
             calls.clear()
-            train.run(config.parse(recipes.Pretrain, job["words"], recipes.FOLDER))
+            train.run(config.parse(recipes.Pretrain, job["words"], recipes.RECIPES_FOLDER))
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
 

@@ -18,8 +18,8 @@ import pytest
 
 from ssl_vit.train import checkpoint
 from tests import tiny_runs
-from tests.odd import NOT_ALLOWED
-from tests.starts import Start, call
+from tests.machines import NOT_ALLOWED
+from tests.processes import Start, call_tool
 
 KILLED = -9
 HOST = socket.gethostname()
@@ -36,42 +36,42 @@ class Scenario:
     codes: tuple[int, ...]  # of the ranks, of which there are so many
     fault: str = ""  # for SSL_VIT_FAULT
     line: str = ""  # a pattern of the closing line of rank `by`
-    by: int = 0
-    says: tuple[str, ...] = ()  # patterns of what else that rank says; without any, the line is all it says
-    others: str = ""  # a pattern of what the others say; without one, they say nothing
+    rank: int = 0
+    patterns: tuple[str, ...] = ()  # patterns of what else that rank says; without any, the line is all it says
+    other_pattern: str = ""  # a pattern of what the others say; without one, they say nothing
     saved: int | None = None  # the newest checkpoint then, which must be whole; 0 where there may be none
-    words: tuple[str, ...] = ()
-    alone: Mapping[int, list[str]] = field(default_factory=dict)  # more words of single ranks
+    args: tuple[str, ...] = ()
+    rank_args: Mapping[int, list[str]] = field(default_factory=dict)  # more words of single ranks
     prepare: Callable[[], None] | None = None
-    held: bool = True  # it holds the folder, so that exit.json tells of its end
-    cut: bool = False  # a power cut: as soon as a rank has ended, all are killed
+    owns_folder: bool = True  # it holds the folder, so that exit.json tells of its end
+    power_cut: bool = False  # a power cut: as soon as a rank has ended, all are killed
     resumed: bool = False
-    also: Callable[["Played"], None] | None = None  # looks at the rest
+    extra_check: Callable[["Outcome"], None] | None = None  # looks at the rest
     tier: str = ""  # "default" for the one real process of its kind, "process" for what is slow in this one
 
     @property
-    def real(self) -> bool:
+    def needs_processes(self) -> bool:
         """Whether it takes processes of its own."""
-        alone = len(self.codes) == 1 and self.prepare is None and self.tier != "default"
-        return not alone or bool(DEADLY.search(self.fault))
+        in_process = len(self.codes) == 1 and self.prepare is None and self.tier != "default"
+        return not in_process or bool(DEADLY.search(self.fault))
 
     @property
     def marks(self) -> list[pytest.MarkDecorator]:
         """Its tier, and the place of what starts several ranks."""
-        variant = (self.tier or ("process" if self.real else "default")) == "process"
-        return [pytest.mark.process] * variant + [pytest.mark.ranks] * (len(self.codes) > 1)
+        is_process_tier = (self.tier or ("process" if self.needs_processes else "default")) == "process"
+        return [pytest.mark.process] * is_process_tier + [pytest.mark.ranks] * (len(self.codes) > 1)
 
 
-def each(table: Mapping[str, Scenario]) -> pytest.MarkDecorator:
+def parametrize_scenarios(table: Mapping[str, Scenario]) -> pytest.MarkDecorator:
     """Have a test play every scenario of a table, each in its tier."""
-    lines = [pytest.param(scenario, id=name, marks=scenario.marks) for name, scenario in table.items()]
-    return pytest.mark.parametrize("scenario", lines)
+    params = [pytest.param(scenario, id=name, marks=scenario.marks) for name, scenario in table.items()]
+    return pytest.mark.parametrize("scenario", params)
 
 
 def case(*values: Any, default: bool = False) -> Any:
     """The parameters of a test; with a number above 1 it starts several ranks. Of the process tier, or the default."""
-    several = any(isinstance(value, int) and value > 1 for value in values)
-    return pytest.param(*values, marks=[pytest.mark.process] * (not default) + [pytest.mark.ranks] * several)
+    has_ranks = any(isinstance(value, int) and value > 1 for value in values)
+    return pytest.param(*values, marks=[pytest.mark.process] * (not default) + [pytest.mark.ranks] * has_ranks)
 
 
 def ranks(*worlds: int) -> pytest.MarkDecorator:
@@ -80,21 +80,21 @@ def ranks(*worlds: int) -> pytest.MarkDecorator:
 
 
 @dataclass(frozen=True)
-class Played:
+class Outcome:
     """A scenario that was played."""
 
     run: Path
     codes: list[int]
-    screens: list[str]  # by rank
+    outputs: list[str]  # by rank
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """What all ranks said."""
-        return "".join(self.screens)
+        return "".join(self.outputs)
 
     def lines(self, rank: int = 0) -> list[str]:
         """What a rank said, without the noise."""
-        return [line for line in self.screens[rank].splitlines() if line and not line.startswith(NOISE)]
+        return [line for line in self.outputs[rank].splitlines() if line and not line.startswith(NOISE)]
 
 
 @dataclass(frozen=True)
@@ -110,87 +110,91 @@ class Stage:
         """The run's folder."""
         return self.folder / "run"
 
-    def at(self, name: str) -> "Stage":
+    def sibling(self, name: str) -> "Stage":
         """Another run beside this one."""
         return replace(self, folder=self.folder / name)
 
-    def words(self, *more: str) -> list[str]:
+    def args(self, *overrides: str) -> list[str]:
         """The command."""
-        return tiny_runs.words(self.shards, self.run, *more)
+        return tiny_runs.run_args(self.shards, self.run, *overrides)
 
-    def start(self, world: int = 1, fault: str = "", words: tuple[str, ...] = (), **more: object) -> Start:
+    def start(self, world: int = 1, fault: str = "", args: tuple[str, ...] = (), **kwargs: object) -> Start:
         """The command as processes, for what has to happen while they run."""
-        return Start(self.words(*words), self.folder / "logs", world, fault, **more)  # type: ignore[arg-type]
+        return Start(self.args(*args), self.folder / "logs", world, fault, **kwargs)  # type: ignore[arg-type]
 
-    def begin(self, scenario: Scenario) -> Played:
+    def begin(self, scenario: Scenario) -> Outcome:
         """Start and wait."""
-        if not scenario.real:
+        if not scenario.needs_processes:
             before = multiprocessing.active_children()
-            end = call("pretrain", self.words(*scenario.words), SSL_VIT_FAULT=scenario.fault)
+            result = call_tool("pretrain", self.args(*scenario.args), SSL_VIT_FAULT=scenario.fault)
             gc.collect()  # the iterator of a training that failed, with which its loader workers end
             for worker in set(multiprocessing.active_children()) - set(before):
                 worker.join(LIMIT)
                 assert not Path(f"/proc/{worker.pid}").exists()
-            return Played(self.run, [end.code], [end.said])
-        given = {"alone": dict(scenario.alone), "prepare": scenario.prepare}
-        start = self.start(len(scenario.codes), scenario.fault, scenario.words, **given)
-        if scenario.cut:
-            start.until(lambda: any(process.exitcode is not None for process in start.processes), LIMIT)
+            return Outcome(self.run, [result.code], [result.output])
+        kwargs = {"alone": dict(scenario.rank_args), "prepare": scenario.prepare}
+        start = self.start(len(scenario.codes), scenario.fault, scenario.args, **kwargs)
+        if scenario.power_cut:
+            start.wait_until(lambda: any(process.exitcode is not None for process in start.processes), LIMIT)
             start.kill()
         codes = start.wait(LIMIT)
         if NOT_ALLOWED in codes:
             pytest.skip("mounts of one's own are not allowed here")
-        assert start.orphans == [], start.said()
-        return Played(self.run, codes, [start.said(rank) for rank in range(len(codes))])
+        assert start.orphans == [], start.output()
+        return Outcome(self.run, codes, [start.output(rank) for rank in range(len(codes))])
 
-    def play(self, scenario: Scenario) -> Played:
+    def play(self, scenario: Scenario) -> Outcome:
         """Let it happen, and see that all came as it must."""
-        played = self.begin(scenario)
-        if scenario.cut:
-            assert KILLED in played.codes, f"{scenario.fault} was not reached: {played.said}"
+        outcome = self.begin(scenario)
+        if scenario.power_cut:
+            assert KILLED in outcome.codes, f"{scenario.fault} was not reached: {outcome.output}"
         else:
-            assert played.codes == list(scenario.codes), played.said
+            assert outcome.codes == list(scenario.codes), outcome.output
         if scenario.line:
-            _check_words(scenario, played)
+            _check_output(scenario, outcome)
         if scenario.saved is not None:
-            assert tiny_runs.saved(self.run)[-1:] == ([scenario.saved] if scenario.saved else [])
-            assert not scenario.saved or checkpoint.flaw(tiny_runs.last(self.run)) is None
-        if scenario.also is not None:
-            scenario.also(played)
+            assert tiny_runs.checkpoint_steps(self.run)[-1:] == ([scenario.saved] if scenario.saved else [])
+            assert not scenario.saved or checkpoint.find_corruption(tiny_runs.last_checkpoint(self.run)) is None
+        if scenario.extra_check is not None:
+            scenario.extra_check(outcome)
         if scenario.resumed:
-            self.finish(len(scenario.codes), *scenario.words)
-            self.as_in_peace(self.tiny_run(len(scenario.codes)))
-        return played
+            self.finish(len(scenario.codes), *scenario.args)
+            self.assert_same_run(self.tiny_run(len(scenario.codes)))
+        return outcome
 
-    def stop(self, place: str, *words: str) -> None:
+    def stop(self, point: str, *overrides: str) -> None:
         """End a start of one rank at a place, in this process; on the disk it is as after a kill there."""
-        self.play(Scenario((70,), f"raise:point={place}", "RuntimeError: injected", says=("Traceback",), words=words))
+        self.play(
+            Scenario((70,), f"raise:point={point}", "RuntimeError: injected", patterns=("Traceback",), args=overrides)
+        )
 
-    def finish(self, world: int = 1, *words: str) -> str:
+    def finish(self, world: int = 1, *overrides: str) -> str:
         """Give the command once more, with nothing in its way; what it said."""
-        return self.play(Scenario((0,) * world, words=words)).said
+        return self.play(Scenario((0,) * world, args=overrides)).output
 
-    def as_in_peace(self, peace: Path) -> None:
+    def assert_same_run(self, reference: Path) -> None:
         """The finished run has the bits of another one, and nothing is left behind."""
-        self.same_bits(peace)
-        assert tiny_runs.names(self.run) == tiny_runs.names(peace)
+        self.assert_same_bits(reference)
+        assert tiny_runs.file_names(self.run) == tiny_runs.file_names(reference)
 
-    def same_bits(self, peace: Path) -> None:
+    def assert_same_bits(self, reference: Path) -> None:
         """The finished run has the bits of another one."""
-        assert tiny_runs.differing(tiny_runs.results(peace), tiny_runs.results(self.run)) == {}
+        assert tiny_runs.differing_bits(tiny_runs.run_bits(reference), tiny_runs.run_bits(self.run)) == {}
 
 
-def _check_words(scenario: Scenario, played: Played) -> None:
+def _check_output(scenario: Scenario, outcome: Outcome) -> None:
     """One line by one rank, with all that was promised, and the same in exit.json; no traceback but an asked one."""
-    lines = played.lines(scenario.by)
-    assert re.search(scenario.line, lines[-1]), played.said
-    assert all(re.search(pattern, played.screens[scenario.by]) for pattern in scenario.says), played.said
-    assert scenario.says or len(lines) == 1, played.said
-    for rank, screen in enumerate(played.screens):
-        if rank != scenario.by:
-            assert re.search(scenario.others, screen) if scenario.others else played.lines(rank) == [], played.said
-    assert "Traceback" not in played.said or "Traceback" in scenario.says, played.said
-    if scenario.held:
-        told = tiny_runs.told(played.run)
-        assert (told["code"], told["rank"]) == (scenario.codes[scenario.by], scenario.by)
-        assert told["reason"] in lines[-1]
+    lines = outcome.lines(scenario.rank)
+    assert re.search(scenario.line, lines[-1]), outcome.output
+    assert all(re.search(pattern, outcome.outputs[scenario.rank]) for pattern in scenario.patterns), outcome.output
+    assert scenario.patterns or len(lines) == 1, outcome.output
+    for rank, output in enumerate(outcome.outputs):
+        if rank != scenario.rank:
+            assert re.search(scenario.other_pattern, output) if scenario.other_pattern else outcome.lines(rank) == [], (
+                outcome.output
+            )
+    assert "Traceback" not in outcome.output or "Traceback" in scenario.patterns, outcome.output
+    if scenario.owns_folder:
+        exit_info = tiny_runs.read_exit(outcome.run)
+        assert (exit_info["code"], exit_info["rank"]) == (scenario.codes[scenario.rank], scenario.rank)
+        assert exit_info["reason"] in lines[-1]

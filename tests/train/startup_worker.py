@@ -22,21 +22,21 @@ from accelerate.state import AcceleratorState, GradientState
 
 from ssl_vit import config, recipes
 from ssl_vit.commands import train as command
-from ssl_vit.errors import Refusal
+from ssl_vit.errors import ExitError
 from ssl_vit.train import preflight
 from ssl_vit.train.run_folder import Run
 
-FOLDER, WORDS = Path(sys.argv[1]), sys.argv[2:]
+FOLDER, ARGS = Path(sys.argv[1]), sys.argv[2:]
 RANK = int(os.environ["RANK"])
 
 
-def train(name: str, *more: str, **changed: Any) -> dict[str, Any]:
+def train(name: str, *overrides: str, **patches: Any) -> dict[str, Any]:
     """How a training of two steps in a folder of its own ends, with names of `startup` changed on machine b."""
-    parsed = config.parse(recipes.Pretrain, [*WORDS, f"run={FOLDER}/run-{name}", *more], recipes.FOLDER)
+    parsed = config.parse(recipes.Pretrain, [*ARGS, f"run={FOLDER}/run-{name}", *overrides], recipes.RECIPES_FOLDER)
     try:
-        with patch.dict(vars(preflight), changed if RANK else {}):
+        with patch.dict(vars(preflight), patches if RANK else {}):
             return {"code": command.run(parsed), "message": "", "shared": True}
-    except Refusal as error:
+    except ExitError as error:
         return {"code": error.code, "message": error.message, "shared": error.shared}
     except BaseException as error:
         return {"code": None, "message": repr(error), "shared": False}
@@ -47,23 +47,23 @@ def train(name: str, *more: str, **changed: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def own_machine() -> Iterator[None]:
+def machine_dir() -> Iterator[None]:
     """Each process in its machine's working directory, with its number on that machine."""
-    old = os.getcwd()
+    previous_dir = os.getcwd()
     os.chdir(FOLDER / ("b" if RANK else "a"))
     with patch.dict(os.environ, {"LOCAL_RANK": str(max(0, RANK - 1))}):
         yield
-    os.chdir(old)
+    os.chdir(previous_dir)
 
 
-def held() -> dict[str, Any]:
+def train_in_held_folder() -> dict[str, Any]:
     """While another training holds the run folder."""
-    other = Run(FOLDER / "run-held")
+    other_run = Run(FOLDER / "run-held")
     if RANK == 0:
-        other.claim(recipes.Pretrain())
-    found = train("held")
-    other.release()
-    return found
+        other_run.acquire(recipes.Pretrain())
+    result = train("held")
+    other_run.release()
+    return result
 
 
 def main() -> None:
@@ -71,21 +71,21 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # they have met: the port is held already
     Accelerator.end_training = lambda self: None  # it would end the process group
-    preflight.SEEN_WITHIN = 0.5
-    found = {
+    preflight.VISIBILITY_TIMEOUT = 0.5
+    results = {
         "batch": train("batch", "batch=8"),
         "code": train("code", PACKAGE=FOLDER / "ssl_vit"),
         "library": train("library", _version=lambda name: "2.0.0" if name == "torch" else preflight.version(name)),
         "gpu": train("gpu", _gpu=lambda: "NVIDIA L4 of 22 GiB"),
         "recipe": train("recipe", *(["seed=7", "optim.lr=1"] if RANK else [])),
         "no data": train("no-data", "data.train=/nowhere"),
-        "held": held(),
+        "held": train_in_held_folder(),
     }
-    with own_machine():
-        found["folder"] = train("folder", "run=run")
-        found["shards"] = train("shards", "data.train=shards/train")
-    found["good"] = train("good")
-    (FOLDER / f"found-{RANK}.json").write_text(json.dumps(found))
+    with machine_dir():
+        results["folder"] = train("folder", "run=run")
+        results["shards"] = train("shards", "data.train=shards/train")
+    results["good"] = train("good")
+    (FOLDER / f"found-{RANK}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

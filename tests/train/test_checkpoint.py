@@ -14,13 +14,13 @@ from torch import nn
 
 from ssl_vit import config, recipes
 from ssl_vit.commands import evaluate
-from ssl_vit.errors import DISK, INTEGRITY, USAGE, Refusal
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.train import checkpoint
-from ssl_vit.train.ema import Average
-from tests.frozen import results
-from tests.tiny_runs import saved
-from tests.train.engines import fresh, rows
-from tests.train.test_loop import assert_same_run, finetune, pretrain, refused, stopped
+from ssl_vit.train.ema import Ema
+from tests.evaluate_cases import read_results
+from tests.tiny_runs import checkpoint_steps
+from tests.train.engines import reset_accelerate, rows
+from tests.train.test_loop import assert_refused, assert_same_run, finetune, pretrain, train_until_stopped
 
 
 def tensors(step: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -39,11 +39,11 @@ def names(parent: Path) -> list[str]:
 
 
 def test_the_last_few_are_kept_and_a_draft_is_none_of_them(tmp_path: Path):
-    assert checkpoint.newest(tmp_path / "none") is None
+    assert checkpoint.newest_valid(tmp_path / "none") is None
     for step in range(1, 5):
         save(tmp_path, step, keep=2)
     shutil.copytree(tmp_path / "step-00000004", tmp_path / ".step-00000005.tmp")  # of a killed process
-    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000004"
+    assert checkpoint.newest_valid(tmp_path) == tmp_path / "step-00000004"
     save(tmp_path, 5, keep=2)
     assert names(tmp_path) == ["step-00000004", "step-00000005"]
 
@@ -55,11 +55,11 @@ def test_a_damaged_one_is_not_believed_and_where_none_verifies_the_run_does_not_
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
-    with pytest.raises(Refusal, match=r"step-00000002\.corrupt-.*step-00000001\.corrupt-") as end:
-        checkpoint.newest(tmp_path)
-    assert end.value.code == INTEGRITY
-    with pytest.raises(Refusal, match="put aside before"):  # nor when it is started once more
-        checkpoint.newest(tmp_path)
+    with pytest.raises(ExitError, match=r"step-00000002\.corrupt-.*step-00000001\.corrupt-") as excinfo:
+        checkpoint.newest_valid(tmp_path)
+    assert excinfo.value.code == ExitCode.INTEGRITY
+    with pytest.raises(ExitError, match="put aside before"):  # nor when it is started once more
+        checkpoint.newest_valid(tmp_path)
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "replace", "a full disk"])
@@ -73,10 +73,10 @@ def test_a_save_that_fails_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.M
             patch.setattr(shutil, "disk_usage", lambda path: full)
         else:
             patch.setattr(os, call, Mock(side_effect=OSError(5, "Input/output error")))
-        said = r"needs .* bytes, 1 are free" if call == "a full disk" else "Input/output"
-        with pytest.raises(Refusal, match=said) as end:
+        pattern = r"needs .* bytes, 1 are free" if call == "a full disk" else "Input/output"
+        with pytest.raises(ExitError, match=pattern) as excinfo:
             save(tmp_path, 2)
-        assert end.value.code == DISK
+        assert excinfo.value.code == ExitCode.DISK
     assert names(tmp_path) == ["step-00000001"]
     assert before == {path: path.read_bytes() for path in (tmp_path / "step-00000001").iterdir()}
     assert save(tmp_path, 2).is_dir()  # and the next one goes well
@@ -85,111 +85,113 @@ def test_a_save_that_fails_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.M
 # --- Polyak averages and the best checkpoint: exact, resumable, and what is exported
 
 
-def averaged(values: list[float], factor: float) -> float:
+def expected_average(values: list[float], factor: float) -> float:
     mean = values[0]
     for n, value in enumerate(values[1:], start=1):
-        kept = min(factor, (1 + n) / (10 + n))
-        mean = kept * mean + (1 - kept) * value
+        decay = min(factor, (1 + n) / (10 + n))
+        mean = decay * mean + (1 - decay) * value
     return mean
 
 
-def average_of(parameter: nn.Parameter, factor: float) -> Average:
-    engine: Any = SimpleNamespace(parameters={"w": parameter}, forget_gathered=lambda: None)
-    return Average(engine, factor, {})
+def make_ema(parameter: nn.Parameter, factor: float) -> Ema:
+    engine: Any = SimpleNamespace(parameters={"w": parameter}, reshard=lambda: None)
+    return Ema(engine, factor, {})
 
 
 @pytest.mark.parametrize("factor", [0.3, 0.9999])
 def test_the_average_is_the_formulas(factor: float):
     parameter = nn.Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
-    average, seen = average_of(parameter, factor), [parameter.tolist()]
+    ema, history = make_ema(parameter, factor), [parameter.tolist()]
     for n in range(1, 30):
         with torch.no_grad():
             parameter.add_(torch.tensor([0.5 * n, 1.0 / n]))
-        average.update(n)
-        seen.append(parameter.tolist())
-    want = [averaged([row[i] for row in seen], factor) for i in range(2)]
-    with average.in_place():
-        assert parameter.tolist() == pytest.approx(want, rel=1e-12)
-    assert parameter.tolist() == seen[-1]
+        ema.update(n)
+        history.append(parameter.tolist())
+    expected = [expected_average([row[i] for row in history], factor) for i in range(2)]
+    with ema.swapped_in():
+        assert parameter.tolist() == pytest.approx(expected, rel=1e-12)
+    assert parameter.tolist() == history[-1]
 
 
 def test_a_constant_is_its_own_average():
     """C4.6, to the bit."""
     parameter = nn.Parameter(torch.randn(50))
-    average = average_of(parameter, 0.9999)
+    ema = make_ema(parameter, 0.9999)
     for n in range(1, 200):
-        average.update(n)
-    assert torch.equal(dict(average.tensors())["average.w"], parameter)
+        ema.update(n)
+    assert torch.equal(dict(ema.tensors())["average.w"], parameter)
 
 
-def checkpointed(run: Path, step: int, file: str) -> dict[str, torch.Tensor]:
+def load_checkpoint(run: Path, step: int, file: str) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step-{step:08d}" / f"{file}.safetensors")
 
 
 def test_a_resumed_average_is_the_straight_one_and_is_what_is_judged_and_exported(shards: Path, tmp_path: Path):
-    straight, other = tmp_path / "straight", tmp_path / "stopped"
-    assert pretrain(shards, straight, "average=0.9") == 0
-    stopped(6, pretrain, shards, other, "average=0.9")
-    assert pretrain(shards, other, "average=0.9") == 0
-    assert_same_run(straight, other)
+    straight_run, stopped_run = tmp_path / "straight", tmp_path / "stopped"
+    assert pretrain(shards, straight_run, "ema_decay=0.9") == 0
+    train_until_stopped(6, pretrain, shards, stopped_run, "ema_decay=0.9")
+    assert pretrain(shards, stopped_run, "ema_decay=0.9") == 0
+    assert_same_run(straight_run, stopped_run)
     name = "encoder.blocks.0.mlp.fc1.weight"
-    exported = load_file(straight / "encoder" / "model.safetensors")[name.removeprefix("encoder.")]
-    assert torch.equal(exported, checkpointed(straight, 10, "state")[f"average.{name}"])
-    assert not torch.equal(exported, checkpointed(straight, 10, "model")[name])
+    exported = load_file(straight_run / "encoder" / "model.safetensors")[name.removeprefix("encoder.")]
+    assert torch.equal(exported, load_checkpoint(straight_run, 10, "state")[f"average.{name}"])
+    assert not torch.equal(exported, load_checkpoint(straight_run, 10, "model")[name])
     assert pretrain(shards, tmp_path / "plain") == 0
-    judged, plain = rows(straight)[-1], rows(tmp_path / "plain")[-1]
-    assert judged["loss"] == plain["loss"]  # training does not see it
-    assert judged["val_loss"] != plain["val_loss"]
+    averaged_row, plain_row = rows(straight_run)[-1], rows(tmp_path / "plain")[-1]
+    assert averaged_row["loss"] == plain_row["loss"]  # training does not see it
+    assert averaged_row["val_loss"] != plain_row["val_loss"]
 
 
 def test_the_best_checkpoint_stays_and_is_the_result(shards: Path, tmp_path: Path):
-    words = ["best=val_loss", "eval_every=1", "save_every=100", "keep=1", "optim.lr=5", "optim.warmup_steps=0"]
-    assert pretrain(shards, tmp_path, *words) == 0
+    overrides = ["best=val_loss", "eval_every=1", "save_every=100", "keep=1", "optim.lr=5", "optim.warmup_steps=0"]
+    assert pretrain(shards, tmp_path, *overrides) == 0
     losses = {row["step"]: row["val_loss"] for row in rows(tmp_path) if "val_loss" in row}
     best = min(losses, key=lambda step: losses[step])
     assert best < 10, "a rate this high should spoil the last steps"
-    assert saved(tmp_path) == [best, 10]
-    found = results(tmp_path)
-    assert found["best"] == {"metric": "val_loss", "step": best, "value": losses[best]}
-    assert found["loss"] == losses[best]
+    assert checkpoint_steps(tmp_path) == [best, 10]
+    result = read_results(tmp_path)
+    assert result["best"] == {"metric": "val_loss", "step": best, "value": losses[best]}
+    assert result["loss"] == losses[best]
     exported = load_file(tmp_path / "encoder" / "model.safetensors")
-    kept = checkpointed(tmp_path, best, "model")
-    assert all(torch.equal(value, kept[f"encoder.{name}"]) for name, value in exported.items())
+    weights = load_checkpoint(tmp_path, best, "model")
+    assert all(torch.equal(value, weights[f"encoder.{name}"]) for name, value in exported.items())
 
 
 def test_a_resumed_run_keeps_the_same_best(shards: Path, tmp_path: Path):
-    words = ["best=val_accuracy", "eval_every=2", "optim.lr=0.05"]
-    assert pretrain(shards, tmp_path / "straight", *words) == 0
-    stopped(7, pretrain, shards, tmp_path / "stopped", *words)
-    assert pretrain(shards, tmp_path / "stopped", *words) == 0
-    assert "best" in results(tmp_path / "straight")
+    overrides = ["best=val_accuracy", "eval_every=2", "optim.lr=0.05"]
+    assert pretrain(shards, tmp_path / "straight", *overrides) == 0
+    train_until_stopped(7, pretrain, shards, tmp_path / "stopped", *overrides)
+    assert pretrain(shards, tmp_path / "stopped", *overrides) == 0
+    assert "best" in read_results(tmp_path / "straight")
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")  # results.json and all
 
 
 def test_predictions_of_the_best_are_what_a_classifier_is_told_by(shards: Path, tmp_path: Path):
     finetune(shards, tmp_path, "best=val_top1", "eval_every=5", "optim.lr=3")
-    found = results(tmp_path)
-    counted = [row.split(",") for row in (tmp_path / "predictions.csv").read_text().splitlines()[1:]]
-    assert sum(row[2] == row[3] for row in counted) / len(counted) == pytest.approx(found["top1"])
-    assert found["step"] == found["best"]["step"]
+    result = read_results(tmp_path)
+    predictions = [row.split(",") for row in (tmp_path / "predictions.csv").read_text().splitlines()[1:]]
+    assert sum(row[2] == row[3] for row in predictions) / len(predictions) == pytest.approx(result["top1"])
+    assert result["step"] == result["best"]["step"]
 
 
 def test_online_probes_are_those_of_the_exported_encoder(shards: Path, tmp_path: Path):
     """What is measured while training equals what tools/evaluate.py says of the encoder afterwards."""
-    data = [f"online.train={shards}/train", f"online.val={shards}/val", "online.shots=1,2"]
-    assert pretrain(shards, tmp_path / "run", *data, "eval_every=5", "encoder.pool=mean") == 0
-    told = [row for row in rows(tmp_path / "run") if "val_knn_top1" in row]
-    assert [row["step"] for row in told] == [5, 10]
-    fresh()
-    given = [f"encoder={tmp_path / 'run'}", f"data.train={shards}/train", f"data.val={shards}/val", "data.workers=0"]
-    given += [f"run={tmp_path / 'judged'}", "methods=knn,few_shot", "few_shot.shots=1,2", "random=false"]
-    made = config.parse(evaluate.Evaluate, [*given, "features.readouts=mean", "quiet=true"], recipes.FOLDER)
-    assert evaluate.run(made) == 0
-    by = {row["case"]: row["top1"] for row in results(tmp_path / "judged")["rows"]}
+    online_args = [f"online.train={shards}/train", f"online.val={shards}/val", "online.shots=1,2"]
+    assert pretrain(shards, tmp_path / "run", *online_args, "eval_every=5", "encoder.pool=mean") == 0
+    probe_rows = [row for row in rows(tmp_path / "run") if "val_knn_top1" in row]
+    assert [row["step"] for row in probe_rows] == [5, 10]
+    reset_accelerate()
+    args = [f"encoder={tmp_path / 'run'}", f"data.train={shards}/train", f"data.val={shards}/val", "data.workers=0"]
+    args += [f"run={tmp_path / 'judged'}", "methods=knn,few_shot", "few_shot.shots=1,2", "random=false"]
+    evaluate_config = config.parse(
+        evaluate.Evaluate, [*args, "features.readouts=mean", "quiet=true"], recipes.RECIPES_FOLDER
+    )
+    assert evaluate.run(evaluate_config) == 0
+    top1_by_case = {row["case"]: row["top1"] for row in read_results(tmp_path / "judged")["rows"]}
     for name, case in {"knn_top1": "k=20", "few_shot_1": "shots=1", "few_shot_2": "shots=2"}.items():
-        assert told[-1][f"val_{name}"] == pytest.approx(by[case])
+        assert probe_rows[-1][f"val_{name}"] == pytest.approx(top1_by_case[case])
 
 
 def test_what_is_not_measured_cannot_be_the_best_and_online_needs_both_splits(shards: Path, tmp_path: Path):
-    refused(USAGE, "val_loss", pretrain, shards, tmp_path / "run", "best=val_top1", "eval_every=2")
-    refused(USAGE, "give both", pretrain, shards, tmp_path / "other", f"online.train={shards}/train")
+    assert_refused(ExitCode.USAGE, "val_loss", pretrain, shards, tmp_path / "run", "best=val_top1", "eval_every=2")
+    assert_refused(ExitCode.USAGE, "give both", pretrain, shards, tmp_path / "other", f"online.train={shards}/train")

@@ -20,69 +20,71 @@ from torch.nn import functional as F
 
 from ssl_vit import config, recipes, runtime
 from ssl_vit.commands import train
-from ssl_vit.errors import USAGE, Refusal
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.recipes import Pretrain
 from ssl_vit.train import logger, loop, metrics, prepare
-from ssl_vit.train.anomalies import LeftOut, RollBack
-from ssl_vit.train.hardware import data_sheet
-from ssl_vit.train.metrics import PHASES, Clock, Peak, Window, measured
-from ssl_vit.train.prepare import check_gradients, pin
+from ssl_vit.train.anomalies import RollBack, SkippedBatches
+from ssl_vit.train.hardware import spec_flops
+from ssl_vit.train.metrics import PHASES, Clock, PeakFlops, StepMetrics, measure_peak_flops
+from ssl_vit.train.prepare import check_gradients, set_attention_kernel
 from tests.conftest import TINY
-from tests.starts import Start
+from tests.processes import Start
 from tests.train import engines
 from tests.train.engines import rows
-from tests.train.test_loop import start, stopped
+from tests.train.test_loop import run_training, train_until_stopped
 
-Hand = SimpleNamespace
+FakeClock = SimpleNamespace
 
 
 @pytest.fixture
-def hand(monkeypatch: pytest.MonkeyPatch) -> Hand:
+def hand(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     """A clock that is moved by hand."""
-    made = Hand(now=0.0)
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: made.now, monotonic=time.monotonic))
-    return made
+    clock = FakeClock(now=0.0)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock.now, monotonic=time.monotonic))
+    return clock
 
 
-def test_shares_by_hand(hand: Hand):
+def test_shares_by_hand(hand: FakeClock):
     """10 s: 1 of nothing, 2 of data, 3 forward, 4 of nothing."""
-    watch = Clock()
-    assert set(watch.shares().values()) == {0.0}  # no time at all
+    clock = Clock()
+    assert set(clock.fractions().values()) == {0.0}  # no time at all
     hand.now = 1
-    with watch.phase("data"):
+    with clock.phase("data"):
         hand.now = 3
-    with watch.phase("forward"):
+    with clock.phase("forward"):
         hand.now = 6
     hand.now = 10
-    want = {"data": 0.2, "forward": 0.3, "backward": 0, "update": 0, "checkpoint": 0, "other": 0.5}
-    assert watch.shares() == pytest.approx(want)
-    assert tuple(watch.shares()) == PHASES
+    expected = {"data": 0.2, "forward": 0.3, "backward": 0, "update": 0, "checkpoint": 0, "other": 0.5}
+    assert clock.fractions() == pytest.approx(expected)
+    assert tuple(clock.fractions()) == PHASES
     hand.now = 20
-    with watch.phase("checkpoint"):
+    with clock.phase("checkpoint"):
         hand.now = 40
-    assert watch.shares() == pytest.approx({**{k: v / 4 for k, v in want.items()}, "checkpoint": 0.5, "other": 0.375})
-    assert sum(watch.shares().values()) == pytest.approx(1)
+    assert clock.fractions() == pytest.approx(
+        {**{k: v / 4 for k, v in expected.items()}, "checkpoint": 0.5, "other": 0.375}
+    )
+    assert sum(clock.fractions().values()) == pytest.approx(1)
 
 
-def test_a_phase_that_is_interrupted_or_has_another_in_it(hand: Hand):
+def test_a_phase_that_is_interrupted_or_has_another_in_it(hand: FakeClock):
     """It keeps its time, and what follows is not disturbed."""
-    watch = Clock()
-    with suppress(KeyError), watch.phase("data"):
+    clock = Clock()
+    with suppress(KeyError), clock.phase("data"):
         hand.now = 4
         raise KeyError
     hand.now = 8
-    assert watch.shares()["data"] == pytest.approx(0.5)
-    with watch.phase("update"):
+    assert clock.fractions()["data"] == pytest.approx(0.5)
+    with clock.phase("update"):
         hand.now = 12
-        with watch.phase("checkpoint"):
+        with clock.phase("checkpoint"):
             hand.now = 14
         hand.now = 16
-    want = {"data": 0.25, "update": 0.375, "checkpoint": 0.125, "other": 0.25}
-    assert watch.shares() == pytest.approx(dict.fromkeys(PHASES, 0) | want)
+    expected = {"data": 0.25, "update": 0.375, "checkpoint": 0.125, "other": 0.25}
+    assert clock.fractions() == pytest.approx(dict.fromkeys(PHASES, 0) | expected)
 
 
 def test_a_mark_of_a_gpu_is_an_event_that_nobody_waits_for(monkeypatch: pytest.MonkeyPatch):
-    marks, waited = itertools.count(1), []
+    marks, synchronized = itertools.count(1), []
 
     class Event:
         def __init__(self, enable_timing: bool):
@@ -93,61 +95,61 @@ def test_a_mark_of_a_gpu_is_an_event_that_nobody_waits_for(monkeypatch: pytest.M
             self.at = next(marks)
 
         def synchronize(self) -> None:
-            waited.append(self.at)
+            synchronized.append(self.at)
 
         def elapsed_time(self, other: "Event") -> float:
-            assert waited
+            assert synchronized
             return 1e3 * (other.at - self.at)
 
     monkeypatch.setattr(metrics, "on_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    watch = Clock()
+    clock = Clock()
     for name in ("data", "forward", "backward"):
-        with watch.phase(name):
+        with clock.phase(name):
             pass
-    assert waited == []
-    shares = watch.shares()
-    assert waited == [8]  # the last mark
-    assert (shares["forward"], shares["other"]) == pytest.approx((1 / 7, 4 / 7))
+    assert synchronized == []
+    fractions = clock.fractions()
+    assert synchronized == [8]  # the last mark
+    assert (fractions["forward"], fractions["other"]) == pytest.approx((1 / 7, 4 / 7))
 
 
 # --- a row of metrics
 
 
-def reported(window: Window, made: Peak, flops: int, processes: int = 1) -> dict[str, Any]:
+def report_row(window: StepMetrics, peak_flops: PeakFlops, flops: int, processes: int = 1) -> dict[str, Any]:
     names = ("_updates", "_skipped", "_weight", "_norm", "_digest")
     window.sums = {name: torch.tensor(float(name == "_updates")) for name in names}
-    return window.report(SimpleNamespace(num_processes=processes), lambda sums, weight: {}, flops, made)  # type: ignore[arg-type]
+    return window.report(SimpleNamespace(num_processes=processes), lambda sums, weight: {}, flops, peak_flops)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("processes", [1, 4])
 def test_utilisation_by_hand(processes: int, monkeypatch: pytest.MonkeyPatch):
     """A process trains 100 images of 3 GFLOP in 2 s: 150 GFLOP/s, a quarter of 600 and a tenth of 1,500."""
-    monkeypatch.setattr("ssl_vit.train.metrics.total", lambda _accelerator, sums: dict(sums))
-    now = Hand(at=10.0)
+    monkeypatch.setattr("ssl_vit.train.metrics.all_reduce_sum", lambda _accelerator, sums: dict(sums))
+    clock = FakeClock(at=10.0)
     monkeypatch.setattr(
-        "ssl_vit.train.metrics.time", SimpleNamespace(monotonic=lambda: now.at, perf_counter=time.perf_counter)
+        "ssl_vit.train.metrics.time", SimpleNamespace(monotonic=lambda: clock.at, perf_counter=time.perf_counter)
     )
-    window = Window()
-    window.images, window.waited, now.at = 100, 0.5, 12.0
-    row = reported(window, Peak(600e9, 1500e9), 3_000_000_000, processes)
+    window = StepMetrics()
+    window.num_images, window.data_wait, clock.at = 100, 0.5, 12.0
+    row = report_row(window, PeakFlops(600e9, 1500e9), 3_000_000_000, processes)
     assert row["images_per_second"] == 50 * processes
     assert row["tflops"] == pytest.approx(0.15 * processes)
     assert (row["mfu"], row["mfu_data_sheet"]) == (0.25, 0.1)  # of a device
     assert row["data_wait"] == 0.25
-    assert "mfu_data_sheet" not in reported(window, Peak(600e9, None), 1)
+    assert "mfu_data_sheet" not in report_row(window, PeakFlops(600e9, None), 1)
 
 
-def test_the_split_of_a_row_adds_up(hand: Hand):
-    window = Window()
+def test_the_split_of_a_row_adds_up(hand: FakeClock):
+    window = StepMetrics()
     for name in ("data", "forward", "backward", "update", "checkpoint"):
         with window.clock.phase(name):
             hand.now += 2
     hand.now += 2
-    row = reported(window, Peak(1e12, None), 1)
-    split = {name: value for name, value in row.items() if name.startswith("time_")}
-    assert split == pytest.approx({f"time_{name}": 1 / 6 for name in PHASES}, abs=5e-5)
-    assert sum(split.values()) == pytest.approx(1, abs=5e-4)
+    row = report_row(window, PeakFlops(1e12, None), 1)
+    time_fractions = {name: value for name, value in row.items() if name.startswith("time_")}
+    assert time_fractions == pytest.approx({f"time_{name}": 1 / 6 for name in PHASES}, abs=5e-5)
+    assert sum(time_fractions.values()) == pytest.approx(1, abs=5e-4)
     assert 0 < row["peak_memory_gib"] < 100
 
 
@@ -173,33 +175,33 @@ SHEETS[None] += ["NVIDIA L40", "NVIDIA A10G", "NVIDIA RTX A1000 Laptop GPU", "NV
 def test_the_data_sheet():
     for rate, names in SHEETS.items():
         for name in names:
-            assert data_sheet(name, half=True) == (None if rate is None else rate * 1e12), name
-            assert data_sheet(name, half=False) is None
+            assert spec_flops(name, half=True) == (None if rate is None else rate * 1e12), name
+            assert spec_flops(name, half=False) is None
 
 
 def test_a_measured_product_is_of_this_machine():
     """And leaves random numbers alone."""
     torch.manual_seed(0)
-    before = torch.random.get_rng_state()
-    found = Peak.of(torch.device("cpu"), half=False)
-    assert found.sheet is None
-    assert 1e8 < found.measured < 1e15
-    assert found.shares(found.measured) == {"mfu": 1.0}
-    assert measured(torch.device("cpu"), half=True) > 1e7
+    rng_state = torch.random.get_rng_state()
+    peak = PeakFlops.for_device(torch.device("cpu"), half=False)
+    assert peak.spec is None
+    assert 1e8 < peak.measured < 1e15
+    assert peak.utilization(peak.measured) == {"mfu": 1.0}
+    assert measure_peak_flops(torch.device("cpu"), half=True) > 1e7
     assert torch.is_grad_enabled()
-    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(torch.random.get_rng_state(), rng_state)
 
 
 def test_the_age_of_a_process(monkeypatch: pytest.MonkeyPatch):
     """Imports and all: by the kernel's count, or else from when this was imported."""
-    assert runtime.age() == pytest.approx(time.time() - psutil.Process().create_time(), abs=2)
+    assert runtime.uptime() == pytest.approx(time.time() - psutil.Process().create_time(), abs=2)
     text = f"7 (a b) c) S {'0 ' * 18}{5 * os.sysconf('SC_CLK_TCK')} 0"  # started 5 s after the machine
     monkeypatch.setattr(runtime, "Path", lambda _: SimpleNamespace(read_text=lambda: text))
-    times = {"CLOCK_BOOTTIME": 7, "clock_gettime": {7: 12.5}.get, "monotonic": lambda: runtime.IMPORTED + 3}
+    times = {"CLOCK_BOOTTIME": 7, "clock_gettime": {7: 12.5}.get, "monotonic": lambda: runtime.IMPORT_TIME + 3}
     monkeypatch.setattr(runtime, "time", SimpleNamespace(**times))
-    assert runtime.age() == 7.5
+    assert runtime.uptime() == 7.5
     text = "7 (a b) c) S"
-    assert runtime.age() == pytest.approx(3)
+    assert runtime.uptime() == pytest.approx(3)
 
 
 # --- the kernel of attention
@@ -211,12 +213,12 @@ FLAGS["efficient"] = torch.backends.cuda.mem_efficient_sdp_enabled
 
 @pytest.mark.parametrize("name", ["auto", *FLAGS])
 def test_a_pin_sets_its_flag_and_no_other(name: Any, request: pytest.FixtureRequest):
-    request.addfinalizer(lambda: pin("auto"))
-    for before in ("math", "cudnn", "auto"):
-        pin(before)
-        pin(name)
-        on = {flag for flag, enabled in FLAGS.items() if enabled()}
-        assert on == ({"flash", "efficient", "math"} if name == "auto" else {name})
+    request.addfinalizer(lambda: set_attention_kernel("auto"))
+    for previous in ("math", "cudnn", "auto"):
+        set_attention_kernel(previous)
+        set_attention_kernel(name)
+        enabled_flags = {flag for flag, enabled in FLAGS.items() if enabled()}
+        assert enabled_flags == ({"flash", "efficient", "math"} if name == "auto" else {name})
 
 
 CPU, SIZE = torch.device("cpu"), (3, 17, 8)
@@ -226,12 +228,12 @@ CPU, SIZE = torch.device("cpu"), (3, 17, 8)
 def test_gradients_of_this_machine_are_finite(half: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prepare, "IMAGES", 2)
     torch.manual_seed(0)
-    before = torch.random.get_rng_state()
+    rng_state = torch.random.get_rng_state()
     check_gradients("auto", SIZE, CPU, half)
-    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(torch.random.get_rng_state(), rng_state)
 
 
-class Broken(torch.autograd.Function):
+class NanGradient(torch.autograd.Function):
     """Attention whose gradient for one of its three inputs is not a number in one place."""
 
     which = 0
@@ -241,100 +243,102 @@ class Broken(torch.autograd.Function):
         return q + k + v
 
     @staticmethod
-    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor, ...]:
-        made = [given[0].clone() for _ in range(3)]
-        made[Broken.which].flatten()[-1:] = float("nan")
-        return tuple(made)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        input_grads = [grads[0].clone() for _ in range(3)]
+        input_grads[NanGradient.which].flatten()[-1:] = float("nan")
+        return tuple(input_grads)
 
 
-CANNOT = Mock(side_effect=RuntimeError("No available kernel. Aborting execution.\nand more"))
+NO_KERNEL = Mock(side_effect=RuntimeError("No available kernel. Aborting execution.\nand more"))
 
 
 @pytest.mark.parametrize(
     ("kernel", "which", "said"),
-    [*((Broken.apply, n, "17 tokens of 3 heads of 8") for n in range(3)), (CANNOT, 0, " Aborting execution.)")],
+    [*((NanGradient.apply, n, "17 tokens of 3 heads of 8") for n in range(3)), (NO_KERNEL, 0, " Aborting execution.)")],
 )
 def test_a_kernel_that_cannot_or_is_not_finite_is_refused(kernel: Any, which: int, said: str, monkeypatch: Any):
     monkeypatch.setattr(prepare, "IMAGES", 2)
-    monkeypatch.setattr(Broken, "which", which)
+    monkeypatch.setattr(NanGradient, "which", which)
     monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
-    with pytest.raises(Refusal) as end:
+    with pytest.raises(ExitError) as excinfo:
         check_gradients("cudnn", SIZE, CPU, True)
-    assert end.value.code == USAGE
+    assert excinfo.value.code == ExitCode.USAGE
     for text in ("attention=cudnn", said):
-        assert text in str(end.value)
-    assert "\n" not in str(end.value)
+        assert text in str(excinfo.value)
+    assert "\n" not in str(excinfo.value)
 
 
 def test_a_kernel_without_memory_says_so(monkeypatch: pytest.MonkeyPatch):
-    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
-    monkeypatch.setattr(F, "scaled_dot_product_attention", full)
+    out_of_memory = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         check_gradients("flash", SIZE, CPU, False)
 
 
 def test_tensors_are_laid_out_as_in_a_block(monkeypatch: pytest.MonkeyPatch):
     """[B, heads, T, width], with heads inside of tokens in memory: a kernel may fail at one layout only."""
-    seen = Mock(side_effect=lambda q, k, v: q + k + v)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    attention = Mock(side_effect=lambda q, k, v: q + k + v)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     check_gradients("auto", SIZE, CPU, True)
-    seen.assert_called()
-    for one in (tensor for call in seen.call_args_list for tensor in call.args):
-        assert (one.shape, one.dtype) == ((128, *SIZE), torch.bfloat16)
-        assert one.transpose(1, 2).is_contiguous()
+    attention.assert_called()
+    for argument in (tensor for call in attention.call_args_list for tensor in call.args):
+        assert (argument.shape, argument.dtype) == ((128, *SIZE), torch.bfloat16)
+        assert argument.transpose(1, 2).is_contiguous()
 
 
 # --- profile=true and the line of a start, in whole runs
 
-LINE = re.compile(r"^first step \d+\.\d s after the start; fp32 on 1 threads, torch \S+; .* reaches \d+\.\d\d TFLOP/s$")
-SPLIT = {f"time_{name}" for name in PHASES}
-WORDS = ["log_every=3", "save_every=4", "optim.warmup_steps=1"]
+START_LINE = re.compile(
+    r"^first step \d+\.\d s after the start; fp32 on 1 threads, torch \S+; .* reaches \d+\.\d\d TFLOP/s$"
+)
+TIME_KEYS = {f"time_{name}" for name in PHASES}
+ARGS = ["log_every=3", "save_every=4", "optim.warmup_steps=1"]
 process = pytest.mark.process
 pytestmark = pytest.mark.filterwarnings("ignore:Profiler clears events:UserWarning")
 Capture = pytest.CaptureFixture[str]
 
 
-def pretrain(shards: Path, run: Path, *more: str) -> int:
-    return start(Pretrain, shards, run, [*WORDS, *more])
+def pretrain(shards: Path, run: Path, *overrides: str) -> int:
+    return run_training(Pretrain, shards, run, [*ARGS, *overrides])
 
 
-def count(run: Path, name: str) -> int:
+def count_events(run: Path, name: str) -> int:
     """How many times the trace has something of this name."""
     with gzip.open(run / "profile" / "trace.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
     return sum(event.get("name") == name and event.get("ph") == "X" for event in events)
 
 
-def starts(text: str) -> list[str]:
+def start_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if "first step" in line]
 
 
 def test_a_profile_of_five_steps_changes_no_number(shards: Path, tmp_path: Path, capsys: Capture):
     """The loss and the weights are the same bits as those of a run without, which says nothing of one."""
-    more = ["steps=10", "save_every=6", "log_every=5", "encoder.dropout=0.1"]
-    plain, run = tmp_path / "plain", tmp_path / "profiled"
-    assert pretrain(shards, plain, *more) == 0
-    assert not (plain / "profile").exists()
-    said = capsys.readouterr()
-    assert "profile" not in said.out
-    assert "first step" not in said.out + said.err  # quiet=true
-    for row in rows(plain):
-        assert row.keys() >= SPLIT | {"mfu", "peak_memory_gib", "tflops"}
-        assert sum(row[name] for name in SPLIT) == pytest.approx(1, abs=5e-4)
+    overrides = ["steps=10", "save_every=6", "log_every=5", "encoder.dropout=0.1"]
+    plain_run, profiled_run = tmp_path / "plain", tmp_path / "profiled"
+    assert pretrain(shards, plain_run, *overrides) == 0
+    assert not (plain_run / "profile").exists()
+    output = capsys.readouterr()
+    assert "profile" not in output.out
+    assert "first step" not in output.out + output.err  # quiet=true
+    for row in rows(plain_run):
+        assert row.keys() >= TIME_KEYS | {"mfu", "peak_memory_gib", "tflops"}
+        assert sum(row[name] for name in TIME_KEYS) == pytest.approx(1, abs=5e-4)
         assert 0 <= row["mfu"] < 1
-    assert rows(plain)[1]["time_checkpoint"] > 0  # of step 6
+    assert rows(plain_run)[1]["time_checkpoint"] > 0  # of step 6
 
-    assert pretrain(shards, run, *more, "profile=true") == 0
-    table = (run / "profile" / "table.txt").read_text()
+    assert pretrain(shards, profiled_run, *overrides, "profile=true") == 0
+    table = (profiled_run / "profile" / "table.txt").read_text()
     assert table.startswith("5 steps\n")
     for name in ("data", "forward", "backward", "update"):
-        assert count(run, name) == logger.STEPS, name
+        assert count_events(profiled_run, name) == logger.PROFILE_STEPS, name
         assert f" {name} " in table
-    assert count(run, "checkpoint") == 1
-    assert f"profile: 5 steps in {run}/profile" in capsys.readouterr().out
-    assert {path.name for path in (run / "profile").iterdir()} == {"table.txt", "trace.json.gz"}
-    assert [row["loss"] for row in rows(run)] == [row["loss"] for row in rows(plain)]
-    assert len({(one / "encoder" / "model.safetensors").read_bytes() for one in (plain, run)}) == 1
+    assert count_events(profiled_run, "checkpoint") == 1
+    assert f"profile: 5 steps in {profiled_run}/profile" in capsys.readouterr().out
+    assert {path.name for path in (profiled_run / "profile").iterdir()} == {"table.txt", "trace.json.gz"}
+    assert [row["loss"] for row in rows(profiled_run)] == [row["loss"] for row in rows(plain_run)]
+    assert len({(run_dir / "encoder" / "model.safetensors").read_bytes() for run_dir in (plain_run, profiled_run)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -343,36 +347,36 @@ def test_a_profile_of_five_steps_changes_no_number(shards: Path, tmp_path: Path,
 def test_a_run_shorter_than_the_window_is_traced_to_its_end(shards: Path, tmp_path: Path, steps: int, capsys: Capture):
     """And where there are too few steps for that, it says so."""
     assert pretrain(shards, tmp_path, f"steps={steps}", "profile=true") == 0
-    if steps > logger.FIRST:
-        assert count(tmp_path, "forward") == steps - logger.FIRST
-        assert (tmp_path / "profile" / "table.txt").read_text().startswith(f"{steps - logger.FIRST} steps\n")
+    if steps > logger.PROFILE_WARMUP:
+        assert count_events(tmp_path, "forward") == steps - logger.PROFILE_WARMUP
+        assert (tmp_path / "profile" / "table.txt").read_text().startswith(f"{steps - logger.PROFILE_WARMUP} steps\n")
     else:
-        [said] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("profile:")]
-        assert not said.startswith("profile: 0 steps")
+        [message] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("profile:")]
+        assert not message.startswith("profile: 0 steps")
 
 
 def test_a_start_traces_its_own_steps_and_says_when_the_first_came(shards: Path, tmp_path: Path, capsys: Capture):
     """A resumed one too; one that is done takes no step and has no line."""
-    given = (shards, tmp_path, "steps=12", "profile=true", "quiet=false")
-    stopped(5, pretrain, *given)
-    assert count(tmp_path, "forward") == 2
-    (line,) = starts(capsys.readouterr().err)
-    assert LINE.match(line), line
-    for lines in (1, 0):
-        assert pretrain(*given) == 0
-        assert len(starts(capsys.readouterr().err)) == lines
-    assert count(tmp_path, "forward") == 4  # of steps 6 to 12 all but the first three
+    args = (shards, tmp_path, "steps=12", "profile=true", "quiet=false")
+    train_until_stopped(5, pretrain, *args)
+    assert count_events(tmp_path, "forward") == 2
+    (line,) = start_lines(capsys.readouterr().err)
+    assert START_LINE.match(line), line
+    for num_lines in (1, 0):
+        assert pretrain(*args) == 0
+        assert len(start_lines(capsys.readouterr().err)) == num_lines
+    assert count_events(tmp_path, "forward") == 4  # of steps 6 to 12 all but the first three
 
 
 def test_precision_bf16_residual_trains_and_goes_on(shards: Path, tmp_path: Path):
     """On a CPU, slowly: the loss stays near that of fp32, and a resumed run is the run that never stopped."""
-    more = ["steps=6", "encoder.dropout=0.1", "precision=bf16_residual"]
-    assert pretrain(shards, tmp_path / "fp32", *more[:-1]) == 0
-    assert pretrain(shards, tmp_path / "a", *more) == 0
-    stopped(3, pretrain, shards, tmp_path / "b", *more)
-    assert pretrain(shards, tmp_path / "b", *more) == 0
-    files = [(tmp_path / name / "encoder" / "model.safetensors").read_bytes() for name in "ab"]
-    assert files[0] == files[1]
+    overrides = ["steps=6", "encoder.dropout=0.1", "precision=bf16_residual"]
+    assert pretrain(shards, tmp_path / "fp32", *overrides[:-1]) == 0
+    assert pretrain(shards, tmp_path / "a", *overrides) == 0
+    train_until_stopped(3, pretrain, shards, tmp_path / "b", *overrides)
+    assert pretrain(shards, tmp_path / "b", *overrides) == 0
+    weights = [(tmp_path / name / "encoder" / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
     losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("a", "fp32")]
     torch.testing.assert_close(*losses, atol=0.05, rtol=0)
 
@@ -380,38 +384,40 @@ def test_precision_bf16_residual_trains_and_goes_on(shards: Path, tmp_path: Path
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_bf16_residual_where_there_is_none_is_refused(shards: Path, tmp_path: Path):
     pytest.importorskip("timm")
-    given = engines.words(shards, tmp_path, "encoder.kind=timm", "encoder.name=vit_tiny_patch16_224")
-    with pytest.raises(Refusal, match="bf16_residual"):
-        train.run(config.parse(Pretrain, [*given, "data.image_size=32", "precision=bf16_residual"], recipes.FOLDER))
+    args = engines.train_args(shards, tmp_path, "encoder.kind=timm", "encoder.name=vit_tiny_patch16_224")
+    with pytest.raises(ExitError, match="bf16_residual"):
+        train.run(
+            config.parse(Pretrain, [*args, "data.image_size=32", "precision=bf16_residual"], recipes.RECIPES_FOLDER)
+        )
 
 
 @pytest.mark.ranks
 @process
 def test_two_processes_write_one_profile_and_one_line(shards: Path, tmp_path: Path):
-    words = [*TINY, *WORDS, f"data.train={shards}/train", "data.val=none", f"run={tmp_path}/run", "tracker=none"]
-    start = Start([*words, "steps=6", "quiet=false", "profile=true"], tmp_path / "logs", 2)
-    assert start.wait(300) == [0, 0], start.said()
-    assert len(starts(start.said())) == 1
-    assert start.said().count("profile: 3 steps") == 1
-    assert count(tmp_path / "run", "forward") == 3
+    args = [*TINY, *ARGS, f"data.train={shards}/train", "data.val=none", f"run={tmp_path}/run", "tracker=none"]
+    start = Start([*args, "steps=6", "quiet=false", "profile=true"], tmp_path / "logs", 2)
+    assert start.wait(300) == [0, 0], start.output()
+    assert len(start_lines(start.output())) == 1
+    assert start.output().count("profile: 3 steps") == 1
+    assert count_events(tmp_path / "run", "forward") == 3
     for row in rows(tmp_path / "run"):
-        assert sum(row[name] for name in SPLIT) == pytest.approx(1, abs=5e-4)
+        assert sum(row[name] for name in TIME_KEYS) == pytest.approx(1, abs=5e-4)
 
 
 def test_going_back_is_no_new_start(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture):
-    advance = loop.advance
+    train_step = loop.train_step
 
-    def once(live: Any, batches: Any) -> None:
-        advance(live, batches)
-        if live.run.step == 6 and not live.numbers.left_out.rollbacks:
-            raise RollBack(live.numbers.left_out.and_also(LeftOut((5,), 1)))
+    def train_and_roll_back(training: Any, batches: Any) -> None:
+        train_step(training, batches)
+        if training.run.step == 6 and not training.anomalies.skipped_batches.rollbacks:
+            raise RollBack(training.anomalies.skipped_batches.merge(SkippedBatches((5,), 1)))
 
-    monkeypatch.setattr(loop, "advance", once)
+    monkeypatch.setattr(loop, "train_step", train_and_roll_back)
     assert pretrain(shards, tmp_path, "steps=12", "quiet=false") == 0
-    assert len(starts(capsys.readouterr().err)) == 1
+    assert len(start_lines(capsys.readouterr().err)) == 1
 
 
 @pytest.mark.parametrize("kernel", ["flash", *(pytest.param(k, marks=process) for k in ("math", "efficient", "cudnn"))])
 def test_a_kernel_of_a_gpu_does_not_stop_a_run_on_a_cpu(shards: Path, tmp_path: Path, kernel: str, request: Any):
-    request.addfinalizer(lambda: pin("auto"))
+    request.addfinalizer(lambda: set_attention_kernel("auto"))
     assert pretrain(shards, tmp_path, "steps=1", f"attention={kernel}") == 0

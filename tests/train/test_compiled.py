@@ -12,7 +12,7 @@ from ssl_vit.heads.mean_color import MeanColor
 from ssl_vit.model import Batch, Model
 from ssl_vit.train.prepare import compile_blocks
 
-COMPILE = torch.compile
+TORCH_COMPILE = torch.compile
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # raised inside dynamo
 
 
@@ -20,35 +20,35 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:
 def dynamo_alone(monkeypatch: pytest.MonkeyPatch) -> Any:
     """No code is generated, which would take minutes."""
 
-    def compiled(module: nn.Module) -> None:
-        module._compiled_call_impl = COMPILE(module._call_impl, backend="eager")  # type: ignore[assignment]
+    def compile_module(module: nn.Module) -> None:
+        module._compiled_call_impl = TORCH_COMPILE(module._call_impl, backend="eager")  # type: ignore[assignment]
 
-    monkeypatch.setattr(torch, "compile", lambda function: COMPILE(function, backend="eager"))
-    monkeypatch.setattr(nn.Module, "compile", compiled)
+    monkeypatch.setattr(torch, "compile", lambda function: TORCH_COMPILE(function, backend="eager"))
+    monkeypatch.setattr(nn.Module, "compile", compile_module)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(optimize_ddp=True, fail_on_recompile_limit_hit=True):
         yield
     torch._dynamo.reset()
 
 
-def batch(count: int = 4, first: int = 0) -> Batch:
-    random = torch.Generator().manual_seed(first)
+def make_batch(count: int = 4, first: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(first)
     return {
-        "image": torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=random),
+        "image": torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator),
         "label": torch.full((count,), -1),
         "seed": torch.arange(count) + first,
         "valid": torch.ones(count, dtype=torch.bool),
     }
 
 
-def model(**more: Any) -> Model:
+def make_model(**kwargs: Any) -> Model:
     torch.manual_seed(0)
-    encoder = Vit(size="Ti", width=16, heads=2, patch=4, image=16, **more).build()
+    encoder = Vit(size="Ti", width=16, heads=2, patch=4, image=16, **kwargs).build()
     return Model(encoder, MeanColor().build(encoder, 0))
 
 
 VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "drop_path": {"drop_path": 0.1}}
-VARIANTS |= {"dropout": {"dropout": 0.1}, "every": {"positions_at": "every"}}
+VARIANTS |= {"dropout": {"dropout": 0.1}, "every": {"position_placement": "every"}}
 
 
 @pytest.mark.parametrize(
@@ -56,40 +56,41 @@ VARIANTS |= {"dropout": {"dropout": 0.1}, "every": {"positions_at": "every"}}
 )
 def test_a_run_needs_few_graphs_and_makes_them_once(name: str):
     """Training, evaluation of both kinds, a last smaller batch and a panel; then all of it again."""
-    made, found = model(depth=12, **VARIANTS[name]), []
-    compile_blocks(made)
+    compiled_model, num_graphs = make_model(depth=12, **VARIANTS[name]), []
+    compile_blocks(compiled_model)
     counters = torch._dynamo.utils.counters
     counters.clear()
     for _ in range(2):
-        made.train()
+        compiled_model.train()
         for step in range(4):
-            made(batch(first=step)).loss.backward()
-        found.append(counters["stats"]["unique_graphs"])
-        made.eval()
+            compiled_model(make_batch(first=step)).loss.backward()
+        num_graphs.append(counters["stats"]["unique_graphs"])
+        compiled_model.eval()
         with torch.no_grad():
-            made(batch())
-            made(batch(6), tokens=True)
-            made(batch(4), tokens=True)
-            made(batch(2), panel=True)
-        found.append(counters["stats"]["unique_graphs"])
-    assert found[0] == (4 if name == "drop_path" else 3)  # before the blocks, a block, the last; one that drops
-    assert found[1] == found[2] == found[3] <= 12 + found[0]
+            compiled_model(make_batch())
+            compiled_model(make_batch(6), tokens=True)
+            compiled_model(make_batch(4), tokens=True)
+            compiled_model(make_batch(2), visualize=True)
+        num_graphs.append(counters["stats"]["unique_graphs"])
+    assert num_graphs[0] == (4 if name == "drop_path" else 3)  # before the blocks, a block, the last; one that drops
+    assert num_graphs[1] == num_graphs[2] == num_graphs[3] <= 12 + num_graphs[0]
     assert not counters["graph_break"]
 
 
 def test_a_compiled_model_is_the_model_and_a_copy_is_of_its_own():
-    plain, made = model(depth=2), model(depth=2)
-    compile_blocks(made)
-    made.load_state_dict(plain.state_dict())
-    assert made.state_dict().keys() == plain.state_dict().keys()
-    losses = [one(batch()).loss for one in (plain, made)]
+    eager_model, compiled_model = make_model(depth=2), make_model(depth=2)
+    compile_blocks(compiled_model)
+    compiled_model.load_state_dict(eager_model.state_dict())
+    assert compiled_model.state_dict().keys() == eager_model.state_dict().keys()
+    losses = [module(make_batch()).loss for module in (eager_model, compiled_model)]
     torch.testing.assert_close(*losses)
-    mine, theirs = (
-        torch.autograd.grad(loss, [*one.parameters()]) for loss, one in zip(losses, (plain, made), strict=True)
+    eager_grads, compiled_grads = (
+        torch.autograd.grad(loss, [*module.parameters()])
+        for loss, module in zip(losses, (eager_model, compiled_model), strict=True)
     )
-    torch.testing.assert_close(mine, theirs)
-    other = copy.deepcopy(made)
+    torch.testing.assert_close(eager_grads, compiled_grads)
+    model_copy = copy.deepcopy(compiled_model)
     with torch.no_grad():
-        for parameter in (*other.encoder.patch_embed.parameters(), other.encoder.pos_embed):
+        for parameter in (*model_copy.encoder.patch_embed.parameters(), model_copy.encoder.pos_embed):
             parameter.zero_()
-        assert not other.encoder.embed(batch()["image"]).any()
+        assert not model_copy.encoder.embed(make_batch()["image"]).any()

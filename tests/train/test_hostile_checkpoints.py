@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from ssl_vit.errors import INTEGRITY, Refusal
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.train import checkpoint
 from ssl_vit.train.checkpoint import MANIFEST, VERSION
-from tests.conftest import once
+from tests.conftest import build_once
 from tests.train.scenarios import Scenario, Stage
 
 SEED = 7
@@ -42,11 +42,11 @@ class Payload:
 @pytest.fixture(autouse=True)
 def in_time() -> Iterator[None]:
     """What would wait for ever, at a FIFO, ends the test."""
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    previous_handler = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
     signal.alarm(SECONDS)
     yield
     signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    signal.signal(signal.SIGALRM, previous_handler)
 
 
 def save(parent: Path, step: int) -> Path:
@@ -74,57 +74,57 @@ def names(parent: Path, pattern: str = "*") -> list[str]:
     return sorted(path.name for path in parent.glob(pattern))
 
 
-def put_aside(parent: Path) -> list[str]:
+def quarantined(parent: Path) -> list[str]:
     return names(parent, "*.corrupt-*")
 
 
 def assert_falls_back(parent: Path) -> str:
     """The newer one is put aside and the older one counts; returns what is wrong with the newer."""
-    why = checkpoint.flaw(parent / NEW)
-    assert why is not None
-    assert "\n" not in why
-    assert checkpoint.newest(parent) == parent / OLD
-    assert [name.split(".corrupt-")[0] for name in put_aside(parent)] == [NEW]
+    reason = checkpoint.find_corruption(parent / NEW)
+    assert reason is not None
+    assert "\n" not in reason
+    assert checkpoint.newest_valid(parent) == parent / OLD
+    assert [name.split(".corrupt-")[0] for name in quarantined(parent)] == [NEW]
     assert not os.path.lexists(parent / NEW)
-    return why
+    return reason
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
 def test_every_flipped_bit_is_seen(parent: Path, count: int):
     """One after another, in each file in turn."""
     signal.alarm(max(SECONDS, count // 10))
-    whole = {name: (parent / NEW / name).read_bytes() for name in FILES}
-    draw = random.Random(SEED)
+    contents = {name: (parent / NEW / name).read_bytes() for name in FILES}
+    rng = random.Random(SEED)
     for i in range(count):
         name = FILES[i % len(FILES)]
-        place, bit = draw.randrange(len(whole[name])), draw.randrange(8)
-        data = bytearray(whole[name])
-        data[place] ^= 1 << bit
+        offset, bit = rng.randrange(len(contents[name])), rng.randrange(8)
+        data = bytearray(contents[name])
+        data[offset] ^= 1 << bit
         (parent / NEW / name).write_bytes(data)
-        where = f"seed {SEED}, flip {i}: bit {bit} of byte {place} of {name}"
+        flip_description = f"seed {SEED}, flip {i}: bit {bit} of byte {offset} of {name}"
         with redirect_stdout(io.StringIO()):
-            assert checkpoint.flaw(parent / NEW), where
-            why = assert_falls_back(parent)
-        assert name in why or name == MANIFEST, f"{where}: {why}"
-        (parent / put_aside(parent)[0]).rename(parent / NEW)
-        (parent / NEW / name).write_bytes(whole[name])
-    assert checkpoint.newest(parent) == parent / NEW
+            assert checkpoint.find_corruption(parent / NEW), flip_description
+            reason = assert_falls_back(parent)
+        assert name in reason or name == MANIFEST, f"{flip_description}: {reason}"
+        (parent / quarantined(parent)[0]).rename(parent / NEW)
+        (parent / NEW / name).write_bytes(contents[name])
+    assert checkpoint.newest_valid(parent) == parent / NEW
     print(f"\n{count:,} flipped bits in checkpoints: {count:,} seen, {count:,} right fall-backs")
 
 
-def cut(size: int) -> Callable[[Path], None]:
+def truncate_to(size: int) -> Callable[[Path], None]:
     return lambda path: os.truncate(path, size)
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "gone": Path.unlink,
-    "empty": cut(0),
-    "a byte": cut(1),
+    "empty": truncate_to(0),
+    "a byte": truncate_to(1),
     "half": lambda path: os.truncate(path, path.stat().st_size // 2),
     "the last byte": lambda path: os.truncate(path, path.stat().st_size - 1),
     "a byte more": lambda path: os.truncate(path, path.stat().st_size + 1),
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
-    "a terabyte": cut(1 << 40),
+    "a terabyte": truncate_to(1 << 40),
     "another's": lambda path: path.write_bytes((path.parent.parent / OLD / path.name).read_bytes()),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
@@ -144,8 +144,8 @@ def test_a_file_that_is_not_as_it_was_written(origin: Path, tmp_path: Path, dama
             continue  # the same in both
         parent = shutil.copytree(origin, tmp_path / name / "checkpoints")
         DAMAGES[damage](parent / NEW / name)
-        why = assert_falls_back(parent)
-        assert name in why or name == MANIFEST, why
+        reason = assert_falls_back(parent)
+        assert name in reason or name == MANIFEST, reason
 
 
 @pytest.mark.parametrize("link", ["", OLD, NEW])
@@ -168,10 +168,10 @@ def test_pickles_beside_or_in_place_of_tensors_are_not_opened(origin: Path, tmp_
         parent = shutil.copytree(origin, tmp_path / f"as {name}")
         torch.save(Payload(canary), parent / NEW / name)
         reseal(parent / NEW)
-        assert checkpoint.newest(parent) == parent / NEW  # it is what the manifest says; but no tensors
-        with pytest.raises(Refusal, match=name) as end:
+        assert checkpoint.newest_valid(parent) == parent / NEW  # it is what the manifest says; but no tensors
+        with pytest.raises(ExitError, match=name) as excinfo:
             checkpoint.load(parent / NEW)
-        assert end.value.code == INTEGRITY
+        assert excinfo.value.code == ExitCode.INTEGRITY
     assert not canary.exists()
     pickle.loads(pickle.dumps(Payload(canary)))  # as it would have been
     assert canary.exists()
@@ -179,12 +179,12 @@ def test_pickles_beside_or_in_place_of_tensors_are_not_opened(origin: Path, tmp_
 
 def reseal(folder: Path, **changes: Any) -> None:
     """Have the manifest vouch for what is in the folder now, and say something else where asked."""
-    content = json.loads((folder / MANIFEST).read_text())
-    del content["digest"]
-    for name, entry in content["files"].items():
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["digest"]
+    for name, entry in manifest["files"].items():
         entry |= {"bytes": (folder / name).stat().st_size, "sha256": checkpoint.sha256(folder / name)}
-    content |= changes
-    (folder / MANIFEST).write_text(checkpoint._sealed(content))
+    manifest |= changes
+    (folder / MANIFEST).write_text(checkpoint._encode_manifest(manifest))
 
 
 CHANGED_FILES: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -243,10 +243,10 @@ def test_a_manifest_of_another_version_is_not_called_damaged(parent: Path, versi
     """76 with the version, and everything stays as it is."""
     reseal(parent / NEW, version=version)
     before = sorted(parent.rglob("*"))
-    with pytest.raises(Refusal, match="version") as end:
-        checkpoint.newest(parent)
-    assert end.value.code == INTEGRITY
-    assert f"{version}" in end.value.message
+    with pytest.raises(ExitError, match="version") as excinfo:
+        checkpoint.newest_valid(parent)
+    assert excinfo.value.code == ExitCode.INTEGRITY
+    assert f"{version}" in excinfo.value.message
     assert sorted(parent.rglob("*")) == before
 
 
@@ -254,7 +254,7 @@ def header(content: bytes, data: bytes = b"", size: int | None = None) -> bytes:
     return struct.pack("<Q", len(content) if size is None else size % (1 << 64)) + content + data
 
 
-def one(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8), name: str = "weight") -> bytes:
+def tensor_header(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8), name: str = "weight") -> bytes:
     return json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
 
 
@@ -269,31 +269,31 @@ TENSORS: dict[str, bytes] = {
     "no JSON": header(b"hello, you"),
     "deep": header(b"[" * 100_000),
     "deep in a name": header(b'{"a":' * 100_000),
-    "offsets below zero": header(one(offsets=(-8, 0)), bytes(8)),
-    "offsets backwards": header(one(offsets=(8, 0)), bytes(8)),
-    "offsets of an exabyte": header(one(offsets=(0, 1 << 60)), bytes(8)),
-    "a shape of an exabyte": header(one(shape=(1 << 30, 1 << 28)), bytes(8)),
-    "a shape that overflows": header(one(shape=(1 << 62, 1 << 62)), bytes(8)),
-    "a shape below zero": header(one(shape=(-2,)), bytes(8)),
-    "overlapping": header(one()[:-1] + b", " + one(name="bias")[1:], bytes(8)),
-    "a gap": header(one(offsets=(8, 16)), bytes(16)),
-    "the same name twice": header(one()[:-1] + b", " + one(offsets=(8, 16))[1:], bytes(16)),
-    "a type that is none": header(one(dtype="NaN"), bytes(8)),
-    "a type NaN": header(one().replace(b'"F32"', b"NaN"), bytes(8)),
-    "more than it says": header(one(), bytes(80)),
-    "less than it says": header(one(), bytes(4)),
+    "offsets below zero": header(tensor_header(offsets=(-8, 0)), bytes(8)),
+    "offsets backwards": header(tensor_header(offsets=(8, 0)), bytes(8)),
+    "offsets of an exabyte": header(tensor_header(offsets=(0, 1 << 60)), bytes(8)),
+    "a shape of an exabyte": header(tensor_header(shape=(1 << 30, 1 << 28)), bytes(8)),
+    "a shape that overflows": header(tensor_header(shape=(1 << 62, 1 << 62)), bytes(8)),
+    "a shape below zero": header(tensor_header(shape=(-2,)), bytes(8)),
+    "overlapping": header(tensor_header()[:-1] + b", " + tensor_header(name="bias")[1:], bytes(8)),
+    "a gap": header(tensor_header(offsets=(8, 16)), bytes(16)),
+    "the same name twice": header(tensor_header()[:-1] + b", " + tensor_header(offsets=(8, 16))[1:], bytes(16)),
+    "a type that is none": header(tensor_header(dtype="NaN"), bytes(8)),
+    "a type NaN": header(tensor_header().replace(b'"F32"', b"NaN"), bytes(8)),
+    "more than it says": header(tensor_header(), bytes(80)),
+    "less than it says": header(tensor_header(), bytes(4)),
     "not UTF-8": header(b'{"\xff": 1}'),
 }
 
 
-VALUES = {"an empty one", "only a version", "a newer version, not sealed", "UTF-16"}  # are values
+VALID_VALUES = {"an empty one", "only a version", "a newer version, not sealed", "UTF-16"}  # are values
 HOSTILE = {f"{MANIFEST}, {name}": (MANIFEST, content) for name, content in TEXTS.items()}
 HOSTILE |= {f"tensors, {name}": ("model.safetensors", content) for name, content in TENSORS.items()}
-HOSTILE |= {f"values, {name}": ("state.json", content) for name, content in TEXTS.items() if name not in VALUES}
+HOSTILE |= {f"values, {name}": ("state.json", content) for name, content in TEXTS.items() if name not in VALID_VALUES}
 
 
 @contextmanager
-def in_little_memory() -> Iterator[io.StringIO]:
+def limited_memory() -> Iterator[io.StringIO]:
     """What is done takes less than 50 MB at its peak, and does not fill the screen, which is given."""
 
     def kilobytes(name: str) -> int:
@@ -301,10 +301,10 @@ def in_little_memory() -> Iterator[io.StringIO]:
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak is today's use again
     before = kilobytes("VmRSS")
-    with redirect_stdout(io.StringIO()) as screen:
-        yield screen
+    with redirect_stdout(io.StringIO()) as output:
+        yield output
     assert kilobytes("VmHWM") - before < 50 << 10
-    assert len(screen.getvalue()) < 2000
+    assert len(output.getvalue()) < 2000
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -313,22 +313,22 @@ def test_hostile_content(parent: Path, kind: str):
     name, content = HOSTILE[kind]
     (parent / NEW / name).write_bytes(content)
     if name == MANIFEST:
-        with in_little_memory():
+        with limited_memory():
             assert_falls_back(parent)
         return
     reseal(parent / NEW)
-    with in_little_memory(), pytest.raises(Refusal, match=name) as end:
+    with limited_memory(), pytest.raises(ExitError, match=name) as excinfo:
         checkpoint.load(parent / NEW)
-    assert end.value.code == INTEGRITY
-    assert len(end.value.message) < 2000
+    assert excinfo.value.code == ExitCode.INTEGRITY
+    assert len(excinfo.value.message) < 2000
 
 
 def test_the_same_step_may_be_bad_again_and_again(parent: Path):
     """Each is put aside under a name of its own, and none is lost."""
     for count in (1, 2, 3):
         os.truncate(parent / NEW / "state.json", 1)
-        assert checkpoint.newest(parent) == parent / OLD
-        assert len(put_aside(parent)) == count
+        assert checkpoint.newest_valid(parent) == parent / OLD
+        assert len(quarantined(parent)) == count
         save(parent, 2)
 
 
@@ -345,7 +345,7 @@ HINTS: dict[str, Callable[[Path], object]] = {
     "a link to itself": lambda path: (path.unlink(), path.symlink_to("latest")),
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "a terabyte": cut(1 << 40),
+    "a terabyte": truncate_to(1 << 40),
 }
 
 
@@ -354,30 +354,38 @@ def test_the_hint_is_never_believed(parent: Path, tmp_path: Path, kind: str):
     """Nor read; it is written anew, and not through a link."""
     (tmp_path / "victim").write_text("whole")
     HINTS[kind](parent / "latest")
-    assert checkpoint.newest(parent) == parent / NEW
-    checkpoint.tidy(parent, 2)
+    assert checkpoint.newest_valid(parent) == parent / NEW
+    checkpoint.clean_up(parent, 2)
     if kind != "a folder":
         assert (parent / "latest").read_text().strip() == NEW
         assert not (parent / "latest").is_symlink()
         HINTS[kind](parent / "latest")
     save(parent, 3)
-    assert checkpoint.newest(parent) == parent / "step-00000003"
+    assert checkpoint.newest_valid(parent) == parent / "step-00000003"
     assert (tmp_path / "victim").read_text() == "whole"
     assert names(parent) == ["latest", NEW, "step-00000003"]
 
 
 def test_the_order_is_of_steps(parent: Path):
     """Not of times; and what is almost called a checkpoint is neither chosen, nor pruned, nor swept."""
-    odd = ["step-1", "step-000000003", "step-0000000x", "step-00000003 ", "step-00000009.old", "notes", "STEP-00000009"]
-    for name in odd:
+    odd_names = [
+        "step-1",
+        "step-000000003",
+        "step-0000000x",
+        "step-00000003 ",
+        "step-00000009.old",
+        "notes",
+        "STEP-00000009",
+    ]
+    for name in odd_names:
         shutil.copytree(parent / NEW, parent / name)
-    for folder, when in ((parent / OLD, 2e9), (parent / NEW, 1e6)):
+    for folder, mtime in ((parent / OLD, 2e9), (parent / NEW, 1e6)):
         for path in (*folder.iterdir(), folder):
-            os.utime(path, (when, when))
-    assert checkpoint.newest(parent) == parent / NEW
-    checkpoint.tidy(parent, 2)
+            os.utime(path, (mtime, mtime))
+    assert checkpoint.newest_valid(parent) == parent / NEW
+    checkpoint.clean_up(parent, 2)
     save(parent, 3)
-    assert names(parent) == sorted([*odd, NEW, "step-00000003", "latest"])
+    assert names(parent) == sorted([*odd_names, NEW, "step-00000003", "latest"])
 
 
 def test_leftovers_are_swept_and_lead_nowhere(parent: Path, tmp_path: Path):
@@ -388,14 +396,14 @@ def test_leftovers_are_swept_and_lead_nowhere(parent: Path, tmp_path: Path):
         (parent / name / "half").write_bytes(b"x")
     (parent / ".latest.tmp-host-1").touch()
     (parent / ".step-00000003.tmp" / "out").symlink_to(victim)
-    assert checkpoint.newest(parent) == parent / NEW
+    assert checkpoint.newest_valid(parent) == parent / NEW
     save(parent, 3)  # with all of it there
-    assert checkpoint.newest(parent) == parent / "step-00000003"
-    checkpoint.tidy(parent, 2)
+    assert checkpoint.newest_valid(parent) == parent / "step-00000003"
+    checkpoint.clean_up(parent, 2)
     assert names(parent) == ["latest", NEW, "step-00000003"]
     for name in (".step-00000004.tmp", ".step-00000001.trash"):
         (parent / name).symlink_to(victim)
-    checkpoint.tidy(parent, 2)
+    checkpoint.clean_up(parent, 2)
     save(parent, 4)
     assert names(parent) == ["latest", "step-00000003", "step-00000004"]
     assert len(list(victim.iterdir())) == len(FILES)
@@ -408,39 +416,39 @@ def test_leftovers_are_swept_and_lead_nowhere(parent: Path, tmp_path: Path):
 def stopped(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """A run that was stopped after its fourth checkpoint, all of which were kept."""
     signal.alarm(10 * SECONDS)
-    make = lambda folder: replace(stage, folder=folder).stop("loss:step=29", "keep=9")  # noqa: E731
-    shutil.copytree(once(tmp_path_factory, "stopped-after-28", make) / "run", stage.run)
+    make_run = lambda folder: replace(stage, folder=folder).stop("loss:step=29", "keep=9")  # noqa: E731
+    shutil.copytree(build_once(tmp_path_factory, "stopped-after-28", make_run) / "run", stage.run)
     return stage
 
 
 def test_a_training_goes_on_from_the_newest_that_is_whole(stopped: Stage, tmp_path: Path):
     """With a pickle in one, a flipped bit in the next, a link in the third; the bits of its end are the same."""
-    _, linked, flipped, extra = checkpoint.steps(stopped.run / "checkpoints")
+    _, linked, flipped, extra = checkpoint.list_checkpoints(stopped.run / "checkpoints")
     (extra / "x.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "canary")))
     data = (flipped / "optimizer.safetensors").read_bytes()
     (flipped / "optimizer.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     (linked / "state.json").unlink()
     (linked / "state.json").symlink_to("../step-00000007/state.json")
     start = stopped.start()  # the default tier's real process that meets hostile checkpoints
-    assert start.wait() == [0], start.said()
-    assert all(f"step-{step:08d}" in start.said() for step in (28, 21, 14))
+    assert start.wait() == [0], start.output()
+    assert all(f"step-{step:08d}" in start.output() for step in (28, 21, 14))
     assert not (tmp_path / "canary").exists()
-    stopped.as_in_peace(stopped.tiny_run(1))
+    stopped.assert_same_run(stopped.tiny_run(1))
 
 
 def test_a_training_none_of_whose_checkpoints_is_whole_stops(stopped: Stage):
-    """76 at each start, one line that names them all; fresh=true begins anew and puts the old aside."""
-    for one in checkpoint.steps(stopped.run / "checkpoints"):
-        os.truncate(one / "model.safetensors", 9)
-    named = "".join(f"(?=.*step-{step:08d})" for step in (7, 14, 21, 28))
-    for says in (("model.safetensors differs",), ()):  # what is wrong with each is said once
-        stopped.play(Scenario((INTEGRITY,), "", f"{named}.*fresh=true", says=says, saved=0))
-    (one,) = (stopped.run / "checkpoints").glob("step-00000007.corrupt-*")
-    save(one.parent, 7)  # one is brought back
-    assert checkpoint.newest(one.parent) == one.with_name("step-00000007")
-    shutil.rmtree(one.with_name("step-00000007"))
-    stopped.finish(1, "fresh=true")
+    """76 at each start, one line that names them all; restart=true begins anew and puts the old aside."""
+    for folder in checkpoint.list_checkpoints(stopped.run / "checkpoints"):
+        os.truncate(folder / "model.safetensors", 9)
+    pattern = "".join(f"(?=.*step-{step:08d})" for step in (7, 14, 21, 28))
+    for patterns in (("model.safetensors differs",), ()):  # what is wrong with each is said once
+        stopped.play(Scenario((ExitCode.INTEGRITY,), "", f"{pattern}.*restart=true", patterns=patterns, saved=0))
+    (folder,) = (stopped.run / "checkpoints").glob("step-00000007.corrupt-*")
+    save(folder.parent, 7)  # one is brought back
+    assert checkpoint.newest_valid(folder.parent) == folder.with_name("step-00000007")
+    shutil.rmtree(folder.with_name("step-00000007"))
+    stopped.finish(1, "restart=true")
     (before,) = stopped.run.glob("before-*")
     assert len(list((before / "checkpoints").glob("step-*.corrupt-*"))) == 4
     assert (before / "metrics.jsonl").exists()
-    stopped.as_in_peace(stopped.tiny_run(1))
+    stopped.assert_same_run(stopped.tiny_run(1))

@@ -19,41 +19,43 @@ import yaml
 import ssl_vit
 from ssl_vit import config, errors, recipes
 from ssl_vit.commands import train
-from ssl_vit.distributed import refuse_first
-from ssl_vit.errors import CANNOT_CREATE, DATA, MISMATCH, USAGE, Refusal
-from ssl_vit.recipes import FOLDER, Pretrain
+from ssl_vit.distributed import raise_first
+from ssl_vit.errors import ExitCode, ExitError
+from ssl_vit.recipes import RECIPES_FOLDER, Pretrain
 from ssl_vit.train import launch, preflight
-from ssl_vit.train.launch import Asked, agree, start
-from ssl_vit.train.preflight import compare, meet
+from ssl_vit.train.launch import LaunchSettings, check_conflicts, start_accelerator
+from ssl_vit.train.preflight import compare_processes, wait_for_rendezvous
 from tests.conftest import TINY
-from tests.starts import Start, free_port
+from tests.processes import Start, free_port
 from tests.train import engines
 
-FILES = sorted((FOLDER / "launch").glob("*.yaml"))
-ASKED = Asked(24, 4, 3, 0.5, precision="auto", activation_checkpointing=False, timeout=60)  # as engine_worker.py asks
+FILES = sorted((RECIPES_FOLDER / "launch").glob("*.yaml"))
+SETTINGS = LaunchSettings(
+    24, 4, 3, 0.5, precision="auto", activation_checkpointing=False, timeout=60
+)  # as engine_worker.py asks
 
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nobody launched these tests, and what a start changes in the environment is changed back."""
-    monkeypatch.setattr(launch, "launcher_words", list)
-    own = {
+    monkeypatch.setattr(launch, "launcher_argv", list)
+    clean_environment = {
         name: value
         for name, value in os.environ.items()
         if name == "ACCELERATE_USE_CPU" or not name.startswith(("ACCELERATE_", "FSDP_"))
     }
-    with patch.dict(os.environ, own, clear=True):
+    with patch.dict(os.environ, clean_environment, clear=True):
         yield
 
 
-def refused(**environment: str) -> str:
+def refusal_message(**environment: str) -> str:
     """The line that a start ends with."""
     os.environ.update(environment)
-    with pytest.raises(Refusal) as caught:
-        start(ASKED, "none", Path())
-    assert caught.value.code == USAGE
-    assert "\n" not in caught.value.message
-    return caught.value.message
+    with pytest.raises(ExitError) as excinfo:
+        start_accelerator(SETTINGS, "none", Path())
+    assert excinfo.value.code == ExitCode.USAGE
+    assert "\n" not in excinfo.value.message
+    return excinfo.value.message
 
 
 CLAIMS: dict[str, tuple[Any, str, Any]] = {
@@ -69,7 +71,7 @@ CLAIMS: dict[str, tuple[Any, str, Any]] = {
 EXPORTED = {name: f"ACCELERATE_{name.upper()}".replace("ACCELERATE_FSDP", "FSDP") for name in list(CLAIMS)[:5]}
 
 
-def contradiction(name: str) -> str:
+def conflict_message(name: str) -> str:
     claim, recipe, _ = CLAIMS[name]
     return f"the launch file says {name}={claim}, the recipe {recipe}"
 
@@ -78,44 +80,44 @@ def contradiction(name: str) -> str:
 def test_a_contradiction_is_refused_with_both_values(name: str):
     """And what agrees is not, nor what launchers always export, which counts as not given."""
     claim, _, agrees = CLAIMS[name]
-    for fine in (agrees, None, "", "no", "NO", "none", "auto", "1", 1, "1.0", 1.0):
-        agree(ASKED, {name: fine})
-    with pytest.raises(Refusal, match=contradiction(name)):
-        agree(ASKED, {name: claim})
+    for value in (agrees, None, "", "no", "NO", "none", "auto", "1", 1, "1.0", 1.0):
+        check_conflicts(SETTINGS, {name: value})
+    with pytest.raises(ExitError, match=conflict_message(name)):
+        check_conflicts(SETTINGS, {name: claim})
 
 
 def test_none_is_said_where_the_recipe_clips_nothing():
-    with pytest.raises(Refusal, match=r"gradient_clipping=2, the recipe optim.clip none"):
-        agree(Asked(24, 4, 3, None, "auto", False, 60), {"gradient_clipping": 2})
+    with pytest.raises(ExitError, match=r"gradient_clipping=2, the recipe optim.clip none"):
+        check_conflicts(LaunchSettings(24, 4, 3, None, "auto", False, 60), {"gradient_clipping": 2})
 
 
 def test_accumulation_follows_from_batch_micro_batch_and_processes():
     """Which divide one another, or are refused."""
 
-    def asked(world: int, micro: str) -> Asked:
-        return config.parse(Pretrain, ["batch=24", f"micro_batch={micro}"], FOLDER).asked(0.5, world)
+    def launch_settings(world: int, micro: str) -> LaunchSettings:
+        return config.parse(Pretrain, ["batch=24", f"micro_batch={micro}"], RECIPES_FOLDER).launch_settings(0.5, world)
 
-    for micro, wanted in {"none": (12, 1), "4": (4, 3)}.items():
-        assert (asked(2, micro).micro_batch, asked(2, micro).accumulate) == wanted
+    for micro, expected in {"none": (12, 1), "4": (4, 3)}.items():
+        assert (launch_settings(2, micro).micro_batch, launch_settings(2, micro).accumulate) == expected
     for world, micro, line in (
         (48, "none", "batch=24 cannot be shared by 48 processes; these can: 1, 2, 3, 4, 6, 8, 12, 24"),
         (2, "5", "micro_batch=5 does not divide the 12 images that each of 2 processes takes"),
     ):
-        with pytest.raises(Refusal, match=line):
-            asked(world, micro)
+        with pytest.raises(ExitError, match=line):
+            launch_settings(world, micro)
 
 
 GPU = "ACCELERATE_USE_CPU=false"
 GPUS_HERE = "2 processes were started on this machine, which has 1 GPUs: give --num_processes"
-HIDES = "DeepSpeed takes the GPUs where there are some: CUDA_VISIBLE_DEVICES= hides them"
+GPUS_HINT = "DeepSpeed takes the GPUs where there are some: CUDA_VISIBLE_DEVICES= hides them"
 FSDP_1 = "the launch file asks for FSDP 1: set fsdp_config.fsdp_version: 2"
 STARTS = [  # on so many GPUs, with this environment
     (0, f"{GPU} WORLD_SIZE=2", "2 processes were started but accelerate sees 1: set ACCELERATE_USE_"),  # side by side
     (1, f"{GPU} LOCAL_WORLD_SIZE=2", GPUS_HERE),
-    (1, "ACCELERATE_USE_CPU=true ACCELERATE_USE_DEEPSPEED=true", HIDES),
+    (1, "ACCELERATE_USE_CPU=true ACCELERATE_USE_DEEPSPEED=true", GPUS_HINT),
     (0, "ACCELERATE_USE_FSDP=true FSDP_VERSION=1", FSDP_1),
     (0, "ACCELERATE_USE_FSDP=true", FSDP_1),
-    *((0, f"{variable}={CLAIMS[name][0]}", contradiction(name)) for name, variable in EXPORTED.items()),
+    *((0, f"{variable}={CLAIMS[name][0]}", conflict_message(name)) for name, variable in EXPORTED.items()),
 ]
 
 
@@ -123,28 +125,30 @@ STARTS = [  # on so many GPUs, with this environment
 def test_a_launch_that_would_train_something_else_is_refused(gpus: int, given: str, line: str, monkeypatch: Any):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert refused(**dict(word.split("=") for word in given.split())).startswith(line)
+    assert refusal_message(**dict(pair.split("=") for pair in given.split())).startswith(line)
 
 
 @pytest.mark.parametrize("missing", ["deepspeed", "transformers", "g++", "ninja"])
 def test_deepspeed_names_a_package_or_a_compiler_that_is_missing(missing: str, monkeypatch: Any, tmp_path: Path):
-    found = launch.importlib.util.find_spec
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    original_find_spec = launch.importlib.util.find_spec
+    monkeypatch.setattr(
+        launch.importlib.util, "find_spec", lambda name: None if name == missing else original_find_spec(name)
+    )
     for tool in {"g++", "ninja"} - {missing}:
         (tmp_path / tool).touch(stat.S_IRWXU)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     line = f"DeepSpeed needs the package {missing}: pip install 'ssl_vit[deepspeed]'"
     if missing in ("g++", "ninja"):
         line = f"DeepSpeed on the CPU builds an extension: {missing} is missing, install it"
-    assert refused(ACCELERATE_USE_DEEPSPEED="true", PATH=str(tmp_path)) == line
+    assert refusal_message(ACCELERATE_USE_DEEPSPEED="true", PATH=str(tmp_path)) == line
 
 
-def launched_with(content: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, joint: str = " ") -> Path:
+def fake_launcher(content: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, separator: str = " ") -> Path:
     """As if accelerate's launcher had started this process with a launch file."""
     path = folder / "launch.yaml"
     path.write_text(yaml.safe_dump(content))
-    words = f"/bin/python accelerate launch --config_file{joint}{path} tools/pretrain.py".split()
-    monkeypatch.setattr(launch, "launcher_words", lambda: words)
+    argv = f"/bin/python accelerate launch --config_file{separator}{path} tools/pretrain.py".split()
+    monkeypatch.setattr(launch, "launcher_argv", lambda: argv)
     return path
 
 
@@ -158,8 +162,8 @@ def launched_with(content: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, j
 )
 def test_a_misspelt_key_of_a_section_is_refused(joint: str, key: str, cure: str, tmp_path: Path, monkeypatch: Any):
     section, name = key.split()
-    path = launched_with({section: {name: 1}}, tmp_path, monkeypatch, joint)
-    line = refused(ACCELERATE_DYNAMO_BACKEND="inductor")  # refused next, else this test would start training
+    path = fake_launcher({section: {name: 1}}, tmp_path, monkeypatch, joint)
+    line = refusal_message(ACCELERATE_DYNAMO_BACKEND="inductor")  # refused next, else this test would start training
     assert line.startswith(f"{path}: {section} has a key that accelerate does not know: {name}{cure}")
 
 
@@ -169,10 +173,10 @@ def test_our_launch_files_hold_known_keys(file: Path, tmp_path: Path, monkeypatc
     from accelerate.commands.config.config_args import load_config_from_file
 
     content = yaml.safe_load(file.read_text())
-    launched_with(content, tmp_path, monkeypatch)
-    assert "dynamo_backend" in refused(ACCELERATE_DYNAMO_BACKEND="inductor")  # that is what is looked at next
+    fake_launcher(content, tmp_path, monkeypatch)
+    assert "dynamo_backend" in refusal_message(ACCELERATE_DYNAMO_BACKEND="inductor")  # that is what is looked at next
     load_config_from_file(str(file))
-    path = launched_with({**content, "num_procs": 2}, tmp_path, monkeypatch)
+    path = fake_launcher({**content, "num_procs": 2}, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=r"unknown keys \(\['num_procs'\]\)"):
         load_config_from_file(str(path))
 
@@ -180,21 +184,21 @@ def test_our_launch_files_hold_known_keys(file: Path, tmp_path: Path, monkeypatc
 @pytest.mark.process
 def test_a_misspelt_key_is_refused_in_a_real_launch(shards: Path, tmp_path: Path):
     """The launcher's words are found where it is the parent."""
-    content = yaml.safe_load((FOLDER / "launch" / "zero2.yaml").read_text())
+    content = yaml.safe_load((RECIPES_FOLDER / "launch" / "zero2.yaml").read_text())
     content["deepspeed_config"]["zero_stag"] = content["deepspeed_config"].pop("zero_stage")
     (tmp_path / "launch.yaml").write_text(yaml.safe_dump(content))
     options = ["--config_file", tmp_path / "launch.yaml", "--num_processes", "1", "--main_process_port", free_port()]
-    words = ["tools/pretrain.py", *engines.words(shards, tmp_path / "run")]
-    done = engines.process(engines.BIN / "accelerate", "launch", *options, *words)
-    assert done.returncode != 0
+    args = ["tools/pretrain.py", *engines.train_args(shards, tmp_path / "run")]
+    result = engines.run_process(engines.BIN / "accelerate", "launch", *options, *args)
+    assert result.returncode != 0
     line = "deepspeed_config has a key that accelerate does not know: zero_stag; did you mean zero_stage?"
-    assert f"{tmp_path}/launch.yaml: {line}\n" in done.stderr
+    assert f"{tmp_path}/launch.yaml: {line}\n" in result.stderr
 
 
 @pytest.fixture(scope="module")
 def started(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What became of starts under each of engines.CONFIGS, in the launch that trains under engines as well."""
-    return json.loads((engines.together(shards, tmp_path_factory) / "configs.json").read_text())
+    return json.loads((engines.run_shared_jobs(shards, tmp_path_factory) / "configs.json").read_text())
 
 
 @pytest.mark.ranks
@@ -219,13 +223,13 @@ REFUSALS = {
     "no zero": "Please specify the ZeRO optimization config",
 }
 REFUSALS |= {name: f"the DeepSpeed config enables {name}: precision= decides" for name in engines.PRECISIONS}
-REFUSALS |= {name: contradiction(name) for name in CLAIMS if name in engines.CONFIGS}
+REFUSALS |= {name: conflict_message(name) for name in CLAIMS if name in engines.CONFIGS}
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_deepspeed_config_that_would_train_something_else_is_refused(started, name: str):
-    assert started[name].get("code") == USAGE
+    assert started[name].get("code") == ExitCode.USAGE
     assert REFUSALS[name] in started[name]["message"]
     assert "\n" not in started[name]["message"]
 
@@ -245,145 +249,163 @@ def found(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
     (folder / "b" / "shards" / "train" / "000002.tar").write_bytes(b"short")
     shutil.copytree(Path(ssl_vit.__file__).parent, folder / "ssl_vit", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "ssl_vit" / "rng.py").write_text("# another version")
-    words = [*TINY, f"data.train={shards}/train", f"data.val={shards}/val", "tracker=none"]
-    words += ["batch=9", "steps=2", "optim.warmup_steps=1"]
+    args = [*TINY, f"data.train={shards}/train", f"data.val={shards}/val", "tracker=none"]
+    args += ["batch=9", "steps=2", "optim.warmup_steps=1"]
     worker = "../tests/train/startup_worker"
-    start = Start([str(folder), *words], folder / "logs", 3, tool=worker, GLOO_SOCKET_IFNAME="lo")
-    assert start.wait(200) == [0, 0, 0], start.said()
+    start = Start([str(folder), *args], folder / "logs", 3, tool=worker, GLOO_SOCKET_IFNAME="lo")
+    assert start.wait(200) == [0, 0, 0], start.output()
     return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(3)]
 
 
-OTHERS = " (processes: 2)"
-ONE, FIRST = f"rank 1 on {HOST}", f"rank 0 on {HOST}"
-SAME, SLOW = "install the same", "the slowest would set the pace; start on machines that are alike"
-CODE, SHARE = "ssl_vit/rng.py differs (1 in all)", "name one on a file system that all machines share"
-RECIPE = "seed: 0 -> 7; optim.lr: 0.001 -> 1.0: give all the same command"
-TORCH = f"has torch 2.0.0, {FIRST} has {preflight.version('torch')}"
-ENDS = {
-    "batch": (USAGE, "batch=8 cannot be shared by 3 processes; these can: 1, 2, 4, 8"),
-    "code": (MISMATCH, f"{ONE} runs other code than {FIRST}: {CODE}: {SAME} version on all machines{OTHERS}"),
-    "library": (MISMATCH, f"{ONE} {TORCH}: {SAME} on all machines{OTHERS}"),
-    "gpu": (USAGE, f"{ONE} has NVIDIA L4 of 22 GiB, {FIRST} has no GPU: {SLOW}{OTHERS}"),
-    "recipe": (MISMATCH, f"{ONE} was given another recipe than rank 0: {RECIPE}{OTHERS}"),
-    "no data": (DATA, "/nowhere: no such folder"),
-    "held": (CANNOT_CREATE, "; wait for it, or name another"),
-    "folder": (CANNOT_CREATE, f"{ONE} does not see the run folder run of rank 0: {SHARE}{OTHERS}"),
-    "shards": (DATA, f"{ONE}: shards/train: 2 of 4 shards are bad: 000001.tar (missing), 000002.tar (5 bytes, not "),
+PROCESSES_SUFFIX = " (processes: 2)"
+RANK_1, RANK_0 = f"rank 1 on {HOST}", f"rank 0 on {HOST}"
+INSTALL_HINT, SLOW_HINT = "install the same", "the slowest would set the pace; start on machines that are alike"
+CODE_DIFF, SHARE_HINT = "ssl_vit/rng.py differs (1 in all)", "name one on a file system that all machines share"
+RECIPE_DIFF = "seed: 0 -> 7; optim.lr: 0.001 -> 1.0: give all the same command"
+TORCH_DIFF = f"has torch 2.0.0, {RANK_0} has {preflight.version('torch')}"
+EXPECTED_ENDS = {
+    "batch": (ExitCode.USAGE, "batch=8 cannot be shared by 3 processes; these can: 1, 2, 4, 8"),
+    "code": (
+        ExitCode.MISMATCH,
+        f"{RANK_1} runs other code than {RANK_0}: {CODE_DIFF}: {INSTALL_HINT} version on all "
+        f"machines{PROCESSES_SUFFIX}",
+    ),
+    "library": (ExitCode.MISMATCH, f"{RANK_1} {TORCH_DIFF}: {INSTALL_HINT} on all machines{PROCESSES_SUFFIX}"),
+    "gpu": (ExitCode.USAGE, f"{RANK_1} has NVIDIA L4 of 22 GiB, {RANK_0} has no GPU: {SLOW_HINT}{PROCESSES_SUFFIX}"),
+    "recipe": (ExitCode.MISMATCH, f"{RANK_1} was given another recipe than rank 0: {RECIPE_DIFF}{PROCESSES_SUFFIX}"),
+    "no data": (ExitCode.DATA, "/nowhere: no such folder"),
+    "held": (ExitCode.CANNOT_CREATE, "; wait for it, or name another"),
+    "folder": (
+        ExitCode.CANNOT_CREATE,
+        f"{RANK_1} does not see the run folder run of rank 0: {SHARE_HINT}{PROCESSES_SUFFIX}",
+    ),
+    "shards": (
+        ExitCode.DATA,
+        f"{RANK_1}: shards/train: 2 of 4 shards are bad: 000001.tar (missing), 000002.tar (5 bytes, not ",
+    ),
     "good": (0, ""),
 }
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("scenario", ENDS)
+@pytest.mark.parametrize("scenario", EXPECTED_ENDS)
 def test_all_processes_end_alike(found, scenario: str):
     """With one code and line, which is marked as shared, so that only rank 0 prints it."""
-    code, message = ENDS[scenario]
-    for rank in (rank[scenario] for rank in found):
-        assert rank["code"] == code, rank
-        assert message in rank["message"]
+    code, message = EXPECTED_ENDS[scenario]
+    for result in (results[scenario] for results in found):
+        assert result["code"] == code, result
+        assert message in result["message"]
         if scenario == "batch":  # each finds out by itself
-            assert rank["message"] == message
+            assert result["message"] == message
         else:
-            assert rank["shared"]
+            assert result["shared"]
 
 
 @pytest.mark.parametrize(("rank", "shared", "lines"), [(0, True, 1), (1, True, 0), (0, False, 1), (1, False, 1)])
 def test_only_the_first_of_many_says_what_all_share(rank: int, shared: bool, lines: int, monkeypatch: Any, capfd):
     monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setattr(errors, "_answer_signals", lambda: None)
-    with pytest.raises(SystemExit) as caught:
-        errors.run(Mock(side_effect=Refusal(DATA, "shards: gone", shared)))
-    assert caught.value.code == DATA
+    monkeypatch.setattr(errors, "_install_signal_handlers", lambda: None)
+    with pytest.raises(SystemExit) as excinfo:
+        errors.run_main(Mock(side_effect=ExitError(ExitCode.DATA, "shards: gone", shared)))
+    assert excinfo.value.code == ExitCode.DATA
     assert capfd.readouterr().err.count("shards: gone") == lines
 
 
-def facts(**changed: Any) -> dict[str, Any]:
-    mine = {"host": "a", "recipe": "seed: 0\n", "code": {"model.py": "1", "config.py": "2"}, "gpu": "H100 of 79 GiB"}
-    return mine | {"libraries": {"torch": "2.14.1", "deepspeed": "missing"}} | changed
+def process_info(**changes: Any) -> dict[str, Any]:
+    info = {"host": "a", "recipe": "seed: 0\n", "code": {"model.py": "1", "config.py": "2"}, "gpu": "H100 of 79 GiB"}
+    return info | {"libraries": {"torch": "2.14.1", "deepspeed": "missing"}} | changes
 
 
 @pytest.mark.parametrize(
     ("other", "line"),
     [
-        (facts(code={"model.py": "1", "config.py": "2", "b.py": "3"}), "ssl_vit/b.py differs (1 in all)"),
-        (facts(code={"model.py": "9"}), "ssl_vit/config.py differs (2 in all)"),
+        (process_info(code={"model.py": "1", "config.py": "2", "b.py": "3"}), "ssl_vit/b.py differs (1 in all)"),
+        (process_info(code={"model.py": "9"}), "ssl_vit/config.py differs (2 in all)"),
         # another version, which may not have told what is compared next
         ({"code": {}, "since": 3}, "runs other code than rank 0 on a: ssl_vit/config.py differs (2 in all)"),
-        (facts(libraries={"torch": "2.14.1", "deepspeed": "0.19.8"}), "has deepspeed 0.19.8, rank 0 on a has"),
-        (facts(recipe="seed: 0\nworld: 3\n"), "world"),
+        (process_info(libraries={"torch": "2.14.1", "deepspeed": "0.19.8"}), "has deepspeed 0.19.8, rank 0 on a has"),
+        (process_info(recipe="seed: 0\nworld: 3\n"), "world"),
     ],
 )
 def test_a_difference_is_named_with_its_rank(other: dict[str, Any], line: str):
-    assert compare([facts(), facts(host="b"), facts(host="c")]) == [None, None, None]
-    fine, wrong = compare([facts(), other | {"host": "b"}])
-    assert fine is None
-    assert wrong is not None
-    assert (wrong.code, wrong.message.split(" on b ")[0]) == (MISMATCH, "rank 1")
-    assert line in wrong.message
+    assert compare_processes([process_info(), process_info(host="b"), process_info(host="c")]) == [None, None, None]
+    first, second = compare_processes([process_info(), other | {"host": "b"}])
+    assert first is None
+    assert second is not None
+    assert (second.code, second.message.split(" on b ")[0]) == (ExitCode.MISMATCH, "rank 1")
+    assert line in second.message
 
 
 def test_the_first_of_many_findings_stands_for_all():
-    refuse_first([None, None])
-    with pytest.raises(Refusal) as caught:
-        refuse_first([None, (DATA, "rank 1: bad"), Refusal(USAGE, "rank 2: worse")])
-    assert (caught.value.code, caught.value.message, caught.value.shared) == (DATA, f"rank 1: bad{OTHERS}", True)
-    with pytest.raises(Refusal, match=r"^rank 2: worse$"):
-        refuse_first([None, None, Refusal(USAGE, "rank 2: worse")])
+    raise_first([None, None])
+    with pytest.raises(ExitError) as excinfo:
+        raise_first([None, (ExitCode.DATA, "rank 1: bad"), ExitError(ExitCode.USAGE, "rank 2: worse")])
+    assert (excinfo.value.code, excinfo.value.message, excinfo.value.shared) == (
+        ExitCode.DATA,
+        f"rank 1: bad{PROCESSES_SUFFIX}",
+        True,
+    )
+    with pytest.raises(ExitError, match=r"^rank 2: worse$"):
+        raise_first([None, None, ExitError(ExitCode.USAGE, "rank 2: worse")])
 
 
 @pytest.fixture
 def server() -> Iterator[socket.socket]:
     """A port of this machine that nobody else gets, where nobody listens until `listen` is called."""
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        yield made
+    with socket.socket() as server_socket:
+        server_socket.bind(("127.0.0.1", 0))
+        yield server_socket
 
 
-def met(rank: int, port: object, start: Any = lambda: meet(0), **more: str) -> str:
+def rendezvous_error(rank: int, port: object, start: Any = lambda: wait_for_rendezvous(0), **extra: str) -> str:
     """What a process of two, started without a launcher of torch's, is refused with, or nothing."""
-    given = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more}
-    with patch.dict(os.environ, given):
-        for name in {"TORCHELASTIC_USE_AGENT_STORE"} - set(more) | {name for name in given if not given[name]}:
+    environment = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **extra}
+    with patch.dict(os.environ, environment):
+        for name in {"TORCHELASTIC_USE_AGENT_STORE"} - set(extra) | {
+            name for name in environment if not environment[name]
+        }:
             os.environ.pop(name, None)
         try:
             start()
-        except Refusal as refusal:
-            return refusal.message if refusal.code == USAGE else repr(refusal)
+        except ExitError as refusal:
+            return refusal.message if refusal.code == ExitCode.USAGE else repr(refusal)
     return ""
 
 
 def test_a_busy_port_ends_a_start_before_anything_is_made(server: socket.socket, shards: Path, tmp_path: Path):
     """Unless a launcher has it, where both ranks find it; a free one is left free."""
     server.listen()
-    taken = server.getsockname()[1]
-    line = met(0, taken)
-    assert line.startswith(f"rank 0: port {taken} of this machine cannot be had (Address already in use")
+    busy_port = server.getsockname()[1]
+    line = rendezvous_error(0, busy_port)
+    assert line.startswith(f"rank 0: port {busy_port} of this machine cannot be had (Address already in use")
     assert line.endswith("): set another MASTER_PORT on all machines")
-    words = [*TINY, f"data.train={shards}/train", f"run={tmp_path}/run"]
-    assert f"port {taken}" in met(0, taken, lambda: train.run(config.parse(recipes.Pretrain, words, recipes.FOLDER)))
+    args = [*TINY, f"data.train={shards}/train", f"run={tmp_path}/run"]
+    assert f"port {busy_port}" in rendezvous_error(
+        0, busy_port, lambda: train.run(config.parse(recipes.Pretrain, args, recipes.RECIPES_FOLDER))
+    )
     assert not (tmp_path / "run").exists()
     for rank in (0, 1):
-        assert met(rank, taken, TORCHELASTIC_USE_AGENT_STORE="True") == ""
+        assert rendezvous_error(rank, busy_port, TORCHELASTIC_USE_AGENT_STORE="True") == ""
     port = free_port()
-    assert met(0, port) == ""
+    assert rendezvous_error(0, port) == ""
     socket.create_server(("", port)).close()
 
 
 def test_a_master_that_is_not_there_is_named_or_waited_for(server: socket.socket, monkeypatch: pytest.MonkeyPatch):
     port = server.getsockname()[1]
-    line = met(1, port)
+    line = rendezvous_error(1, port)
     assert line.startswith(f"rank 1 on {HOST}: no answer from the master at 127.0.0.1:{port} (")
     assert line.endswith("in 0 s: is rank 0 running there, the address right, the port open?")
     monkeypatch.setattr(preflight.time, "sleep", lambda seconds: server.listen())  # it comes later
-    assert met(1, port, lambda: meet(60)) == ""
+    assert rendezvous_error(1, port, lambda: wait_for_rendezvous(60)) == ""
 
 
 def test_half_an_environment_is_named_and_one_process_meets_nobody():
-    assert "MASTER_PORT=auto" in met(1, "auto")  # which is no number
+    assert "MASTER_PORT=auto" in rendezvous_error(1, "auto")  # which is no number
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         line = f"WORLD_SIZE=2 but {name} not set: use accelerate launch, or set them"
-        assert met(1, "auto", **{name: ""}) == line
-    assert met(0, "", WORLD_SIZE="1") == ""
+        assert rendezvous_error(1, "auto", **{name: ""}) == line
+    assert rendezvous_error(0, "", WORLD_SIZE="1") == ""
 
 
 HELP = """
@@ -405,12 +427,20 @@ import ssl_vit.train.metrics, ssl_vit.train.prepare
 
 def test_help_loads_nothing_heavy_and_imports_ask_no_gpu():
     """What takes long to import, beside torch: --help takes at most 1.5 times as long as `import torch`."""
-    done = subprocess.run([sys.executable, "-c", HELP], cwd=engines.ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    loaded = done.stdout.split()
-    heavy = "accelerate timm torchvision webdataset tensorboard transformers deepspeed sklearn scipy pandas matplotlib "
-    heavy += "fsspec aiohttp onnx onnxruntime datasets huggingface_hub markdown"
+    result = subprocess.run([sys.executable, "-c", HELP], cwd=engines.ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    loaded = result.stdout.split()
+    heavy_modules = (
+        "accelerate timm torchvision webdataset tensorboard transformers deepspeed sklearn scipy pandas matplotlib "
+    )
+    heavy_modules += "fsspec aiohttp onnx onnxruntime datasets huggingface_hub markdown"
     assert "ssl_vit" in loaded
-    assert {name.split(".")[0] for name in loaded} & set(heavy.split()) == set()
-    parts = {"torch._dynamo", "torch._inductor", "torch.onnx", "torch.distributed.tensor", "torch.distributed.fsdp"}
-    assert parts & set(loaded) == set()
+    assert {name.split(".")[0] for name in loaded} & set(heavy_modules.split()) == set()
+    heavy_submodules = {
+        "torch._dynamo",
+        "torch._inductor",
+        "torch.onnx",
+        "torch.distributed.tensor",
+        "torch.distributed.fsdp",
+    }
+    assert heavy_submodules & set(loaded) == set()

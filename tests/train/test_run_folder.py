@@ -20,15 +20,15 @@ from unittest.mock import patch
 
 import pytest
 
-from ssl_vit.errors import CANNOT_CREATE, DISK, MISMATCH, USAGE
+from ssl_vit.errors import ExitCode
 from ssl_vit.train import checkpoint
 from ssl_vit.train import run_folder as run_module
 from ssl_vit.train.optim import learning_rate
 from tests import tiny_runs
-from tests.odd import NOT_ALLOWED
-from tests.starts import PRELOAD, call
-from tests.train.children import ended, fork, mount, own_mounts
-from tests.train.scenarios import HOST, KILLED, LIMIT, Played, Scenario, Stage, case, ranks
+from tests.machines import NOT_ALLOWED
+from tests.processes import PRELOAD, call_tool
+from tests.train.children import fork, mount, unshare_mounts, wait_for_exit
+from tests.train.scenarios import HOST, KILLED, LIMIT, Outcome, Scenario, Stage, case, ranks
 
 # two at once
 
@@ -36,18 +36,22 @@ from tests.train.scenarios import HOST, KILLED, LIMIT, Played, Scenario, Stage, 
 @pytest.mark.parametrize(("holder", "world"), [(1, 1), case(1, 2), case(2, 1), case(2, 2)])
 def test_a_folder_is_one_runs_at_a_time(stage: Stage, holder: int, world: int):
     """C14: the second is refused at once with who has it; killed with -9, the first leaves the folder free."""
-    first = stage.start(holder, "hang:point=batch:step=9")
-    first.until(lambda: 7 in tiny_runs.saved(stage.run))
-    held = [stage.run / name for name in ("recipe.yaml", "metrics.jsonl")]
-    before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in held]
-    line = f"in use by pid {first.processes[0].pid} since .* on {HOST}"
-    for more in ((), ("fresh=true",)):
-        stage.play(Scenario((CANNOT_CREATE,) * world, "", line, says=("pretrain",), words=more, held=False))
+    holder_start = stage.start(holder, "hang:point=batch:step=9")
+    holder_start.wait_until(lambda: 7 in tiny_runs.checkpoint_steps(stage.run))
+    files = [stage.run / name for name in ("recipe.yaml", "metrics.jsonl")]
+    before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in files]
+    line = f"in use by pid {holder_start.processes[0].pid} since .* on {HOST}"
+    for overrides in ((), ("restart=true",)):
+        stage.play(
+            Scenario(
+                (ExitCode.CANNOT_CREATE,) * world, "", line, patterns=("pretrain",), args=overrides, owns_folder=False
+            )
+        )
     assert not (stage.run / "exit.json").exists()  # it is the holder's to write
-    assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in held] == before
-    assert all(process.is_alive() for process in first.processes)
-    first.kill()
-    assert first.wait() == [KILLED] * holder
+    assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in files] == before
+    assert all(process.is_alive() for process in holder_start.processes)
+    holder_start.kill()
+    assert holder_start.wait() == [KILLED] * holder
     stage.finish(world)
 
 
@@ -56,8 +60,8 @@ def test_of_many_starts_at_once_one_trains(stage: Stage):
     starts = [stage.start() for _ in range(4)]
     codes = sorted(code for start in starts for code in start.wait(LIMIT))
     assert codes[0] == 0
-    assert set(codes[1:]) <= {0, CANNOT_CREATE}  # a late one finds it done
-    stage.as_in_peace(stage.tiny_run(1))
+    assert set(codes[1:]) <= {0, ExitCode.CANNOT_CREATE}  # a late one finds it done
+    stage.assert_same_run(stage.tiny_run(1))
 
 
 # recipes
@@ -69,43 +73,53 @@ def test_another_recipe_is_shown_key_by_key(stage: Stage):
     What a checkpoint holds never brings old rates back in silence, nor new ones: old -> new is said (D7).
     """
     stage.stop("loss:step=9")
-    before = tiny_runs.state(stage.run), (stage.run / "recipe.yaml").read_bytes()
+    before = tiny_runs.checkpoint_bits(stage.run), (stage.run / "recipe.yaml").read_bytes()
 
-    def refused(*more: str, code: int = MISMATCH) -> str:
-        played = stage.play(Scenario((code,), "", "pretrain.py: ", words=more, held=code == MISMATCH))
-        assert (tiny_runs.state(stage.run), (stage.run / "recipe.yaml").read_bytes()) == before
-        return played.said
+    def refusal_output(*overrides: str, code: int = ExitCode.MISMATCH) -> str:
+        outcome = stage.play(
+            Scenario((code,), "", "pretrain.py: ", args=overrides, owns_folder=code == ExitCode.MISMATCH)
+        )
+        assert (tiny_runs.checkpoint_bits(stage.run), (stage.run / "recipe.yaml").read_bytes()) == before
+        return outcome.output
 
     lr, steps = "optim.lr: 0.001 -> 0.5", "steps: 30 -> 40"
-    line = refused("encoder.width=32", "optim.lr=0.5", "optim.kind=sgd", "data.flip=false", "seed=7")
+    line = refusal_output("encoder.width=32", "optim.lr=0.5", "optim.kind=sgd", "data.flip=false", "seed=7")
     assert all(part in line for part in ("encoder.width: 16 -> 32", lr, "optim.kind: adamw -> sgd", "seed: 0 -> 7"))
-    line = refused("optim.lr=0.5", "steps=40")
+    line = refusal_output("optim.lr=0.5", "steps=40")
     assert all(part in line for part in (lr, steps))
-    assert "allow_change=optim.lr" in line or "allow_change=steps" in line  # the way on
-    line = refused("optim.lr=0.5", "steps=40", "allow_change=steps")
+    assert "allow_recipe_change=optim.lr" in line or "allow_recipe_change=steps" in line  # the way on
+    line = refusal_output("optim.lr=0.5", "steps=40", "allow_recipe_change=steps")
     assert (lr in line, steps in line) == (True, False)
     for name in ("encoder.width", "seed", "data.train", "optim.kind", "nonsense", "optim"):
-        assert name in refused("encoder.width=32", f"allow_change=steps,{name}", code=USAGE)
+        assert name in refusal_output("encoder.width=32", f"allow_recipe_change=steps,{name}", code=ExitCode.USAGE)
 
-    changed = ("optim.lr=0.002", "optim.betas=0.8,0.99")
-    said = stage.finish(1, *changed, "allow_change=optim.lr,optim.betas")
-    assert [said.count(line) for line in ("optim.lr: 0.001 -> 0.002", "optim.betas: ")] == [1, 1]
-    rates = {row["step"]: row["lr"] for row in tiny_runs.rows(stage.run)}
+    new_rates = ("optim.lr=0.002", "optim.betas=0.8,0.99")
+    output = stage.finish(1, *new_rates, "allow_recipe_change=optim.lr,optim.betas")
+    assert [output.count(line) for line in ("optim.lr: 0.001 -> 0.002", "optim.betas: ")] == [1, 1]
+    rates = {row["step"]: row["lr"] for row in tiny_runs.metric_rows(stage.run)}
     for step, rate in ((6, 0.001), (9, 0.002), (30, 0.002)):
         assert rates[step] == learning_rate(step - 1, rate, tiny_runs.STEPS, 2)
     assert b"lr: 0.002" in (stage.run / "recipe.yaml").read_bytes()
-    assert tiny_runs.differing(tiny_runs.state(stage.tiny_run(1)), tiny_runs.state(stage.run))
-    stage.finish(1, *changed)  # it is the run's recipe now
-    assert "steps: 30 -> 32" in stage.finish(1, *changed, "steps=32", "allow_change=steps")
-    assert tiny_runs.rows(stage.run)[-1]["step"] == 32
+    assert tiny_runs.differing_bits(tiny_runs.checkpoint_bits(stage.tiny_run(1)), tiny_runs.checkpoint_bits(stage.run))
+    stage.finish(1, *new_rates)  # it is the run's recipe now
+    assert "steps: 30 -> 32" in stage.finish(1, *new_rates, "steps=32", "allow_recipe_change=steps")
+    assert tiny_runs.metric_rows(stage.run)[-1]["step"] == 32
 
 
 ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n"  # a billion of them
 ALIASES += "".join(
     f"{name}: &{name} [{','.join([f'*{last}'] * 9)}]\n" for last, name in itertools.pairwise("abcdefghij")
 )
-DAMAGED = [b"", bytes(range(256)), None, b"- a\n- b\n", b"hello", b"encoder: &a\n  width: *a\n", ALIASES.encode()]
-DAMAGED += [b"!!python/object/apply:os.system ['touch canary']\n"]  # and None is a half
+DAMAGED_RECIPES = [
+    b"",
+    bytes(range(256)),
+    None,
+    b"- a\n- b\n",
+    b"hello",
+    b"encoder: &a\n  width: *a\n",
+    ALIASES.encode(),
+]
+DAMAGED_RECIPES += [b"!!python/object/apply:os.system ['touch canary']\n"]  # and None is a half
 
 
 def test_a_damaged_recipe_does_not_pass_for_the_runs(stage: Stage, monkeypatch: pytest.MonkeyPatch):
@@ -114,30 +128,30 @@ def test_a_damaged_recipe_does_not_pass_for_the_runs(stage: Stage, monkeypatch: 
     stage.stop("loss:step=9")
     path = stage.run / "recipe.yaml"
     text = path.read_bytes()
-    for content in DAMAGED:
+    for content in DAMAGED_RECIPES:
         path.write_bytes(text[: len(text) // 2] if content is None else content)
-        played = stage.play(Scenario((MISMATCH,), "", "recipe.yaml|->", saved=7))
-        assert len(played.said) < 5000
+        outcome = stage.play(Scenario((ExitCode.MISMATCH,), "", "recipe.yaml|->", saved=7))
+        assert len(outcome.output) < 5000
     assert not list(stage.folder.rglob("canary"))
     path.write_bytes(text)
     stage.finish()
-    stage.as_in_peace(stage.tiny_run(1))
+    stage.assert_same_run(stage.tiny_run(1))
 
 
 def test_a_fresh_start_puts_the_old_aside(stage: Stage):
-    """fresh=true: nothing is deleted, all begins anew; a launcher's restart of it goes on."""
-    stage.stop("loss:step=9", "fresh=true")
-    old = tiny_runs.state(stage.run)
-    stage.stop("loss:step=5", "fresh=true", "seed=3", "encoder.width=32")  # nor is the recipe bound
-    (first,) = stage.run.glob("before-*")
-    assert tiny_runs.state(first) == old
-    assert [row["step"] for row in tiny_runs.rows(first)] == [3, 6]
-    stage.stop("loss:step=9", "fresh=true")
+    """restart=true: nothing is deleted, all begins anew; a launcher's restart of it goes on."""
+    stage.stop("loss:step=9", "restart=true")
+    old_state = tiny_runs.checkpoint_bits(stage.run)
+    stage.stop("loss:step=5", "restart=true", "seed=3", "encoder.width=32")  # nor is the recipe bound
+    (backup,) = stage.run.glob("before-*")
+    assert tiny_runs.checkpoint_bits(backup) == old_state
+    assert [row["step"] for row in tiny_runs.metric_rows(backup)] == [3, 6]
+    stage.stop("loss:step=9", "restart=true")
     assert len([*stage.run.glob("before-*")]) == 2
-    end = call("pretrain", stage.words("fresh=true"), TORCHELASTIC_RESTART_COUNT="1")
-    assert end.code == 0, end.said
+    result = call_tool("pretrain", stage.args("restart=true"), TORCHELASTIC_RESTART_COUNT="1")
+    assert result.code == 0, result.output
     assert len([*stage.run.glob("before-*")]) == 2
-    stage.as_in_peace(stage.tiny_run(1))
+    stage.assert_same_run(stage.tiny_run(1))
 
 
 # ranks, workers
@@ -147,46 +161,48 @@ def test_a_fresh_start_puts_the_old_aside(stage: Stage):
 @pytest.mark.ranks
 def test_another_number_of_processes_goes_on(stage: Stage):
     """B7: 2, 1, 3, 2 ranks, one after the other: the same global batches, losses equal to rounding."""
-    more = ("batch=12", "log_every=1", "encoder.dropout=0", "save_every=2", "steps=20")
-    stage.at("straight").finish(1, *more)
+    overrides = ("batch=12", "log_every=1", "encoder.dropout=0", "save_every=2", "steps=20")
+    stage.sibling("straight").finish(1, *overrides)
     for world, step in ((2, 5), (1, 9), (3, 15)):
-        stage.play(Scenario((KILLED,) * world, f"kill:point=update:step={step}", cut=True, words=more))
-        assert json.loads((tiny_runs.last(stage.run) / "MANIFEST.json").read_text())["world"] == world
-    stage.finish(2, *more)
-    for found, wanted in zip(tiny_runs.rows(stage.run), tiny_runs.rows(stage.at("straight").run), strict=True):
+        stage.play(Scenario((KILLED,) * world, f"kill:point=update:step={step}", power_cut=True, args=overrides))
+        assert json.loads((tiny_runs.last_checkpoint(stage.run) / "MANIFEST.json").read_text())["world"] == world
+    stage.finish(2, *overrides)
+    for actual, expected in zip(
+        tiny_runs.metric_rows(stage.run), tiny_runs.metric_rows(stage.sibling("straight").run), strict=True
+    ):
         for name in ("step", "samples_seen", "samples_digest", "bad_samples", "lr"):
-            assert found[name] == wanted[name]
-        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
-        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
-    refused = stage.begin(Scenario((USAGE,) * 5, words=more))
-    assert refused.codes == [USAGE] * 5, refused.said
+            assert actual[name] == expected[name]
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert actual["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+    outcome = stage.begin(Scenario((ExitCode.USAGE,) * 5, args=overrides))
+    assert outcome.codes == [ExitCode.USAGE] * 5, outcome.output
 
 
 # disks
 
-FULL = ("save_every=2", "keep=99")  # a checkpoint soon fills a disk
-ALONE = ("data.workers=0",)  # loader workers have files of their own, in memory, which limits would also meet
+FREQUENT_SAVES = ("save_every=2", "keep=99")  # a checkpoint soon fills a disk
+NO_WORKERS = ("data.workers=0",)  # loader workers have files of their own, in memory, which limits would also meet
 
 
-def with_own_mounts(work: Callable[[], object], folder: Path) -> None:
+def run_with_own_mounts(work: Callable[[], object], folder: Path) -> None:
     """Do all of it in a child that may mount what it likes."""
     for name in PRELOAD:
         importlib.import_module(name)  # here, once
 
-    def alone() -> None:
+    def unshare_and_work() -> None:
         try:
-            own_mounts()
+            unshare_mounts()
         except (OSError, subprocess.CalledProcessError):
             os._exit(NOT_ALLOWED)
         work()
 
-    if (code := ended(fork(alone, folder / "scene"))) == NOT_ALLOWED:
+    if (code := wait_for_exit(fork(unshare_and_work, folder / "scene"))) == NOT_ALLOWED:
         pytest.skip("mounts of one's own are not allowed here")
     assert code == 0, (folder / "scene").read_text()
 
 
 @contextmanager
-def files_of(size: int) -> Iterator[None]:
+def file_size_limit(size: int) -> Iterator[None]:
     """Let no file grow beyond a size (EFBIG)."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -196,35 +212,46 @@ def files_of(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def nothing_hidden(played: Played) -> None:
+def assert_no_drafts(outcome: Outcome) -> None:
     """No draft is left behind."""
-    assert not list((played.run / "checkpoints").glob(".*"))
+    assert not list((outcome.run / "checkpoints").glob(".*"))
 
 
 def test_a_disk_that_is_full(stage: Stage):
     """A4: 74 with what is needed and what is free, seen before and while it is written; freed, the run goes on."""
     stage.run.mkdir()
-    room = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # type: ignore[attr-defined]  # noqa: E731
+    ample_space = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # type: ignore[attr-defined]  # noqa: E731
 
     def scene() -> None:
         mount("-t", "tmpfs", "-o", "size=2150k", "none", stage.run)
-        found = []
-        for usage, wanted in ((room, "No space left on device"), (shutil.disk_usage, r"needs \d+ bytes, \d+ are free")):
-            line = f"(?=.*{stage.run})(?=.*{wanted})(?=.*(step-|whole))"
+        last_steps = []
+        for usage, expected in (
+            (ample_space, "No space left on device"),
+            (shutil.disk_usage, r"needs \d+ bytes, \d+ are free"),
+        ):
+            line = f"(?=.*{stage.run})(?=.*{expected})(?=.*(step-|whole))"
             with patch.object(shutil, "disk_usage", usage):
-                full = Scenario((DISK,), "", line, says=("pretrain",), words=FULL, held=False, also=nothing_hidden)
-                said = stage.play(full).said
-            found.append(tiny_runs.saved(stage.run)[-1])
-            assert checkpoint.flaw(tiny_runs.last(stage.run)) is None
-            assert tiny_runs.last(stage.run).name in said or "whole" in said
-        assert 4 <= found[0] == found[1] < 20
-        for folder in checkpoint.steps(stage.run / "checkpoints")[:-1]:
+                scenario = Scenario(
+                    (ExitCode.DISK,),
+                    "",
+                    line,
+                    patterns=("pretrain",),
+                    args=FREQUENT_SAVES,
+                    owns_folder=False,
+                    extra_check=assert_no_drafts,
+                )
+                output = stage.play(scenario).output
+            last_steps.append(tiny_runs.checkpoint_steps(stage.run)[-1])
+            assert checkpoint.find_corruption(tiny_runs.last_checkpoint(stage.run)) is None
+            assert tiny_runs.last_checkpoint(stage.run).name in output or "whole" in output
+        assert 4 <= last_steps[0] == last_steps[1] < 20
+        for folder in checkpoint.list_checkpoints(stage.run / "checkpoints")[:-1]:
             shutil.rmtree(folder)
         stage.finish()
-        stage.as_in_peace(stage.tiny_run(1))
+        stage.assert_same_run(stage.tiny_run(1))
 
     stage.tiny_run(1)  # made here, not in the child
-    with_own_mounts(scene, stage.folder)
+    run_with_own_mounts(scene, stage.folder)
 
 
 @pytest.mark.process
@@ -236,70 +263,74 @@ def test_a_disk_that_has_no_room_for_anything(stage: Stage):
         mount("-t", "tmpfs", "-o", "size=64k", "none", stage.run)
         with pytest.raises(OSError, match="No space"):
             (stage.run / "filler").write_bytes(bytes(1 << 20))
-        played = stage.begin(Scenario((DISK,)))
-        assert played.codes[0] in (DISK, CANNOT_CREATE), played.said
-        assert str(stage.run) in played.lines()[-1]
-        assert "Traceback" not in played.said
+        outcome = stage.begin(Scenario((ExitCode.DISK,)))
+        assert outcome.codes[0] in (ExitCode.DISK, ExitCode.CANNOT_CREATE), outcome.output
+        assert str(stage.run) in outcome.lines()[-1]
+        assert "Traceback" not in outcome.output
 
-    with_own_mounts(scene, stage.folder)
+    run_with_own_mounts(scene, stage.folder)
 
 
 def test_files_that_may_not_grow(stage: Stage):
     """A5: a limit on file sizes (EFBIG), met by the second file of a checkpoint."""
-    stage.stop("loss:step=9", *ALONE)
-    with files_of((tiny_runs.last(stage.run) / "model.safetensors").stat().st_size + 1000):
-        stage.play(Scenario((DISK,), "", "File too large", words=ALONE, saved=7, also=nothing_hidden))
+    stage.stop("loss:step=9", *NO_WORKERS)
+    with file_size_limit((tiny_runs.last_checkpoint(stage.run) / "model.safetensors").stat().st_size + 1000):
+        stage.play(
+            Scenario((ExitCode.DISK,), "", "File too large", args=NO_WORKERS, saved=7, extra_check=assert_no_drafts)
+        )
     stage.finish()
-    stage.as_in_peace(stage.tiny_run(1))
+    stage.assert_same_run(stage.tiny_run(1))
 
 
 def test_metrics_that_may_not_grow(stage: Stage):
     """The same of metrics.jsonl: 74 with its path; the row that was cut is written anew."""
-    more = ("save_every=8", "log_every=1", "panel_every=99", "steps=18", *ALONE)
-    stage.stop("loss:step=11", *more)
+    overrides = ("save_every=8", "log_every=1", "visualize_every=99", "steps=18", *NO_WORKERS)
+    stage.stop("loss:step=11", *overrides)
     path = stage.run / "metrics.jsonl"
-    with files_of(path.stat().st_size * 5 // 4):  # which row 12 goes over; the next checkpoint is due later
-        stage.play(Scenario((DISK,), "", f"File too large.*{path}", words=more))
-    stage.finish(1, *more)
-    assert [row["step"] for row in tiny_runs.rows(stage.run)] == list(range(1, 19))
+    with file_size_limit(path.stat().st_size * 5 // 4):  # which row 12 goes over; the next checkpoint is due later
+        stage.play(Scenario((ExitCode.DISK,), "", f"File too large.*{path}", args=overrides))
+    stage.finish(1, *overrides)
+    assert [row["step"] for row in tiny_runs.metric_rows(stage.run)] == list(range(1, 19))
 
 
 def test_a_save_that_fails_may_be_borne(stage: Stage):
     """on_save_error=continue: said, left behind, tried again at the next; but the last one must be there."""
-    borne = ("on_save_error=continue",)
+    overrides = ("on_save_error=continue",)
     faults = "enospc:point=save.mid:step=7,eio:point=save.written:step=14"
-    said = stage.play(Scenario((0,), faults, words=borne)).said
+    output = stage.play(Scenario((0,), faults, args=overrides)).output
     for step, error in ((7, "No space left"), (14, "Input/output error")):
-        (line,) = [line for line in said.splitlines() if "on_save_error" in line and f"{step:08d}" in line]
+        (line,) = [line for line in output.splitlines() if "on_save_error" in line and f"{step:08d}" in line]
         assert error in line
-    stage.as_in_peace(stage.tiny_run(1))
-    other = stage.at("other")
-    short = (*borne, "steps=7")
-    other.play(Scenario((DISK,), "enospc:point=save.mid:step=7", "No space left", words=short, saved=0))
-    assert not (other.run / "encoder").exists()  # it would be that of an earlier step
+    stage.assert_same_run(stage.tiny_run(1))
+    other_stage = stage.sibling("other")
+    short_overrides = (*overrides, "steps=7")
+    other_stage.play(
+        Scenario((ExitCode.DISK,), "enospc:point=save.mid:step=7", "No space left", args=short_overrides, saved=0)
+    )
+    assert not (other_stage.run / "encoder").exists()  # it would be that of an earlier step
 
 
 @pytest.mark.parametrize(("world", "place"), [(1, "written"), case(2, "mid")])
 def test_an_error_while_saving_ends_all_ranks_alike(stage: Stage, world: int, place: str):
     """74 on each, one line, nothing published, and the same command goes on."""
     fault, line = f"eio:point=save.{place}:step=14", "Input/output error.*(step-00000007|whole)"
-    stage.play(Scenario((DISK,) * world, fault, line, saved=7, also=nothing_hidden, resumed=True))
+    stage.play(Scenario((ExitCode.DISK,) * world, fault, line, saved=7, extra_check=assert_no_drafts, resumed=True))
 
 
 def test_folders_that_cannot_be_written(stage: Stage):
     """A8: 73 before the first step, whether it is the run's folder or that of its checkpoints."""
     stage.stop("loss:step=9")
-    before = tiny_runs.state(stage.run), (stage.run / "metrics.jsonl").read_bytes()
+    before = tiny_runs.checkpoint_bits(stage.run), (stage.run / "metrics.jsonl").read_bytes()
 
     def scene() -> None:
         for folder in (stage.run / "checkpoints", stage.run):
             mount("--bind", folder, folder)
             mount("-o", "remount,ro,bind", folder)
             line = f"(?=.*Read-only file system)(?=.*{stage.run})"
-            stage.play(Scenario((CANNOT_CREATE,), "", line, says=("pretrain",), held=False))
+            stage.play(Scenario((ExitCode.CANNOT_CREATE,), "", line, patterns=("pretrain",), owns_folder=False))
 
-    with_own_mounts(scene, stage.folder)
-    assert (tiny_runs.state(stage.run), (stage.run / "metrics.jsonl").read_bytes()) == before
+    run_with_own_mounts(scene, stage.folder)
+    assert (tiny_runs.checkpoint_bits(stage.run), (stage.run / "metrics.jsonl").read_bytes()) == before
 
 
 def test_folders_that_are_none(shards: Path, tmp_path: Path):
@@ -310,51 +341,57 @@ def test_folders_that_are_none(shards: Path, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").touch()
     for name in ("file", "file/run", "loop", "nowhere", "pipe", "run", "x" * 300):
-        end = call("pretrain", tiny_runs.words(shards, tmp_path / name))
-        assert end.code == CANNOT_CREATE, (name, end.said)
-        assert "Traceback" not in end.said
-        assert name in end.line
-    end = call("pretrain", tiny_runs.words(shards, tmp_path / "many" / "folders" / "deep", "steps=1"))
-    assert end.code == 0, end.said
+        result = call_tool("pretrain", tiny_runs.run_args(shards, tmp_path / name))
+        assert result.code == ExitCode.CANNOT_CREATE, (name, result.output)
+        assert "Traceback" not in result.output
+        assert name in result.last_line
+    result = call_tool("pretrain", tiny_runs.run_args(shards, tmp_path / "many" / "folders" / "deep", "steps=1"))
+    assert result.code == 0, result.output
 
 
 @pytest.mark.process
 def test_what_cannot_be_deleted_is_left_for_later(stage: Stage):
     """A9: a warning (EBUSY), the training goes on, and the next start deletes it."""
     stage.stop("loss:step=9")
-    busy, peace = tiny_runs.last(stage.run), stage.tiny_run(1)
+    busy_checkpoint, reference = tiny_runs.last_checkpoint(stage.run), stage.tiny_run(1)
 
     def scene() -> None:
-        mount("--bind", busy, busy)
-        assert re.search(rf"{busy}.* could not be deleted.*busy", stage.finish())
+        mount("--bind", busy_checkpoint, busy_checkpoint)
+        assert re.search(rf"{busy_checkpoint}.* could not be deleted.*busy", stage.finish())
 
-    with_own_mounts(scene, stage.folder)
-    assert checkpoint.flaw(busy) is None
-    stage.same_bits(peace)
-    assert set(tiny_runs.names(stage.run)) - set(tiny_runs.names(peace)) == {f"checkpoints/{busy.name}"}
+    run_with_own_mounts(scene, stage.folder)
+    assert checkpoint.find_corruption(busy_checkpoint) is None
+    stage.assert_same_bits(reference)
+    assert set(tiny_runs.file_names(stage.run)) - set(tiny_runs.file_names(reference)) == {
+        f"checkpoints/{busy_checkpoint.name}"
+    }
     stage.finish()
-    stage.as_in_peace(peace)
+    stage.assert_same_run(reference)
 
 
 @ranks(2)
 def test_a_slow_disk_is_told_of_and_waited_for(stage: Stage, world: int):
     """A12: a warning with MB/s; two ranks wait for each other longer than it takes."""
     fault = "sleep:point=save.mid:step=14-20:seconds=2.2"
-    said = stage.play(Scenario((0,) * world, fault, words=("timeout=30",))).said
-    (slow,) = [line for line in said.splitlines() if "MB/s" in line]
-    assert re.search(r"step-00000014.*\b[2-9]\.\d s, 0\.\d+ MB/s", slow)
+    output = stage.play(Scenario((0,) * world, fault, args=("timeout=30",))).output
+    (warning,) = [line for line in output.splitlines() if "MB/s" in line]
+    assert re.search(r"step-00000014.*\b[2-9]\.\d s, 0\.\d+ MB/s", warning)
 
 
 def test_a_word_that_cannot_be_left_is_not_the_end_that_is_told(stage: Stage, monkeypatch: pytest.MonkeyPatch):
     """exit.json cannot be written: the code and the line are still those of what happened."""
-    write = run_module.write_bytes
+    original_write = run_module.write_bytes
 
-    def full(path: Path, data: bytes) -> None:
+    def fail_on_exit_file(path: Path, data: bytes) -> None:
         if path.name == "exit.json":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        write(path, data)
+        original_write(path, data)
 
-    monkeypatch.setattr(run_module, "write_bytes", full)
-    says = ("exit.json could not be written: No space left",)
-    stage.play(Scenario((DISK,), "eio:point=save.mid:step=7", "Input/output error", says=says, held=False))
+    monkeypatch.setattr(run_module, "write_bytes", fail_on_exit_file)
+    patterns = ("exit.json could not be written: No space left",)
+    stage.play(
+        Scenario(
+            (ExitCode.DISK,), "eio:point=save.mid:step=7", "Input/output error", patterns=patterns, owns_folder=False
+        )
+    )
     assert not (stage.run / "exit.json").exists()

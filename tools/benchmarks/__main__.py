@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ssl_vit import config, errors, recipes
-from ssl_vit.errors import USAGE, Refusal
-from tools.benchmarks.racing import store
+from ssl_vit.errors import ExitCode, ExitError
+from tools.benchmarks.timing import write_rows
 
 NAMES = ("step", "loop", "loader", "attention", "memory", "scaling", "inference", "engines", "safety", "models")
 
@@ -34,29 +34,29 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         print(__doc__)
         return 0
-    name, *rest = arguments
+    name, *keys = arguments
     if name not in NAMES:
-        raise Refusal(USAGE, f"no benchmark '{name}'; there are {', '.join(NAMES)}")
+        raise ExitError(ExitCode.USAGE, f"no benchmark '{name}'; there are {', '.join(NAMES)}")
     benchmark: Any = importlib.import_module(f"tools.benchmarks.{name}")
-    if config.usage(rest):
-        print(f"{benchmark.__doc__}\n{config.describe(benchmark.Options)}")
+    if config.wants_help(keys):
+        print(f"{benchmark.__doc__}\n{config.format_help(benchmark.Options)}")
         return 0
-    if name == "models" and any(word.startswith("recipe=") for word in rest):
-        print(benchmark.of_recipe(rest))
+    if name == "models" and any(word.startswith("recipe=") for word in keys):
+        print(benchmark.describe_recipe_cost(keys))
         return 0
-    options = config.parse(benchmark.Options, rest, recipes.FOLDER)
+    options = config.parse(benchmark.Options, keys, recipes.RECIPES_FOLDER)
     if name == "step" and options.preset != "none":
-        benchmark = importlib.import_module("tools.benchmarks.presets")
+        benchmark = importlib.import_module("tools.benchmarks.machine_report")
     rows, path = [], Path(options.output) / f"{name}.json"
-    first = os.environ.get("RANK", "0") == "0"
+    is_rank_zero = os.environ.get("RANK", "0") == "0"
     for row in benchmark.measure(options):
         rows.append(row)
-        if first:
-            store(rows, path)  # so far: a benchmark of many minutes may be ended
-    if first:
+        if is_rank_zero:
+            write_rows(rows, path)  # so far: a benchmark of many minutes may be ended
+    if is_rank_zero:
         print(f"{benchmark.table(rows)}\n\n{path}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(errors.run(main))
+    sys.exit(errors.run_main(main))

@@ -22,9 +22,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ssl_vit.errors import USAGE, Refusal
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.runtime import Precision, on_gpu, uses_bf16
-from tools.benchmarks.racing import Rounds, Row, between, grid, race, speed
+from tools.benchmarks.timing import Rounds, Row, format_spread, format_table, race, speed_stats
 
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -36,7 +36,7 @@ WRITTEN = "written out"
 ON_CPU = ("flash", "math", WRITTEN)
 PART = 16  # images that the reference takes at once: its logits are 8 bytes each
 
-Way = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Maps q, k and v [B, H, T, d] to [B, H, T, d]."""
 
 
@@ -57,49 +57,56 @@ class Options(Rounds):
 
 def measure(options: Options) -> Iterator[Row]:
     """A row for every number of tokens and every way, also for one that refuses."""
-    ways = options.ways or ((*KERNELS, WRITTEN) if on_gpu() else ON_CPU)
-    if strange := [way for way in ways if way not in (*KERNELS, WRITTEN)]:
-        raise Refusal(USAGE, f"ways={strange[0]}: there are {', '.join((*KERNELS, WRITTEN))}")
+    names = options.ways or ((*KERNELS, WRITTEN) if on_gpu() else ON_CPU)
+    if unknown := [name for name in names if name not in (*KERNELS, WRITTEN)]:
+        raise ExitError(ExitCode.USAGE, f"ways={unknown[0]}: there are {', '.join((*KERNELS, WRITTEN))}")
     if min(options.tokens, default=1) < 1:
-        raise Refusal(USAGE, "tokens: give numbers above 0, such as 196,197")
+        raise ExitError(ExitCode.USAGE, "tokens: give numbers above 0, such as 196,197")
     for tokens in options.tokens or ((196, 197, 200, 208, 256) if on_gpu() else (65, 197)):
-        yield from compare(options, tokens, ways)
+        yield from compare(options, tokens, names)
 
 
-def compare(options: Options, tokens: int, ways: tuple[str, ...]) -> list[Row]:
+def compare(options: Options, tokens: int, names: tuple[str, ...]) -> list[Row]:
     """The rows of one number of tokens."""
     device = torch.device("cuda" if on_gpu() else "cpu")
     dtype = torch.bfloat16 if uses_bf16(options.precision) else torch.float32
     batch, heads, width = options.batch or (256 if on_gpu() else 8), options.heads, options.head_width
     torch.manual_seed(0)
     qkv = torch.randn(batch, tokens, 3, heads, width, device=device).to(dtype).requires_grad_()
-    given = torch.randn(batch, tokens, heads * width, device=device).to(dtype)
-    steps = {way: partial(step, pinned(way), qkv, given) for way in ways}
-    expected, found = reference(qkv, given), {}
-    for way in ways:
-        found[way] = judge(steps[way], qkv, expected)
-    ran: dict[str, Callable[[], object]] = {way: steps[way] for way in ways if "refused" not in found[way]}
-    seconds = race(ran, options.rounds, options.round_steps, device)
+    grad_output = torch.randn(batch, tokens, heads * width, device=device).to(dtype)
+    steps = {name: partial(forward_backward, attention_function(name), qkv, grad_output) for name in names}
+    expected, results = reference(qkv, grad_output), {}
+    for name in names:
+        results[name] = compare_with_reference(steps[name], qkv, expected)
+    runnable: dict[str, Callable[[], object]] = {name: steps[name] for name in names if "refused" not in results[name]}
+    seconds = race(runnable, options.rounds, options.round_steps, device)
     flops = 12 * batch * heads * tokens**2 * width
     rows: list[Row] = []
-    for way in ways:
+    for name in names:
         row: Row = {"benchmark": "attention", "case": f"{tokens} tokens, {batch} x {heads} heads of {width}, {dtype}"}
-        row |= {"who": way, "images_per_second": None, "ratio": None, "tokens": tokens, "fastest": False, **found[way]}
-        if way in ran:
-            row |= speed(seconds, way, batch, WRITTEN if WRITTEN in ran else None)
+        row |= {
+            "who": name,
+            "images_per_second": None,
+            "ratio": None,
+            "tokens": tokens,
+            "fastest": False,
+            **results[name],
+        }
+        if name in runnable:
+            row |= speed_stats(seconds, name, batch, WRITTEN if WRITTEN in runnable else None)
             row["tflops"] = float(f"{flops / row['milliseconds'] / 1e9:.4g}")
-            row["finite"] = row["finite"] and all_finite(steps[way](), qkv)  # once more, after the race
+            row["finite"] = row["finite"] and all_finite(steps[name](), qkv)  # once more, after the race
         rows.append(row)
-    fine = [row for row in rows if row.get("finite")]
-    if fine:
-        min(fine, key=lambda row: row["milliseconds"])["fastest"] = True
+    finite = [row for row in rows if row.get("finite")]
+    if finite:
+        min(finite, key=lambda row: row["milliseconds"])["fastest"] = True
     return rows
 
 
-def pinned(name: str) -> Way:
+def attention_function(name: str) -> AttentionFunction:
     """A way by its name."""
     if name == WRITTEN:
-        return written
+        return written_out
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(KERNELS[name]):
@@ -108,46 +115,46 @@ def pinned(name: str) -> Way:
     return kernel
 
 
-def written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention by its formula, with a softmax in fp32 at least, as autocast has it."""
     logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
     return logits.softmax(3, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
 
 
-def step(way: Way, qkv: Tensor, given: Tensor) -> Tensor:
+def forward_backward(attention: AttentionFunction, qkv: Tensor, grad_output: Tensor) -> Tensor:
     """Forward and backward: the output [B, T, H d] of qkv [B, T, 3, H, d], whose gradient goes to qkv.grad."""
     qkv.grad = None
-    out = way(*qkv.permute(2, 0, 3, 1, 4).unbind(0)).transpose(1, 2).reshape(given.shape)
-    out.backward(given)
+    out = attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0)).transpose(1, 2).reshape(grad_output.shape)
+    out.backward(grad_output)
     return out.detach()
 
 
-def reference(qkv: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+def reference(qkv: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor]:
     """Output and gradient in fp64, of the same numbers."""
     parts = []
-    for some, theirs in zip(qkv.detach().split(PART), given.split(PART), strict=True):
-        leaf = some.double().requires_grad_()
-        out = step(written, leaf, theirs.double())
+    for qkv_part, grad_part in zip(qkv.detach().split(PART), grad_output.split(PART), strict=True):
+        leaf = qkv_part.double().requires_grad_()
+        out = forward_backward(written_out, leaf, grad_part.double())
         assert leaf.grad is not None
         parts.append((out, leaf.grad))
     return torch.cat([out for out, _ in parts]), torch.cat([grad for _, grad in parts])
 
 
-def judge(run: Callable[[], Tensor], qkv: Tensor, expected: tuple[Tensor, Tensor]) -> Row:
+def compare_with_reference(run: Callable[[], Tensor], qkv: Tensor, expected: tuple[Tensor, Tensor]) -> Row:
     """How far a way is from the reference, and whether it is finite; or why it is refused."""
-    with warnings.catch_warnings(record=True) as said:  # torch says there what each kernel objects to
+    with warnings.catch_warnings(record=True) as caught:  # torch says there what each kernel objects to
         warnings.simplefilter("always")
         try:
             out = run()
         except RuntimeError as error:
-            reasons = [str(error), *(str(warning.message) for warning in said)]
+            reasons = [str(error), *(str(warning.message) for warning in caught)]
             return {"refused": " ".join(" ".join(reasons).split())[:500]}
     assert qkv.grad is not None
     gradients = list(zip(qkv.grad.unbind(2), expected[1].unbind(2), strict=True))
     return {
         "finite": all_finite(out, qkv),
-        "output_error": worst([(out, expected[0])]),
-        "gradient_error": worst(gradients),
+        "output_error": max_relative_error([(out, expected[0])]),
+        "gradient_error": max_relative_error(gradients),
     }
 
 
@@ -157,9 +164,9 @@ def all_finite(out: Tensor, qkv: Tensor) -> bool:
     return bool(out.isfinite().all() and qkv.grad.isfinite().all())
 
 
-def worst(pairs: list[tuple[Tensor, Tensor]]) -> float | None:
+def max_relative_error(pairs: list[tuple[Tensor, Tensor]]) -> float | None:
     """Of found and expected: the largest difference over the largest number expected; None where that is no number."""
-    errors = [(found.double() - expected).abs().max() / expected.abs().max() for found, expected in pairs]
+    errors = [(actual.double() - expected).abs().max() / expected.abs().max() for actual, expected in pairs]
     error = float(torch.stack(errors).max())
     return error if math.isfinite(error) else None
 
@@ -169,16 +176,16 @@ def table(rows: list[Row]) -> str:
     heads = ["tokens", "way", "ms", "TFLOP/s", "speed", "spread", "output error", "gradient error", ""]
     lines, refused = [], []
     for row in rows:
-        begin = [str(row["tokens"]), row["who"]]
+        first_cells = [str(row["tokens"]), row["who"]]
         if "refused" in row:
             refused.append(f"{row['tokens']} tokens, {row['who']}: {row['refused']}")
-            lines.append([*begin, "refused", *[""] * 6])
+            lines.append([*first_cells, "refused", *[""] * 6])
             continue
         numbers = [f"{row['milliseconds']:.3f}", f"{row['tflops']:.2f}"]
         numbers += [f"{row['ratio']:.2f}" if row["ratio"] else ""]
         errors = ["" if row[name] is None else f"{row[name]:.1e}" for name in ("output_error", "gradient_error")]
         verdict = "fastest" if row["fastest"] else "" if row["finite"] else "NOT FINITE"
-        lines.append([*begin, *numbers, between(row["ratio_spread"]), *errors, verdict])
+        lines.append([*first_cells, *numbers, format_spread(row["ratio_spread"]), *errors, verdict])
     _, _, case = rows[0]["case"].partition(", ")
-    told = "forward and backward; speed: of attention written out = 1; errors: against fp64"
-    return "\n".join([f"{case}: {told}", grid(heads, lines), *refused])
+    legend = "forward and backward; speed: of attention written out = 1; errors: against fp64"
+    return "\n".join([f"{case}: {legend}", format_table(heads, lines), *refused])

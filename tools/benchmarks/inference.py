@@ -23,17 +23,26 @@ from torch import Tensor
 from ssl_vit.encoders import Encoder
 from ssl_vit.encoders.timm_encoder import TimmZoo
 from ssl_vit.encoders.vit import Transformer, Vit
-from ssl_vit.errors import USAGE, Refusal
+from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.estimate import cost
 from ssl_vit.runtime import Precision, on_gpu, uses_bf16
-from ssl_vit.train.prepare import pin
-from tools.benchmarks.memory import doubled, lacks_memory, largest
+from ssl_vit.train.prepare import set_attention_kernel
+from tools.benchmarks.memory import doubling_sizes, find_largest, lacks_memory
 from tools.benchmarks.models import CASES, Case
-from tools.benchmarks.racing import Rounds, Row, between, grid, images, race, speed, wait
+from tools.benchmarks.timing import (
+    Rounds,
+    Row,
+    format_spread,
+    format_table,
+    race,
+    random_batch,
+    speed_stats,
+    synchronize,
+)
 
 GROWTH = 1.05  # that a doubled batch has to bring
 OURS, TIMM = "ssl_vit", "timm"
-KNOWN = {
+CASES_BY_NAME = {
     case.encoder.title.replace("ViT-", ""): case
     for case in (*CASES, Case(Vit(size="S", patch=32), timm="vit_small_patch32_224"))
 }
@@ -69,7 +78,7 @@ class Forward:
 
     def images(self, batch: int) -> Tensor:
         """As many images."""
-        return images(batch, self.config, self.device)["image"]
+        return random_batch(batch, self.config, self.device)["image"]
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
@@ -80,23 +89,25 @@ class Forward:
 def measure(options: Options) -> Iterator[Row]:
     """Rows of ours, and of timm's where it has the same model, for every encoder and size."""
     if min(options.sizes) < 1:
-        raise Refusal(USAGE, "sizes: give numbers above 0, such as 224,384")
-    pin("auto")  # as trainings have it
-    found = [chosen(name) for name in options.encoders or (ON_GPU if on_gpu() else ON_CPU)]
-    if missing := [case.encoder.title for case in found if needs_timm(case.encoder) and not has_timm()]:
+        raise ExitError(ExitCode.USAGE, "sizes: give numbers above 0, such as 224,384")
+    set_attention_kernel("auto")  # as trainings have it
+    cases = [find_case(name) for name in options.encoders or (ON_GPU if on_gpu() else ON_CPU)]
+    if missing := [case.encoder.title for case in cases if needs_timm(case.encoder) and not has_timm()]:
         if options.encoders:
-            raise Refusal(USAGE, f"encoders={missing[0]}: is timm's, at least in part: pip install 'ssl_vit[timm]'")
-        found = [case for case in found if case.encoder.title not in missing]
-    for case in found:
+            raise ExitError(
+                ExitCode.USAGE, f"encoders={missing[0]}: is timm's, at least in part: pip install 'ssl_vit[timm]'"
+            )
+        cases = [case for case in cases if case.encoder.title not in missing]
+    for case in cases:
         for size in options.sizes:
             yield from compare(options, case, size)
 
 
-def chosen(name: str) -> Case:
+def find_case(name: str) -> Case:
     """An encoder by its name, with or without ViT-."""
-    case = KNOWN.get(name.replace("ViT-", ""))
+    case = CASES_BY_NAME.get(name.replace("ViT-", ""))
     if case is None:
-        raise Refusal(USAGE, f"encoders={name}: there are {', '.join(KNOWN)}")
+        raise ExitError(ExitCode.USAGE, f"encoders={name}: there are {', '.join(CASES_BY_NAME)}")
     return case
 
 
@@ -117,68 +128,70 @@ def compare(options: Options, case: Case, size: int) -> list[Row]:
     configs: dict[str, Encoder] = {OURS: case.encoder.model_copy(update={"image": side})}
     if case.timm and isinstance(case.encoder, Vit) and has_timm():
         configs[TIMM] = TimmZoo(name=case.timm, image=side)
-    most, threads = options.most or (32768 if on_gpu() else 16), 1 if on_gpu() else torch.get_num_threads()
-    timed = time_all(options, configs, most)
+    max_batch, threads = options.most or (32768 if on_gpu() else 16), 1 if on_gpu() else torch.get_num_threads()
+    timings = time_encoders(options, configs, max_batch)
     flops = 2 * cost.encoder_macs(configs[OURS])
     rows: list[Row] = []
-    for who, config in configs.items():
+    for name, config in configs.items():
         row: Row = {"benchmark": "inference", "case": f"{case.encoder.title} at {side} x {side}", "size": size}
-        row |= {"who": who, "images_per_second": None, "ratio": None, "tflops": None, **timed[who]}
+        row |= {"who": name, "images_per_second": None, "ratio": None, "tflops": None, **timings[name]}
         if row["images_per_second"]:
             row["images_per_second_a_core"] = round(row["images_per_second"] / threads, 2)
             row["tflops"] = float(f"{flops * row['images_per_second'] / 1e12:.4g}")
-        rows.append({**row, **capacity(config, options, most)})
+        rows.append({**row, **capacity(config, options, max_batch)})
     return rows
 
 
-def time_all(options: Options, configs: dict[str, Encoder], most: int) -> dict[str, Row]:
+def time_encoders(options: Options, configs: dict[str, Encoder], max_batch: int) -> dict[str, Row]:
     """Of each contestant the images/s at its best batch, in turns, and those that it showed at every batch."""
-    passes = {who: Forward(config, uses_bf16(options.precision)) for who, config in configs.items()}
-    found: dict[str, Row] = {who: {} for who in passes}
+    passes = {name: Forward(config, uses_bf16(options.precision)) for name, config in configs.items()}
+    results: dict[str, Row] = {name: {} for name in passes}
     if TIMM in passes:
         passes[TIMM].encoder.model.load_state_dict(passes[OURS].encoder.state_dict())
         image = passes[OURS].images(1)
-        ours, theirs = (passes[who](image).double() for who in (OURS, TIMM))
-        found[TIMM]["difference"] = float((ours - theirs).abs().max() / theirs.abs().max())
+        our_tokens, timm_tokens = (passes[name](image).double() for name in (OURS, TIMM))
+        results[TIMM]["difference"] = float((our_tokens - timm_tokens).abs().max() / timm_tokens.abs().max())
     steps: dict[str, Callable[[], object]] = {}
-    for who, run in passes.items():
-        rates = sweep(run, most, options.round_steps)
-        found[who] |= {"batch": max(rates, key=rates.__getitem__, default=None), "tried": rates}
+    for name, run in passes.items():
+        rates = sweep_batches(run, max_batch, options.round_steps)
+        results[name] |= {"batch": max(rates, key=rates.__getitem__, default=None), "tried": rates}
         if rates:
-            steps[who] = bound(run, run.images(found[who]["batch"]))
+            steps[name] = bind_images(run, run.images(results[name]["batch"]))
     device = passes[OURS].device
     seconds = race(steps, options.rounds, options.round_steps, device, warm_up=1)
-    each = {who: [one / found[who]["batch"] for one in times] for who, times in seconds.items()}
-    for who in steps:
-        found[who] |= speed(each, who, 1, TIMM if TIMM in steps else None)
-    return found
+    seconds_per_image = {
+        name: [elapsed / results[name]["batch"] for elapsed in times] for name, times in seconds.items()
+    }
+    for name in steps:
+        results[name] |= speed_stats(seconds_per_image, name, 1, TIMM if TIMM in steps else None)
+    return results
 
 
-def bound(run: Forward, image: Tensor) -> Callable[[], object]:
+def bind_images(run: Forward, image: Tensor) -> Callable[[], object]:
     """A pass over the same images."""
     return lambda: run(image)
 
 
-def sweep(run: Forward, most: int, steps: int) -> dict[int, float]:
+def sweep_batches(run: Forward, most: int, steps: int) -> dict[int, float]:
     """Images/s by batch, doubling from 1 until two in a row bring too little, memory ends, or there are `most`."""
     rates: dict[int, float] = {}
-    idle = 0
-    for batch in doubled(1, most):
+    stalled = 0
+    for batch in doubling_sizes(1, most):
         try:
-            once = race({"": bound(run, run.images(batch))}, 1, steps, run.device, warm_up=1)
+            seconds = race({"": bind_images(run, run.images(batch))}, 1, steps, run.device, warm_up=1)
         except RuntimeError as error:
             if not lacks_memory(error):
                 raise
             break
-        rate = batch / once[""][0]
-        idle = 0 if rate > GROWTH * max(rates.values(), default=0) else idle + 1
+        rate = batch / seconds[""][0]
+        stalled = 0 if rate > GROWTH * max(rates.values(), default=0) else stalled + 1
         rates[batch] = round(rate, 2)
-        if idle == 2:
+        if stalled == 2:
             break
     return rates
 
 
-def capacity(config: Encoder, options: Options, most: int) -> Row:
+def capacity(config: Encoder, options: Options, max_batch: int) -> Row:
     """The largest batch of one pass, alone on the device, and the smallest that was seen to fail, with the reason.
 
     Not every failure at a size that nobody uses is for want of memory: some kernels count in 32 bits.
@@ -188,7 +201,7 @@ def capacity(config: Encoder, options: Options, most: int) -> Row:
     def fits(batch: int) -> bool:
         try:
             run(run.images(batch))
-            wait(run.device)
+            synchronize(run.device)
         except RuntimeError as error:
             if batch == 1 and not lacks_memory(error):
                 raise
@@ -196,7 +209,7 @@ def capacity(config: Encoder, options: Options, most: int) -> Row:
         release()
         return batch not in reasons
 
-    low, high = largest(fits, doubled(1, most), options.granularity)
+    low, high = find_largest(fits, doubling_sizes(1, max_batch), options.granularity)
     return {"largest_batch": low, "fails_at": high, "fails_because": reasons.get(high or 0)}
 
 
@@ -218,6 +231,6 @@ def table(rows: list[Row]) -> str:
             continue
         numbers = [f"{row[name]:.1f}" for name in ("images_per_second", "images_per_second_a_core")]
         ratio = f"{row['ratio']:.2f}" if row["ratio"] else ""
-        numbers += [ratio, between(row["ratio_spread"]), f"{row['tflops']:.2f}", fits]
+        numbers += [ratio, format_spread(row["ratio_spread"]), f"{row['tflops']:.2f}", fits]
         lines.append([row["case"], row["who"], str(row["batch"]), *numbers])
-    return grid(heads, lines)
+    return format_table(heads, lines)

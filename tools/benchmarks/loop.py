@@ -25,18 +25,18 @@ from PIL import Image
 
 from ssl_vit import recipes
 from ssl_vit.commands import setup
-from ssl_vit.convert.make_shards import MakeShards, convert
+from ssl_vit.convert.make_shards import MakeShards, convert_images
 from ssl_vit.data.dataset import Faults
 from ssl_vit.model import Batch, Model
-from ssl_vit.train.launch import start
-from ssl_vit.train.loop import Task, fit
-from ssl_vit.train.prepare import outfit
+from ssl_vit.train.launch import start_accelerator
+from ssl_vit.train.loop import TrainingTask, fit
+from ssl_vit.train.prepare import prepare_model
 from ssl_vit.train.run_folder import Run
-from tools.benchmarks.contestants import Loss, Step, autocast, simple
-from tools.benchmarks.racing import Rounds, Row, between, grid, images, wait
+from tools.benchmarks.baselines import Loss, Step, autocast, simple_step
+from tools.benchmarks.timing import Rounds, Row, format_spread, format_table, random_batch, synchronize
 
 BARE, TENSORS, SHARDS = "bare step", "fit() on tensors", "fit() from shards"
-KEPT = 4  # batches in memory
+NUM_BATCHES = 4  # batches in memory
 
 
 class Options(Rounds, recipes.Pretrain):
@@ -62,93 +62,100 @@ class InMemory:
 
 def measure(options: Options) -> Iterator[Row]:
     """A row each of the three."""
-    made, tensors, source = recipes.resolve(options)
+    recipe, tensors, source = recipes.resolve_recipe(options)
     count = 2 * options.round_steps + 1  # the second row is of steps only: the last step's has the checkpoint in it
-    made = made.model_copy(
+    recipe = recipe.model_copy(
         update={"steps": count, "log_every": options.round_steps, "tracker": "none", "quiet": True, "save_every": count}
     )
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        if made.data.train is None:
-            made = made.model_copy(update={"data": made.data.model_copy(update={"train": (noise(folder),)})})
-        data, _ = setup.sources(made.model_copy(update={"data": made.data.model_copy(update={"val": None})}))
-        model = setup.build(made, 1000, tensors, source)
-        accelerator = start(made.asked(made.optim.clip, world=1), "none", folder)
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        if recipe.data.train is None:
+            recipe = recipe.model_copy(
+                update={"data": recipe.data.model_copy(update={"train": (make_noise_shards(folder),)})}
+            )
+        data, _ = setup.prepare_data(recipe.model_copy(update={"data": recipe.data.model_copy(update={"val": None})}))
+        model = setup.build_model(recipe, 1000, tensors, source)
+        accelerator = start_accelerator(recipe.launch_settings(recipe.optim.clip, world=1), "none", folder)
         device = accelerator.device
-        batches = [images(made.micro(1), made.encoder, device) for _ in range(KEPT)]
-        memory = InMemory(batches, made.data)
-        streams = {TENSORS: lambda: memory, SHARDS: lambda: setup.streamed(data, made)}
-        step = bare(made, model, batches, accelerator)
-        seconds: dict[str, list[float]] = {who: [] for who in (BARE, *streams)}
+        batches = [random_batch(recipe.local_micro_batch(1), recipe.encoder, device) for _ in range(NUM_BATCHES)]
+        memory = InMemory(batches, recipe.data)
+        streams = {TENSORS: lambda: memory, SHARDS: lambda: setup.make_stream(data, recipe)}
+        step = bare_step(recipe, model, batches, accelerator)
+        seconds: dict[str, list[float]] = {name: [] for name in (BARE, *streams)}
         for _ in range(options.rounds):
-            seconds[BARE].append(timed(step, options.round_steps, made.batch, device))
-            for who, stream in streams.items():
-                seconds[who].append(trained(made, model, stream(), folder / "run", accelerator))
-    case = f"{made.encoder.title} {made.encoder.image_hw[0]}x{made.encoder.image_hw[1]} batch {made.batch}"
-    for who, against in ((BARE, BARE), (TENSORS, BARE), (SHARDS, TENSORS)):
-        ratios = sorted(b / a for a, b in zip(seconds[who], seconds[against], strict=True))
+            seconds[BARE].append(time_bare_step(step, options.round_steps, recipe.batch, device))
+            for name, stream in streams.items():
+                seconds[name].append(time_training(recipe, model, stream(), folder / "run", accelerator))
+    case = f"{recipe.encoder.title} {recipe.encoder.image_hw[0]}x{recipe.encoder.image_hw[1]} batch {recipe.batch}"
+    for name, baseline in ((BARE, BARE), (TENSORS, BARE), (SHARDS, TENSORS)):
+        ratios = sorted(b / a for a, b in zip(seconds[name], seconds[baseline], strict=True))
         yield {
             "benchmark": "loop",
-            "case": f"{case} {device.type}, workers {made.data.workers}",
-            "who": who,
-            "against": against,
-            "images_per_second": round(1 / median(seconds[who]), 2),
+            "case": f"{case} {device.type}, workers {recipe.data.workers}",
+            "who": name,
+            "against": baseline,
+            "images_per_second": round(1 / median(seconds[name]), 2),
             "ratio": round(median(ratios), 4),
             "ratio_spread": [round(ratios[0], 4), round(ratios[-1], 4)],
         }
 
 
-def noise(folder: Path) -> str:
-    """Shards of coloured noise, as large as photographs that were shrunk to a short side of 256 pixels."""
-    draw = np.random.default_rng(0)
+def make_noise_shards(folder: Path) -> str:
+    """Shards of colored noise, as large as photographs that were shrunk to a short side of 256 pixels."""
+    generator = np.random.default_rng(0)
     (folder / "images").mkdir()
     for number in range(256):
-        small = Image.fromarray(draw.integers(0, 256, (32, 44, 3), dtype=np.uint8))
+        small = Image.fromarray(generator.integers(0, 256, (32, 44, 3), dtype=np.uint8))
         small.resize((352, 256), Image.Resampling.BICUBIC).save(folder / "images" / f"{number}.jpg", quality=90)
-    convert(MakeShards(input=str(folder / "images"), output=str(folder / "shards"), quiet=True))
+    convert_images(MakeShards(input=str(folder / "images"), output=str(folder / "shards"), quiet=True))
     return str(folder / "shards")
 
 
-def bare(made: recipes.Recipe, model: Model, batches: list[Batch], accelerator: Any) -> Step:
+def bare_step(recipe: recipes.Recipe, model: Model, batches: list[Batch], accelerator: Any) -> Step:
     """The step without the loop, on batches in turn."""
-    mine = copy.deepcopy(model).to(accelerator.device)
-    outfit(mine, accelerator, made.precision, made.compile, made.activation_checkpointing)
+    replica = copy.deepcopy(model).to(accelerator.device)
+    prepare_model(replica, accelerator, recipe.precision, recipe.compile, recipe.activation_checkpointing)
     turns = itertools.cycle(batches)
-    optimizer = made.optim.build(mine)
-    loss = Loss(mine)
-    return simple(loss, turns, optimizer, autocast(made, accelerator.device), made.optim.clip)
+    optimizer = recipe.optim.build(replica)
+    loss = Loss(replica)
+    return simple_step(loss, turns, optimizer, autocast(recipe, accelerator.device), recipe.optim.clip)
 
 
-def timed(step: Step, steps: int, batch: int, device: torch.device) -> float:
+def time_bare_step(step: Step, steps: int, batch: int, device: torch.device) -> float:
     """Seconds an image, after as many steps to warm up as fit() has."""
     for _ in range(steps):
         step()
-    wait(device)
+    synchronize(device)
     began = time.perf_counter()
     for _ in range(steps):
         step()
-    wait(device)
+    synchronize(device)
     return (time.perf_counter() - began) / steps / batch
 
 
-def trained(made: recipes.Recipe, model: Model, stream: Any, folder: Path, accelerator: Any) -> float:
+def time_training(recipe: recipes.Recipe, model: Model, stream: Any, folder: Path, accelerator: Any) -> float:
     """Seconds an image between the two rows of a training."""
     shutil.rmtree(folder, ignore_errors=True)
     run = Run(folder)
-    run.claim(made)
+    run.acquire(recipe)
     try:
-        fit(run, accelerator, made, Task(copy.deepcopy(model), stream, made.optim, flops=setup.flops(model)))
+        fit(
+            run,
+            accelerator,
+            recipe,
+            TrainingTask(copy.deepcopy(model), stream, recipe.optim, flops_per_image=setup.flops_per_image(model)),
+        )
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     finally:
         run.release()
         accelerator.free_memory()
-    return 1 / next(row["images_per_second"] for row in rows if row["step"] == 2 * made.log_every)
+    return 1 / next(row["images_per_second"] for row in rows if row["step"] == 2 * recipe.log_every)
 
 
 def table(rows: list[Row]) -> str:
     """The rows for reading."""
     lines = [
-        [r["who"], f"{r['images_per_second']:.1f}", f"{r['ratio']:.3f}", between(r["ratio_spread"]), r["against"]]
+        [r["who"], f"{r['images_per_second']:.1f}", f"{r['ratio']:.3f}", format_spread(r["ratio_spread"]), r["against"]]
         for r in rows
     ]
-    return grid([rows[0]["case"], "images/s", "ratio", "spread", "of"], lines)
+    return format_table([rows[0]["case"], "images/s", "ratio", "spread", "of"], lines)

@@ -31,14 +31,14 @@ from pydantic import Field
 
 from ssl_vit import recipes, runtime
 from ssl_vit.commands import setup
-from ssl_vit.errors import USAGE, Refusal, out_of_memory
+from ssl_vit.errors import ExitCode, ExitError, is_out_of_memory
 from ssl_vit.estimate import cost
 from ssl_vit.model import Batch, Model, count_parameters
 from ssl_vit.train import optim
 from ssl_vit.train.prepare import has_compiler
-from tools.benchmarks import contestants
-from tools.benchmarks.engines import forget
-from tools.benchmarks.racing import Row, grid, images
+from tools.benchmarks import baselines
+from tools.benchmarks.engines import reset_state
+from tools.benchmarks.timing import Row, format_table, random_batch
 
 OURS = "ssl_vit"
 FORMULA = "formula"
@@ -66,50 +66,60 @@ class Options(recipes.Pretrain):
     output: str = Field(default="runs/benchmark", description="folder for the JSON")
 
 
-def measure(made: Options) -> Iterator[Row]:
+def measure(options: Options) -> Iterator[Row]:
     """A row for every contestant, and one for the formula."""
-    made = settled(made)
-    model, one = setup.build(made, CLASSES), images(1, made.encoder, device())
-    known = (OURS, *rivals(made, model, one))
-    taking_part = [who for who in known if not made.who or who.startswith(made.who)]
-    if not taking_part:
-        raise Refusal(USAGE, f"who={','.join(made.who)}: there are {'; '.join(known)}")
-    precision = "bf16" if runtime.uses_bf16(made.precision) else "fp32"
-    height, width = made.encoder.image_hw
-    case = f"{made.encoder.title} at {height} x {width}, {precision}, {made.limit:.2f} GiB"
+    options = resolve_options(options)
+    model, sample = setup.build_model(options, CLASSES), random_batch(1, options.encoder, default_device())
+    contestants = (OURS, *rivals(options, model, sample))
+    selected = [contestant for contestant in contestants if not options.who or contestant.startswith(options.who)]
+    if not selected:
+        raise ExitError(ExitCode.USAGE, f"who={','.join(options.who)}: there are {'; '.join(contestants)}")
+    precision = "bf16" if runtime.uses_bf16(options.precision) else "fp32"
+    height, width = options.encoder.image_hw
+    case = f"{options.encoder.title} at {height} x {width}, {precision}, {options.limit:.2f} GiB"
     first = None
-    for who in taking_part:
-        row = {"benchmark": "memory", "case": case, "who": who, "images_per_second": None, **contest(made, who)}
+    for contestant in selected:
+        row = {
+            "benchmark": "memory",
+            "case": case,
+            "who": contestant,
+            "images_per_second": None,
+            **measure_contestant(options, contestant),
+        }
         first = first or row["largest_batch"]
         yield {**row, "ratio": round(row["largest_batch"] / first, 3) if first else None}
-    yield {"benchmark": "memory", "case": case, "who": FORMULA, **formula(made, count_parameters(model))}
+    yield {"benchmark": "memory", "case": case, "who": FORMULA, **formula_row(options, count_parameters(model))}
 
 
-def settled(made: Options) -> Options:
+def resolve_options(options: Options) -> Options:
     """With all that was left open decided."""
     gpu = runtime.on_gpu()
-    made, _, _ = recipes.resolve(made)  # type: ignore[assignment]
-    there = runtime.memory()[1] / 2**30
-    most = made.most or (4096 if gpu else 64)
-    batches = tuple(sorted(made.batches)) or tuple(doubled(min(128 if gpu else 8, most), most))
+    options, _, _ = recipes.resolve_recipe(options)  # type: ignore[assignment]
+    available = runtime.peak_and_total_memory()[1] / 2**30
+    most = options.most or (4096 if gpu else 64)
+    batches = tuple(sorted(options.batches)) or tuple(doubling_sizes(min(128 if gpu else 8, most), most))
     if batches[0] < 1:
-        raise Refusal(USAGE, f"batches={batches[0]}: give numbers above 0, such as 8,16,32")
-    chosen = {"most": max(most, batches[-1]), "batches": batches, "granularity": made.granularity or (64 if gpu else 8)}
-    return made.model_copy(update={**chosen, "limit": made.limit or (there if gpu else there / 2)})
+        raise ExitError(ExitCode.USAGE, f"batches={batches[0]}: give numbers above 0, such as 8,16,32")
+    updates = {
+        "most": max(most, batches[-1]),
+        "batches": batches,
+        "granularity": options.granularity or (64 if gpu else 8),
+    }
+    return options.model_copy(update={**updates, "limit": options.limit or (available if gpu else available / 2)})
 
 
-def contest(made: Options, who: str) -> Row:
+def measure_contestant(options: Options, contestant: str) -> Row:
     """The peaks of a contestant, the largest batch that it takes, and the slope of its memory."""
-    assert made.most
-    assert made.granularity
+    assert options.most
+    assert options.granularity
     peaks: dict[int, int | None] = {}
 
     def fits(batch: int) -> bool:
-        peaks[batch] = peak(made, who, batch)
+        peaks[batch] = peak_bytes(options, contestant, batch)
         return peaks[batch] is not None
 
-    sizes = [*made.batches, *doubled(2 * made.batches[-1], made.most)]
-    low, high = largest(fits, sizes, made.granularity)
+    sizes = [*options.batches, *doubling_sizes(2 * options.batches[-1], options.most)]
+    low, high = find_largest(fits, sizes, options.granularity)
     return {
         "peak_gib": {str(batch): gib(size) for batch, size in sorted(peaks.items())},
         "largest_batch": low,
@@ -120,26 +130,28 @@ def contest(made: Options, who: str) -> Row:
 
 def slope(peaks: dict[int, int | None]) -> float | None:
     """MB an image, from a batch of at most half of the largest that fits to that one."""
-    found = {batch: size for batch, size in peaks.items() if size is not None}
-    large = max(found, default=0)
-    small = max((batch for batch in found if batch <= large / 2), default=None)
-    return None if small is None else round((found[large] - found[small]) / (large - small) / 1e6, 3)
+    measured = {batch: size for batch, size in peaks.items() if size is not None}
+    large = max(measured, default=0)
+    small = max((batch for batch in measured if batch <= large / 2), default=None)
+    return None if small is None else round((measured[large] - measured[small]) / (large - small) / 1e6, 3)
 
 
-def formula(made: Options, parameters: int) -> Row:
+def formula_row(options: Options, parameters: int) -> Row:
     """What ssl_vit.estimate.cost expects of the same batches."""
-    bf16 = runtime.uses_bf16(made.precision)
-    each = cost.activation_bytes(made.encoder, bf16, made.activation_checkpointing)
-    block, moments = cost.block_parameters(made.encoder), optim.moments(made.optim)
-    of = partial(cost.memory, "ddp", parameters, block, moments, 1, False, 2 * parameters if bf16 else 0)
-    peaks = {str(batch): gib(of(images=batch * each)[1]) for batch in made.batches}
+    bf16 = runtime.uses_bf16(options.precision)
+    bytes_per_image = cost.activation_bytes(options.encoder, bf16, options.activation_checkpointing)
+    block, moments = cost.block_parameters(options.encoder), optim.num_moments(options.optim)
+    step_memory = partial(
+        cost.step_memory_bytes, "ddp", parameters, block, moments, 1, False, 2 * parameters if bf16 else 0
+    )
+    peaks = {str(batch): gib(step_memory(images=batch * bytes_per_image)[1]) for batch in options.batches}
     return {
         "images_per_second": None,
         "ratio": None,
         "peak_gib": peaks,
         "largest_batch": None,
         "fails_at": None,
-        "mb_an_image": round(each / 1e6, 3),
+        "mb_an_image": round(bytes_per_image / 1e6, 3),
     }
 
 
@@ -148,7 +160,7 @@ def gib(size: int | None) -> float | None:
     return None if size is None else round(size / 2**30, 4)
 
 
-def doubled(first: int, most: int) -> Iterator[int]:
+def doubling_sizes(first: int, most: int) -> Iterator[int]:
     """The first, its doubles, and at last the most there may be; half of the first was tried before."""
     while first < most:
         yield first
@@ -157,7 +169,7 @@ def doubled(first: int, most: int) -> Iterator[int]:
         yield most
 
 
-def largest(fits: Callable[[int], bool], sizes: Iterable[int], granularity: int) -> tuple[int, int | None]:
+def find_largest(fits: Callable[[int], bool], sizes: Iterable[int], granularity: int) -> tuple[int, int | None]:
     """The largest batch that fits, 0 for none, and the smallest that was seen not to.
 
     Sizes are tried as they come, until one does not fit; then multiples of `granularity` before it, by halves.
@@ -174,25 +186,25 @@ def largest(fits: Callable[[int], bool], sizes: Iterable[int], granularity: int)
     return low, high
 
 
-def peak(made: Options, who: str, batch: int) -> int | None:
+def peak_bytes(options: Options, contestant: str, batch: int) -> int | None:
     """Peak bytes of a contestant's step, or None where memory does not hold it."""
     if runtime.on_gpu():
-        found = allocated(made, who, batch)
+        num_bytes = gpu_peak_bytes(options, contestant, batch)
         release()
-        return found
+        return num_bytes
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
         try:
-            return processes.submit(resident, made, who, batch).result()
+            return processes.submit(cpu_peak_bytes, options, contestant, batch).result()
         except BrokenProcessPool:  # the system ended it, as it does where memory is used up
             return None
 
 
-def allocated(made: Options, who: str, batch: int) -> int | None:
+def gpu_peak_bytes(options: Options, contestant: str, batch: int) -> int | None:
     """As torch counts it, on a GPU."""
-    assert made.limit
-    torch.cuda.set_per_process_memory_fraction(min(1.0, made.limit * 2**30 / torch.cuda.mem_get_info()[1]))
+    assert options.limit
+    torch.cuda.set_per_process_memory_fraction(min(1.0, options.limit * 2**30 / torch.cuda.mem_get_info()[1]))
     try:
-        train(made, who, batch, torch.cuda.reset_peak_memory_stats)
+        train(options, contestant, batch, torch.cuda.reset_peak_memory_stats)
     except RuntimeError as error:
         if not lacks_memory(error):
             raise
@@ -200,37 +212,39 @@ def allocated(made: Options, who: str, batch: int) -> int | None:
     return torch.cuda.max_memory_allocated()
 
 
-def resident(made: Options, who: str, batch: int) -> int | None:
+def cpu_peak_bytes(options: Options, contestant: str, batch: int) -> int | None:
     """As the system counts it, in a process for this alone."""
-    assert made.limit
-    for name in IMPORTS[:2] if who == OURS else IMPORTS:
+    assert options.limit
+    for name in IMPORTS[:2] if contestant == OURS else IMPORTS:
         with suppress(ImportError):
             importlib.import_module(name)
-    before, hard = status("VmRSS"), resource.getrlimit(resource.RLIMIT_DATA)[1]
-    resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + int(made.limit * 2**30), hard))
+    before, hard = proc_status_bytes("VmRSS"), resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (proc_status_bytes("VmData") + int(options.limit * 2**30), hard))
     try:
-        train(made, who, batch, lambda: Path("/proc/self/clear_refs").write_text("5"))  # VmHWM := VmRSS
+        train(options, contestant, batch, lambda: Path("/proc/self/clear_refs").write_text("5"))  # VmHWM := VmRSS
     except (RuntimeError, MemoryError) as error:
         if not lacks_memory(error):
             raise
         return None
-    return status("VmHWM") - before
+    return proc_status_bytes("VmHWM") - before
 
 
-def status(name: str) -> int:
+def proc_status_bytes(name: str) -> int:
     """Bytes of this process, of a line of /proc/self/status."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(lines[name].split()[0])
 
 
-def train(made: Options, who: str, batch: int, forget_peak: Callable[[], object]) -> None:
+def train(options: Options, contestant: str, batch: int, forget_peak: Callable[[], object]) -> None:
     """Three steps, of which the first one's peak is forgotten: it makes what later ones find."""
-    sized = made.model_copy(update={"batch": batch, "micro_batch": None})
-    model, given = setup.build(sized, CLASSES), images(batch, made.encoder, device())
-    if who == OURS:
-        step = contestants.ours(sized, model, given, Path(made.output))
-    else:
-        step = rivals(sized, model, given)[who]()
+    recipe = options.model_copy(update={"batch": batch, "micro_batch": None})
+    model, inputs = setup.build_model(recipe, CLASSES), random_batch(batch, options.encoder, default_device())
+    is_ours = contestant == OURS
+    step = (
+        baselines.ssl_vit_step(recipe, model, inputs, Path(options.output))
+        if is_ours
+        else rivals(recipe, model, inputs)[contestant]()
+    )
     del model
     step()
     forget_peak()
@@ -240,13 +254,13 @@ def train(made: Options, who: str, batch: int, forget_peak: Callable[[], object]
         torch.cuda.synchronize()
 
 
-def rivals(made: Options, model: Model, given: Batch) -> contestants.Rivals:
+def rivals(options: Options, model: Model, inputs: Batch) -> baselines.Rivals:
     """Those that are installed."""
-    compiled = made.compiled_rivals and runtime.on_gpu() and has_compiler()
-    return contestants.rivals(made, model, given, compiled=compiled)
+    compiled = options.compiled_rivals and runtime.on_gpu() and has_compiler()
+    return baselines.rivals(options, model, inputs, compiled=compiled)
 
 
-def device() -> torch.device:
+def default_device() -> torch.device:
     """Where steps run."""
     return torch.device("cuda" if runtime.on_gpu() else "cpu")
 
@@ -254,14 +268,14 @@ def device() -> torch.device:
 def lacks_memory(error: BaseException) -> bool:
     """Whether it ended because memory did, also as libraries below torch say it."""
     words = ("out of memory", "ALLOC_FAILED", "bad_alloc")
-    return out_of_memory(error) or any(word in str(error) for word in words)
+    return is_out_of_memory(error) or any(word in str(error) for word in words)
 
 
 def release() -> None:
     """Let the next measurement find a GPU as a new process does; compiled code would else go on to any batch."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
-    forget()
+    reset_state()
 
 
 def table(rows: list[Row]) -> str:
@@ -276,4 +290,4 @@ def table(rows: list[Row]) -> str:
             ends = [str(row["largest_batch"]), str(row["fails_at"] or "not tried")]
         lines.append([row["who"], *cells, *ends, "" if row["mb_an_image"] is None else f"{row['mb_an_image']:.2f}"])
     heads = ["GiB at batch", *map(str, sizes), "largest", "fails at", "MB an image"]
-    return f"{rows[0]['case']}\n{grid(heads, lines)}"
+    return f"{rows[0]['case']}\n{format_table(heads, lines)}"

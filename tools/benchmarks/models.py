@@ -15,7 +15,7 @@ from ssl_vit.encoders import Encoder
 from ssl_vit.encoders.axial import Axial, AxialResnet
 from ssl_vit.encoders.timm_encoder import Bit, TimmZoo
 from ssl_vit.encoders.vit import Vit
-from ssl_vit.errors import Refusal
+from ssl_vit.errors import ExitError
 from ssl_vit.estimate import cost
 from ssl_vit.heads import clusters
 from ssl_vit.model import count_parameters
@@ -37,7 +37,7 @@ class Case:
     """An encoder, how many parameters the paper gives it, timm's name, and its rows of Table 6: epochs, exaFLOPs."""
 
     encoder: Encoder
-    said: str = ""
+    paper_parameters: str = ""
     timm: str = ""
     epochs: tuple[tuple[int, int], ...] = ()
 
@@ -65,36 +65,43 @@ CASES = (
     Case(Axial(size="B", patch=16)),
     Case(AxialResnet()),
 )
-WRONG = (("R50+ViT-L/16", 7),)  # 859 contradicts the table's own 1668 for twice the epochs
-LOOSER = {"ViT-B/32": 0.02}  # others: 1 %
+PAPER_ERRATA = (("R50+ViT-L/16", 7),)  # 859 contradicts the table's own 1668 for twice the epochs
+TOLERANCES = {"ViT-B/32": 0.02}  # others: 1 %
 
 
 def measure(options: Options) -> Iterator[Row]:
     """A row for every encoder, and for every number of epochs that Table 6 has of it."""
     for case in CASES:
         encoder = case.encoder
-        row: Row = {"benchmark": "models", "case": encoder.title, "parameters": parameters(encoder)}
-        row |= {"macs": cost.encoder_macs(encoder), "paper_parameters": case.said or None}
+        row: Row = {"benchmark": "models", "case": encoder.title, "parameters": num_parameters(encoder)}
+        row |= {"macs": cost.encoder_macs(encoder), "paper_parameters": case.paper_parameters or None}
         row["macs_in_image"] = row["macs"] - cost.padding_macs(encoder)
         if case.timm:
-            theirs = TimmZoo(name=case.timm)
-            row |= {"timm_parameters": parameters(theirs), "timm_macs": cost.counted_macs(theirs)}
-        kept = cost.activation_bytes(encoder, True, False) / 1e6 if options.activations else 0.0
-        row["activation_mb"] = round(kept, 1)
-        for epochs, said in case.epochs or ((0, 0),):
+            timm_config = TimmZoo(name=case.timm)
+            row |= {"timm_parameters": num_parameters(timm_config), "timm_macs": cost.counted_macs(timm_config)}
+        activation_mb = cost.activation_bytes(encoder, True, False) / 1e6 if options.activations else 0.0
+        row["activation_mb"] = round(activation_mb, 1)
+        for epochs, paper_exaflops in case.epochs or ((0, 0),):
             if not epochs:
                 yield row
                 continue
-            found = cost.exaflops(row["macs_in_image"], epochs * JFT)
-            known = (encoder.title, epochs) in WRONG
-            off = found / said - 1
-            row |= {"epochs": epochs, "exaflops": round(found, 1), "paper_exaflops": said, "deviation": round(off, 4)}
-            beyond = max(0.0, abs(found - said) - 0.5) / said  # Table 6 is rounded to whole numbers
-            row |= {"within": None if known else beyond <= LOOSER.get(encoder.title, 0.01)}
+            exaflops = cost.exaflops(row["macs_in_image"], epochs * JFT)
+            is_erratum = (encoder.title, epochs) in PAPER_ERRATA
+            deviation = exaflops / paper_exaflops - 1
+            row |= {
+                "epochs": epochs,
+                "exaflops": round(exaflops, 1),
+                "paper_exaflops": paper_exaflops,
+                "deviation": round(deviation, 4),
+            }
+            excess = (
+                max(0.0, abs(exaflops - paper_exaflops) - 0.5) / paper_exaflops
+            )  # Table 6 is rounded to whole numbers
+            row |= {"within": None if is_erratum else excess <= TOLERANCES.get(encoder.title, 0.01)}
             yield dict(row)
 
 
-def parameters(encoder: Encoder) -> int:
+def num_parameters(encoder: Encoder) -> int:
     """Of an encoder, without any head."""
     return count_parameters(cost.skeleton(encoder))
 
@@ -119,40 +126,40 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def of_recipe(arguments: list[str]) -> str:
+def describe_recipe_cost(arguments: list[str]) -> str:
     """What a recipe's model costs an image, and its whole run."""
     try:
-        made: recipes.Recipe = config.parse(recipes.Pretrain, arguments, recipes.FOLDER)
-    except Refusal as refusal:
+        recipe: recipes.Recipe = config.parse(recipes.Pretrain, arguments, recipes.RECIPES_FOLDER)
+    except ExitError as refusal:
         try:
-            made = config.parse(recipes.Finetune, arguments, recipes.FOLDER)
-        except Refusal as other:  # the kind of recipe that it is meant as has less to say
-            raise min(refusal, other, key=lambda one: len(one.message)) from None
+            recipe = config.parse(recipes.Finetune, arguments, recipes.RECIPES_FOLDER)
+        except ExitError as other:  # the kind of recipe that it is meant as has less to say
+            raise min(refusal, other, key=lambda error: len(error.message)) from None
     with tempfile.TemporaryDirectory() as folder:
-        if isinstance(made.head, clusters.Clusters) and not Path(made.head.codebook or "").is_file():
+        if isinstance(recipe.head, clusters.Clusters) and not Path(recipe.head.codebook or "").is_file():
             print(f"there is no head.codebook yet: its head's cost is that of {CLUSTERS:,} clusters")
             file = Path(folder) / "codebook.safetensors"
-            clusters.write(file, torch.zeros(CLUSTERS, made.encoder.channels), {})
-            made = made.model_copy(update={"head": made.head.model_copy(update={"codebook": str(file)})})
-        made, _, _ = recipes.resolve(made)
+            clusters.write_codebook(file, torch.zeros(CLUSTERS, recipe.encoder.channels), {})
+            recipe = recipe.model_copy(update={"head": recipe.head.model_copy(update={"codebook": str(file)})})
+        recipe, _, _ = recipes.resolve_recipe(recipe)
         with torch.device("meta"):
-            head = made.head.build(cost.skeleton(made.encoder), 1000)
-    encoder = cost.skeleton(made.encoder)
-    macs = cost.encoder_macs(made.encoder)
+            head = recipe.head.build(cost.skeleton(recipe.encoder), 1000)
+    encoder = cost.skeleton(recipe.encoder)
+    macs = cost.encoder_macs(recipe.encoder)
     sizes = {
-        (bf16, again): cost.activation_bytes(made.encoder, bf16, again) / 1e6
+        (bf16, checkpointing): cost.activation_bytes(recipe.encoder, bf16, checkpointing) / 1e6
         for bf16 in (True, False)
-        for again in (False, True)
+        for checkpointing in (False, True)
     }
-    height, width = made.encoder.image_hw
-    images, padding = made.steps * made.batch, cost.padding_macs(made.encoder)
-    total, inside = (cost.exaflops(macs + head.macs - left_out, images) for left_out in (0, padding))
+    height, width = recipe.encoder.image_hw
+    images, padding = recipe.steps * recipe.batch, cost.padding_macs(recipe.encoder)
+    total, inside = (cost.exaflops(macs + head.forward_macs - omitted, images) for omitted in (0, padding))
     rows = {
-        "encoder": f"{made.encoder.title} at {height} x {width}: {count_parameters(encoder):,} parameters",
-        "head": f"{made.head.kind}: {count_parameters(head):,} parameters (a classifier's for 1,000 classes)",
-        "forward": f"{macs / 1e9:.3f} GMAC an image, head {head.macs / 1e9:.3f}",
-        "training": f"{cost.training_flops(macs + head.macs) / 1e9:.1f} GFLOP an image; {made.steps:,} steps of "
-        f"{made.batch:,}: {total:.4g} exaFLOPs"
+        "encoder": f"{recipe.encoder.title} at {height} x {width}: {count_parameters(encoder):,} parameters",
+        "head": f"{recipe.head.kind}: {count_parameters(head):,} parameters (a classifier's for 1,000 classes)",
+        "forward": f"{macs / 1e9:.3f} GMAC an image, head {head.forward_macs / 1e9:.3f}",
+        "training": f"{cost.training_flops(macs + head.forward_macs) / 1e9:.1f} GFLOP an image; {recipe.steps:,} steps "
+        f"of {recipe.batch:,}: {total:.4g} exaFLOPs"
         + (f" ({inside:.4g} without padding, as in Table 6)" if padding else ""),
         "activations": f"{sizes[True, False]:.1f} MB an image in bf16, {sizes[False, False]:.1f} in fp32; with "
         f"activation_checkpointing {sizes[True, True]:.1f} and {sizes[False, True]:.1f}",

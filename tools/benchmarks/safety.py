@@ -15,18 +15,18 @@ from pydantic import Field
 from ssl_vit import recipes
 from ssl_vit.commands import train
 from ssl_vit.distributed import StopSignal
-from ssl_vit.errors import USAGE, Refusal
-from ssl_vit.runtime import engine, world
+from ssl_vit.errors import ExitCode, ExitError
+from ssl_vit.runtime import current_engine, world_size
 from ssl_vit.train import loop
-from ssl_vit.train.anomalies import DataWatch, NumberWatch
+from ssl_vit.train.anomalies import AnomalyGuard, BadDataGuard
 from ssl_vit.train.watchdog import Watchdog
 
 PARTS: dict[str, tuple[Any, str]] = {
     "checkpoints": (loop, "save"),
     "comparing the processes' weights": (loop, "check_replicas"),
     "agreeing on signals": (StopSignal, "agreed"),
-    "judging loss and gradient norm": (NumberWatch, "check"),
-    "counting bad samples": (DataWatch, "check"),
+    "judging loss and gradient norm": (AnomalyGuard, "check"),
+    "counting bad samples": (BadDataGuard, "check"),
     "the watchdog's beats": (Watchdog, "beat"),
 }
 
@@ -44,37 +44,37 @@ class Clock:
         self.save_every, self.steps, self.inside = save_every, 0, False
         self.seconds: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
 
-    def timed(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         """The same work, its time noted; what runs within another part counts as that one's."""
 
-        def run(*given: Any, **named: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             if self.inside and name != "all":
-                return work(*given, **named)
-            self.inside, began = name != "all", time.perf_counter()
+                return work(*args, **kwargs)
+            self.inside, start = name != "all", time.perf_counter()
             try:
-                return work(*given, **named)
+                return work(*args, **kwargs)
             finally:
-                self.seconds[name][self.steps // self.save_every] += time.perf_counter() - began
+                self.seconds[name][self.steps // self.save_every] += time.perf_counter() - start
                 self.inside = False
                 self.steps += name == "all"
 
         return run
 
 
-def measure(made: Options) -> list[dict[str, Any]]:
+def measure(options: Options) -> list[dict[str, Any]]:
     """A row for each part, and one for all of them."""
-    if made.steps < 3 * made.save_every:
-        raise Refusal(USAGE, f"steps={made.steps}: at least three times save_every={made.save_every}")
-    clock = Clock(made.save_every)
-    for name, (home, call) in PARTS.items():
-        setattr(home, call, clock.timed(name, getattr(home, call)))
-    loop.advance = clock.timed("all", loop.advance)
-    train.run(made)
-    intervals = range(1, made.steps // made.save_every)
+    if options.steps < 3 * options.save_every:
+        raise ExitError(ExitCode.USAGE, f"steps={options.steps}: at least three times save_every={options.save_every}")
+    clock = Clock(options.save_every)
+    for name, (owner, method) in PARTS.items():
+        setattr(owner, method, clock.wrap(name, getattr(owner, method)))
+    loop.train_step = clock.wrap("all", loop.train_step)
+    train.run(options)
+    intervals = range(1, options.steps // options.save_every)
     parts = {name: [clock.seconds[name][k] / clock.seconds["all"][k] for k in intervals] for name in PARTS}
     parts["all of it"] = [sum(shares) for shares in zip(*parts.values(), strict=True)]
-    case = f"{engine()}, {world()} processes, save_every={made.save_every}"
-    step = median(clock.seconds["all"][k] / made.save_every for k in intervals)
+    case = f"{current_engine()}, {world_size()} processes, save_every={options.save_every}"
+    step = median(clock.seconds["all"][k] / options.save_every for k in intervals)
     return [
         {
             "benchmark": "safety",

@@ -16,64 +16,68 @@ from torch import Tensor, nn
 from ssl_vit import recipes
 from ssl_vit.encoders import layers
 from ssl_vit.encoders import layers as encoder_layers
-from ssl_vit.encoders.export import as_hugging_face, tensors
-from ssl_vit.encoders.vit import Cut, Vit, VitEncoder, at
-from ssl_vit.heads.masked_prediction import Masked
+from ssl_vit.encoders.export import export_tensors, to_hugging_face_names
+from ssl_vit.encoders.vit import PatchConv2d, Vit, VitEncoder, gather_tokens
+from ssl_vit.heads.masked_prediction import MaskedPrediction
 from ssl_vit.model import Batch, Edit, Model
 from ssl_vit.runtime import uses_bf16
-from ssl_vit.train.engine import prepare
-from ssl_vit.train.launch import start
-from ssl_vit.train.loop import Task, update
-from ssl_vit.train.metrics import Window
-from ssl_vit.train.prepare import outfit, pin
-from tools.benchmarks.racing import Row, grid, race
+from ssl_vit.train.engine import prepare_engine
+from ssl_vit.train.launch import start_accelerator
+from ssl_vit.train.loop import TrainingTask, optimizer_step
+from ssl_vit.train.metrics import StepMetrics
+from ssl_vit.train.prepare import prepare_model, set_attention_kernel
+from tools.benchmarks.timing import Row, format_table, race
 
 Step = Callable[[], object]
 Rivals = dict[str, Callable[[], Step]]
 
 
-def ours(made: recipes.Recipe, model: Model, batch: Batch, output: Path) -> Step:
+def ssl_vit_step(recipe: recipes.Recipe, model: Model, batch: Batch, output: Path) -> Step:
     """The loop's own step on a batch of `made.batch` images, or of the micro batch that they are."""
-    alone = made.model_copy(update={"batch": len(batch["image"]), "micro_batch": None})
-    accelerator = start(alone.asked(made.optim.clip, world=1), "none", output)
-    outfit(model.to(accelerator.device), accelerator, made.precision, made.compile, made.activation_checkpointing)
-    engine = prepare(accelerator, model, made.optim, {})
-    task = Task(model, stream=None, optim=made.optim)  # type: ignore[arg-type]  # a step asks no stream
+    single_recipe = recipe.model_copy(update={"batch": len(batch["image"]), "micro_batch": None})
+    accelerator = start_accelerator(single_recipe.launch_settings(recipe.optim.clip, world=1), "none", output)
+    prepare_model(
+        model.to(accelerator.device), accelerator, recipe.precision, recipe.compile, recipe.activation_checkpointing
+    )
+    engine = prepare_engine(accelerator, model, recipe.optim, {})
+    task = TrainingTask(model, stream=None, optim=recipe.optim)  # type: ignore[arg-type]  # a step asks no stream
     batches: Iterator[Batch] = repeat(batch)
-    return lambda: update(accelerator, alone, task, engine, batches, Window(), 0)
+    return lambda: optimizer_step(accelerator, single_recipe, task, engine, batches, StepMetrics(), 0)
 
 
-def rivals(made: recipes.Recipe, model: Model, batch: Batch, compiled: bool = False) -> Rivals:
+def rivals(recipe: recipes.Recipe, model: Model, batch: Batch, compiled: bool = False) -> Rivals:
     """What builds each rival that is installed, with `model`'s weights, and gives its step; none but for a plain ViT.
 
     Each in the loop that one writes first, with torch's default AdamW and the loss read every step, and at its best:
     fused AdamW, nothing read, and if asked for compiled as a whole.
     """
-    found: Rivals = {}
-    if not isinstance(made.encoder, Vit) or made.encoder.stem != "patch" or made.encoder.positions != "1d":
-        return found
+    builders: Rivals = {}
+    if not isinstance(recipe.encoder, Vit) or recipe.encoder.stem != "patch" or recipe.encoder.positions != "1d":
+        return builders
     if find_spec("timm"):
-        theirs = partial(timm_model, copy.deepcopy(model).cpu())
-        found |= _ways("timm", theirs, made, batch, compiled)
+        build_rival = partial(timm_model, copy.deepcopy(model).cpu())
+        builders |= _variants("timm", build_rival, recipe, batch, compiled)
     if find_spec("transformers"):
-        theirs = partial(HuggingFace, copy.deepcopy(model.encoder).cpu(), batch["image"].shape[0])
-        found |= _ways("Hugging Face", theirs, made, batch, compiled)
-    return found
+        build_rival = partial(HuggingFace, copy.deepcopy(model.encoder).cpu(), batch["image"].shape[0])
+        builders |= _variants("Hugging Face", build_rival, recipe, batch, compiled)
+    return builders
 
 
-def _ways(who: str, build: Callable[[], nn.Module], made: recipes.Recipe, batch: Batch, compiled: bool) -> Rivals:
-    def step(best: bool, graph: bool) -> Step:
+def _variants(
+    name: str, build: Callable[[], nn.Module], recipe: recipes.Recipe, batch: Batch, compiled: bool
+) -> Rivals:
+    def step(fused: bool, compile_model: bool) -> Step:
         model = build().to(batch["image"].device)
-        if graph:
+        if compile_model:
             model.compile()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=made.optim.lr, fused=True if best else None)
-        return simple(model, repeat(batch), optimizer, autocast(made, batch["image"].device), read=not best)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optim.lr, fused=True if fused else None)
+        return simple_step(model, repeat(batch), optimizer, autocast(recipe, batch["image"].device), read=not fused)
 
-    ways = {who: partial(step, False, False), f"{who}, fused AdamW": partial(step, True, False)}
-    return ways | ({f"{who}, compiled": partial(step, True, True)} if compiled else {})
+    variants = {name: partial(step, False, False), f"{name}, fused AdamW": partial(step, True, False)}
+    return variants | ({f"{name}, compiled": partial(step, True, True)} if compiled else {})
 
 
-def simple(
+def simple_step(
     model: nn.Module,
     batches: Iterator[Batch],
     optimizer: torch.optim.Optimizer,
@@ -95,9 +99,9 @@ def simple(
     return step
 
 
-def autocast(made: recipes.Recipe, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def autocast(recipe: recipes.Recipe, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """bf16 where the recipe has it."""
-    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=uses_bf16(made.precision))
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=uses_bf16(recipe.precision))
 
 
 class Loss(nn.Module):
@@ -127,7 +131,7 @@ class TimmEncoder(nn.Module):
 
         super().__init__()
         vit: Vit = encoder.config
-        width, depth, heads, mlp = vit.numbers
+        width, depth, heads, mlp = vit.dims
         self.config, self.prefix, self.channels = vit, encoder.prefix, vit.channels
         self.vit: Any = timm.create_model(
             "vit_base_patch16_224",
@@ -151,7 +155,7 @@ class TimmEncoder(nn.Module):
         patches = self.vit.patch_embed((image.float() / 255 - self.mean) / self.std)
         patches = edit(patches) if edit else patches
         x: Tensor = self.vit.norm(self.vit.blocks(self.vit._pos_embed(patches)))
-        return x if select is None else at(x, select)
+        return x if select is None else gather_tokens(x, select)
 
 
 class HuggingFace(nn.Module):
@@ -166,7 +170,7 @@ class HuggingFace(nn.Module):
 
         super().__init__()
         vit: Vit = encoder.config
-        width, depth, heads, mlp = vit.numbers
+        width, depth, heads, mlp = vit.dims
         config = ViTConfig(
             hidden_size=width,
             num_hidden_layers=depth,
@@ -180,7 +184,9 @@ class HuggingFace(nn.Module):
             hidden_dropout_prob=0.0,
         )
         self.model: Any = ViTForMaskedImageModeling(config)
-        self.model.vit.load_state_dict(as_hugging_face(tensors(encoder)), strict=False)  # it has a mask token besides
+        self.model.vit.load_state_dict(
+            to_hugging_face_names(export_tensors(encoder)), strict=False
+        )  # it has a mask token besides
         self.register_buffer("mean", encoder.mean.clone(), persistent=False)
         self.register_buffer("std", encoder.std.clone(), persistent=False)
         patches = encoder.grid[0] * encoder.grid[1]
@@ -199,34 +205,36 @@ class HuggingFace(nn.Module):
 Change = Callable[[Model], None]
 
 
-def without_levers(made: recipes.Recipe, model: Model, batch: Batch, output: Path) -> Rivals:
+def ablations(recipe: recipes.Recipe, model: Model, batch: Batch, output: Path) -> Rivals:
     """What builds our step with one thing changed, by what that is."""
 
-    fresh = copy.deepcopy(model)  # the given one may have been compiled when these are built
+    pristine = copy.deepcopy(model)  # the given one may have been compiled when these are built
 
     def step(change: Change | None = None, **keys: Any) -> Step:
-        mine, asked = copy.deepcopy(fresh), made.model_copy(update=keys)
+        replica, variant = copy.deepcopy(pristine), recipe.model_copy(update=keys)
         if change is not None:
-            change(mine)
-        return ours(asked, mine, batch, output)
+            change(replica)
+        return ssl_vit_step(variant, replica, batch, output)
 
-    found: Rivals = {
+    builders: Rivals = {
         "last block for all tokens": partial(step, whole_last_block),
         "norm and head for all tokens": partial(step, whole_head),
         "activation checkpointing": partial(step, activation_checkpointing=True),
-        "loss read every step": lambda: reading(step()),
-        "AdamW not fused": lambda: unfused(step),
+        "loss read every step": lambda: read_loss(step()),
+        "AdamW not fused": lambda: unfused_step(step),
     }
     if batch["image"].is_cuda:
-        return found | {
+        return builders | {
             "not compiled": partial(step, compile=False),
-            "patches by convolution": partial(step, convolved),
+            "patches by convolution": partial(step, use_convolution),
             "bf16_residual": partial(step, precision="bf16_residual"),
             "fp32 (TF32 as torch has it)": partial(step, precision="fp32"),
-            **{f"attention={name}": lambda name=name: pinned(step(), name) for name in ("efficient", "cudnn", "math")},
+            **{
+                f"attention={name}": lambda name=name: pin_step(step(), name) for name in ("efficient", "cudnn", "math")
+            },
         }
     threads = torch.get_num_threads()
-    return found | {
+    return builders | {
         "linear layers by MKL": lambda: changed_step(step(), partial(setattr, layers, "ONEDNN"), False, layers.ONEDNN),
         "one thread": lambda: changed_step(step(), torch.set_num_threads, 1, threads),
     }
@@ -234,55 +242,55 @@ def without_levers(made: recipes.Recipe, model: Model, batch: Batch, output: Pat
 
 def whole_last_block(model: Model) -> None:
     """Every token through the last block, then those that are asked for."""
-    through = model.encoder.through
+    run_block = model.encoder.run_block
 
-    def all_of_them(block: nn.Module, x: Tensor, select: Tensor | None = None) -> Tensor:
-        x = through(block, x)
-        return x if select is None else at(x, select)
+    def run_all_tokens(block: nn.Module, x: Tensor, select: Tensor | None = None) -> Tensor:
+        x = run_block(block, x)
+        return x if select is None else gather_tokens(x, select)
 
-    model.encoder.through = all_of_them
+    model.encoder.run_block = run_all_tokens
 
 
 def whole_head(model: Model) -> None:
     """Every token through the last block, the last norm and the head, then those that are asked for."""
-    encoder, layer, asked = model.encoder, model.head.linear, []
-    whole = encoder.forward
+    encoder, layer, selected = model.encoder, model.head.linear, []
+    full_forward = encoder.forward
 
     def forward(image: Tensor, edit: Any = None, select: Tensor | None = None) -> Tensor:
-        asked[:] = [select]
-        return whole(image, edit)
+        selected[:] = [select]
+        return full_forward(image, edit)
 
     encoder.forward = forward
-    layer.register_forward_hook(lambda _layer, _given, out: at(out, asked[0]))
+    layer.register_forward_hook(lambda _layer, _inputs, out: gather_tokens(out, selected[0]))
 
 
-def convolved(model: Model) -> None:
+def use_convolution(model: Model) -> None:
     """The patch embedding as a convolution."""
-    cut: Cut = model.encoder.patch_embed.proj
-    cut.forward = partial(nn.Conv2d.forward, cut)  # type: ignore[method-assign]
+    proj: PatchConv2d = model.encoder.patch_embed.proj
+    proj.forward = partial(nn.Conv2d.forward, proj)  # type: ignore[method-assign]
 
 
-def reading(step: Step) -> Step:
+def read_loss(step: Step) -> Step:
     """The loss is waited for."""
     return lambda: step()[0].item()  # type: ignore[index]
 
 
-def unfused(build: Callable[..., Step]) -> Step:
+def unfused_step(build: Callable[..., Step]) -> Step:
     """torch's default AdamW, which cannot skip an update by a flag: the norm is waited for."""
     from ssl_vit.train.engine import Engine
 
-    can, Engine._can_fuse = Engine._can_fuse, lambda self: False  # type: ignore[method-assign]
+    can_fuse, Engine._can_fuse = Engine._can_fuse, lambda self: False  # type: ignore[method-assign]
     try:
-        made = torch.optim.AdamW
-        torch.optim.AdamW = lambda *given, **keys: made(*given, **{**keys, "fused": None})  # type: ignore
+        adamw = torch.optim.AdamW
+        torch.optim.AdamW = lambda *args, **keys: adamw(*args, **{**keys, "fused": None})  # type: ignore
         return build()
     finally:
-        torch.optim.AdamW, Engine._can_fuse = made, can  # type: ignore
+        torch.optim.AdamW, Engine._can_fuse = adamw, can_fuse  # type: ignore
 
 
-def pinned(step: Step, name: Any) -> Step:
+def pin_step(step: Step, name: Any) -> Step:
     """Another kernel for attention."""
-    return changed_step(step, pin, name, "auto")
+    return changed_step(step, set_attention_kernel, name, "auto")
 
 
 def changed_step(step: Step, change: Callable[[Any], object], during: Any, after: Any) -> Step:
@@ -298,14 +306,14 @@ def changed_step(step: Step, change: Callable[[Any], object], during: Any, after
     return changed
 
 
-def matrix_products(made: recipes.Recipe, device: torch.device, half: bool) -> dict[str, Step]:
+def matrix_products(recipe: recipes.Recipe, device: torch.device, bf16: bool) -> dict[str, Step]:
     """By torch.mm, and on a CPU by oneDNN too: forward, and both gradients of each."""
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if half else torch.float32
-    shapes, heads = linear_shapes(made), attention_shape(made)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    shapes, heads = linear_shapes(recipe), attention_shape(recipe)
     pairs = [
-        (draw_matrix(rows, given, device, dtype), draw_matrix(out, given, device, dtype))
-        for rows, given, out, _ in shapes
+        (draw_matrix(rows, in_features, device, dtype), draw_matrix(out_features, in_features, device, dtype))
+        for rows, in_features, out_features, _ in shapes
     ]
     counts = [count for *_, count in shapes]
     queries, weights = draw_matrix(*heads[1:], device, dtype), None
@@ -313,49 +321,54 @@ def matrix_products(made: recipes.Recipe, device: torch.device, half: bool) -> d
     weights = queries @ queries.transpose(1, 2)
 
     def attend() -> None:
-        for _ in range(made.encoder.numbers[1]):  # type: ignore[union-attr]
+        for _ in range(recipe.encoder.dims[1]):  # type: ignore[union-attr]
             for _ in range(3):  # forward, and both gradients
                 torch.bmm(queries, queries.transpose(1, 2), out=weights)
                 torch.bmm(weights, queries)
 
     outs = [torch.empty(len(x), len(w), device=device, dtype=dtype) for x, w in pairs]
-    first = [(torch.empty_like(x), torch.empty_like(w)) for x, w in pairs]
+    gradients = [(torch.empty_like(x), torch.empty_like(w)) for x, w in pairs]
 
     def by_torch() -> None:
-        for (x, w), count, made_, (dx, dw) in zip(pairs, counts, outs, first, strict=True):
+        for (x, w), count, product, (dx, dw) in zip(pairs, counts, outs, gradients, strict=True):
             for _ in range(count):
-                torch.mm(x, w.t(), out=made_)
-                torch.mm(made_, w, out=dx)
-                torch.mm(made_.t(), x, out=dw)
+                torch.mm(x, w.t(), out=product)
+                torch.mm(product, w, out=dx)
+                torch.mm(product.t(), x, out=dw)
         attend()
 
     def by_onednn() -> None:
-        for (x, w), count, made_ in zip(pairs, counts, outs, strict=True):
+        for (x, w), count, product in zip(pairs, counts, outs, strict=True):
             for _ in range(count):
                 encoder_layers.linear(x, w, None)
-                encoder_layers.linear(made_, w.t(), None)
-                encoder_layers.linear(made_.t(), x.t(), None)
+                encoder_layers.linear(product, w.t(), None)
+                encoder_layers.linear(product.t(), x.t(), None)
         attend()
 
-    found: dict[str, Step] = {"products": by_torch}
-    return found | ({"products by oneDNN": by_onednn} if device.type == "cpu" and encoder_layers.ONEDNN else {})
+    steps: dict[str, Step] = {"products": by_torch}
+    return steps | ({"products by oneDNN": by_onednn} if device.type == "cpu" and encoder_layers.ONEDNN else {})
 
 
-def product_rates(made: recipes.Recipe, device: torch.device, half: bool, rounds: int, steps: int) -> Iterator[Row]:
+def product_rates(recipe: recipes.Recipe, device: torch.device, bf16: bool, rounds: int, steps: int) -> Iterator[Row]:
     """TFLOP/s of each product of a step: forward, for what was given, for the weight."""
-    dtype = torch.bfloat16 if half else torch.float32
-    for rows, given, out, _ in linear_shapes(made):
-        x, w, y = (draw_matrix(*shape, device, dtype) for shape in ((rows, given), (out, given), (rows, out)))
-        ways: dict[str, Step] = {
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    for rows, in_features, out_features, _ in linear_shapes(recipe):
+        x, w, y = (
+            draw_matrix(*shape, device, dtype)
+            for shape in ((rows, in_features), (out_features, in_features), (rows, out_features))
+        )
+        products: dict[str, Step] = {
             "forward": partial(torch.mm, x, w.t()),
             "gradient of the input": partial(torch.mm, y, w),
             "gradient of the weight": partial(torch.mm, y.t(), x),
         }
-        for who, times in race(ways, rounds, steps, device).items():
-            case = f"{rows} x {given} x {out} {dtype} {device.type}".replace("torch.", "")
-            rate = 2 * rows * given * out / median(times) / 1e12
-            spread = [round(2 * rows * given * out / one / 1e12, 4) for one in (max(times), min(times))]
-            yield {"benchmark": "product", "case": case, "who": who, "tflops": round(rate, 4), "tflops_spread": spread}
+        for name, times in race(products, rounds, steps, device).items():
+            case = f"{rows} x {in_features} x {out_features} {dtype} {device.type}".replace("torch.", "")
+            rate = 2 * rows * in_features * out_features / median(times) / 1e12
+            spread = [
+                round(2 * rows * in_features * out_features / seconds / 1e12, 4) for seconds in (max(times), min(times))
+            ]
+            yield {"benchmark": "product", "case": case, "who": name, "tflops": round(rate, 4), "tflops_spread": spread}
 
 
 def draw_matrix(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -363,32 +376,33 @@ def draw_matrix(rows: int, columns: int, device: torch.device, dtype: torch.dtyp
     return torch.randn(rows, columns, device=device, dtype=dtype)
 
 
-def linear_shapes(made: recipes.Recipe) -> list[tuple[int, int, int, int]]:
+def linear_shapes(recipe: recipes.Recipe) -> list[tuple[int, int, int, int]]:
     """(rows, in, out, how often) of the linear layers of a ViT and of its head, on all tokens but for the head."""
-    vit, head = made.encoder, made.head
+    vit, head = recipe.encoder, recipe.head
     assert isinstance(vit, Vit)
-    width, depth, _, mlp = vit.numbers
+    width, depth, _, mlp = vit.dims
     patches = vit.grid[0] * vit.grid[1]
-    tokens = made.batch * (vit.prefix + patches)
-    shapes = [(made.batch * patches, vit.channels * vit.patch**2, width, 1)]
+    tokens = recipe.batch * (vit.prefix + patches)
+    shapes = [(recipe.batch * patches, vit.channels * vit.patch**2, width, 1)]
     shapes += [(tokens, width, 3 * width, depth), (tokens, width, width, depth)]
     shapes += [(tokens, width, mlp, depth), (tokens, mlp, width, depth)]
-    if isinstance(head, Masked):
-        shapes.append((made.batch * sum(head.counts(vit.grid)), width, 512, 1))
+    if isinstance(head, MaskedPrediction):
+        shapes.append((recipe.batch * sum(head.counts(vit.grid)), width, 512, 1))
     return shapes
 
 
-def attention_shape(made: recipes.Recipe) -> tuple[int, int, int]:
+def attention_shape(recipe: recipes.Recipe) -> tuple[int, int, int]:
     """Heads of all images, tokens, width of a head."""
-    vit = made.encoder
+    vit = recipe.encoder
     assert isinstance(vit, Vit)
-    width, _, heads, _ = vit.numbers
-    return made.batch * heads, vit.prefix + vit.grid[0] * vit.grid[1], width // heads
+    width, _, heads, _ = vit.dims
+    return recipe.batch * heads, vit.prefix + vit.grid[0] * vit.grid[1], width // heads
 
 
-def table_of_products(rows: list[Row]) -> str:
+def product_table(rows: list[Row]) -> str:
     """The rows for reading."""
     lines = [
-        [r["case"], r["who"], f"{r['tflops']:.3f}", "-".join(f"{one:.3f}" for one in r["tflops_spread"])] for r in rows
+        [r["case"], r["who"], f"{r['tflops']:.3f}", "-".join(f"{rate:.3f}" for rate in r["tflops_spread"])]
+        for r in rows
     ]
-    return grid(["product of rows x in x out", "", "TFLOP/s", "spread"], lines)
+    return format_table(["product of rows x in x out", "", "TFLOP/s", "spread"], lines)

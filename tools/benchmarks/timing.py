@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from ssl_vit.config import Config
-from ssl_vit.encoders.inputs import Pixels
+from ssl_vit.encoders.inputs import ImageInput
 from ssl_vit.files import write_bytes
 from ssl_vit.model import Batch
 
@@ -42,54 +42,54 @@ def race(
 
     Each round begins with the next one: who follows whom matters where caches and clocks are shared.
     """
-    times: Seconds = {who: [] for who in contestants}
+    times: Seconds = {name: [] for name in contestants}
     for step in contestants.values():
         for _ in range(warm_up):
             step()
     turns = list(contestants.items())
     for number in range(rounds):
         first = number % max(1, len(turns))
-        for who, step in turns[first:] + turns[:first]:
-            wait(device)
-            began = clock()
+        for name, step in turns[first:] + turns[:first]:
+            synchronize(device)
+            start = clock()
             for _ in range(steps):
                 step()
-            wait(device)
-            times[who].append((clock() - began) / steps)
+            synchronize(device)
+            times[name].append((clock() - start) / steps)
     return times
 
 
-def wait(device: torch.device | None) -> None:
+def synchronize(device: torch.device | None) -> None:
     """Let the device finish before the clock is read."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def speed(seconds: Seconds, who: str, images: int, rival: str | None) -> Row:
+def speed_stats(seconds: Seconds, name: str, images: int, rival: str | None) -> Row:
     """Images/s, and how often that is the rival's: the median of the rounds, and the least and the most of them."""
-    ratios = sorted(b / a for a, b in zip(seconds[who], seconds[rival], strict=True)) if rival else None
+    ratios = sorted(b / a for a, b in zip(seconds[name], seconds[rival], strict=True)) if rival else None
     return {
-        "images_per_second": round(images / median(seconds[who]), 2),
-        "milliseconds": round(median(seconds[who]) * 1e3, 4),
+        "images_per_second": round(images / median(seconds[name]), 2),
+        "milliseconds": round(median(seconds[name]) * 1e3, 4),
         "ratio": round(median(ratios), 3) if ratios else None,
         "ratio_spread": [round(ratios[0], 3), round(ratios[-1], 3)] if ratios else None,
     }
 
 
-def between(spread: list[float] | None) -> str:
+def format_spread(spread: list[float] | None) -> str:
     """A spread for reading."""
     return "-".join(f"{value:.2f}" for value in spread or ())
 
 
-def grid(heads: list[str], lines: list[list[str]]) -> str:
+def format_table(header: list[str], lines: list[list[str]]) -> str:
     """A table for reading: the first column to the left, numbers to the right."""
-    widths = [max(map(len, column)) + 2 for column in zip(heads, *lines, strict=True)]
+    widths = [max(map(len, column)) + 2 for column in zip(header, *lines, strict=True)]
     return "\n".join(
-        cells[0].ljust(widths[0]) + "".join(map(str.rjust, cells[1:], widths[1:])) for cells in [heads, *lines]
+        cells[0].ljust(widths[0]) + "".join(map(str.rjust, cells[1:], widths[1:])) for cells in [header, *lines]
     )
 
 
-def images(count: int, config: Pixels, device: torch.device) -> Batch:
+def random_batch(count: int, config: ImageInput, device: torch.device) -> Batch:
     """A batch of random images on the device."""
     shape = (count, config.channels, *config.image_hw)
     return {
@@ -100,7 +100,7 @@ def images(count: int, config: Pixels, device: torch.device) -> Batch:
     }
 
 
-def machine() -> Row:
+def machine_info() -> Row:
     """Where and with what it was measured."""
     return {
         "date": time.strftime("%F"),
@@ -123,7 +123,7 @@ def _processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def store(rows: list[Row], path: Path) -> None:
+def write_rows(rows: list[Row], path: Path) -> None:
     """Write the rows with where they were measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, (json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n").encode())
+    write_bytes(path, (json.dumps({"machine": machine_info(), "rows": rows}, indent=1) + "\n").encode())

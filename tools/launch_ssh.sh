@@ -2,7 +2,7 @@
 # shellcheck disable=SC2016  # what stands in single quotes is expanded on the host
 # Trains on a list of hosts over ssh. From the repository's folder:
 #
-#   tools/hosts.sh HOSTS [tools/finetune.py] recipe=NAME key=value ...
+#   tools/launch_ssh.sh HOSTS [tools/finetune.py] recipe=NAME key=value ...
 #
 # HOSTS is a file with a host a line, or host,host,... as ssh takes them without a password; rank 0 is on the first. All
 # have this folder, its environment and the run folder at the same paths. SSL_VIT_LAUNCH is the launch file
@@ -15,7 +15,7 @@ set -u
 GRACE=60 # half seconds that the others have to end by themselves after the first one failed
 
 end() { # CODE TEXT: the closing line
-    echo "hosts.sh: $2"
+    echo "launch_ssh.sh: $2"
     exit "$1"
 }
 
@@ -30,7 +30,7 @@ said() { # KEY: its value in exit.json, or nothing
     sed -n "s/^ *\"$1\": \"\{0,1\}\(.*[^\",]\)\"\{0,1\},\{0,1\}$/\1/p" <<<"$ended"
 }
 
-[[ $# -gt 0 ]] || end 64 "usage: tools/hosts.sh HOSTS [tools/finetune.py] recipe=NAME key=value ..."
+[[ $# -gt 0 ]] || end 64 "usage: tools/launch_ssh.sh HOSTS [tools/finetune.py] recipe=NAME key=value ..."
 if [[ -f $1 ]]; then
     mapfile -t hosts < <(awk '{ sub(/#.*/, "") } NF { print $1 }' "$1")
 else
@@ -66,7 +66,7 @@ world=$((${#hosts[@]} * processes))
 launch=(--config_file "${SSL_VIT_LAUNCH:-accelerate_config.yaml}"
     --num_machines "${#hosts[@]}" --num_processes "$world"
     --main_process_ip "${SSL_VIT_ADDRESS:-${first#*@}}" --main_process_port "${SSL_VIT_PORT:-$((10000 + $$ % 20000))}")
-echo "hosts.sh: $tool on ${#hosts[@]} x $processes processes, $run"
+echo "launch_ssh.sh: $tool on ${#hosts[@]} x $processes processes, $run"
 
 # ssh forwards no signal, so a host's launcher is stopped by the end of its input, which this process's death brings too.
 # It then gives its ranks the time to save (torchrun's is 30 s).
@@ -92,7 +92,7 @@ while running=0; for rank in "${!children[@]}"; do
     fi
 done; ((running)); do
     if [[ -n $failed ]] && ((++waited == GRACE)); then
-        echo "hosts.sh: $failed failed; stopping the others"
+        echo "launch_ssh.sh: $failed failed; stopping the others"
         kill "$hold" 2>/dev/null
     fi
     sleep 0.5

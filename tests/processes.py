@@ -26,10 +26,10 @@ from unittest.mock import patch
 from ssl_vit import errors, fault_injection
 
 GRACE = 2.0  # seconds for workers to end after their rank
-BASE = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+BASE_ENV = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
 PRELOAD = [
-    "tests.starts",
-    "tests.odd",
+    "tests.processes",
+    "tests.machines",
     "ssl_vit.commands.setup",
     "accelerate",
     "torch._dynamo",
@@ -44,27 +44,27 @@ _context.set_forkserver_preload(PRELOAD)
 TOOLS = Path(__file__).parent.parent / "tools"
 
 
-def live(
-    tool: str, words: list[str], environment: dict[str, str], log: str, prepare: Callable[[], None] | None
+def run_tool_process(
+    tool: str, args: list[str], env: dict[str, str], log: str, prepare: Callable[[], None] | None
 ) -> None:
     """The whole life of a start; the preloaded process has read no environment yet."""
     os.setsid()
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
-        os.dup2(handle, stream)
-    os.environ |= environment
-    sys.argv = [f"{tool}.py", *words]
+        os.dup2(log_fd, stream)
+    os.environ |= env
+    sys.argv = [f"{tool}.py", *args]
     signal.set_wakeup_fd(-1)
     multiprocessing.set_start_method("fork", force=True)  # as a command has it; here it would be the server's
     code: Any = 1
     try:
         if prepare is not None:
             prepare()  # before there are threads, which would forbid a namespace of its own
-        threading.Thread(target=_follow, daemon=True).start()
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         runpy.run_path(str(TOOLS / f"{tool}.py"), run_name="__main__")
         code = 0
-    except SystemExit as end:
-        code = end.code
+    except SystemExit as system_exit:
+        code = system_exit.code
     except BaseException as error:
         traceback.print_exception(error)
     finally:
@@ -74,43 +74,45 @@ def live(
         os._exit(code)
 
 
-class Ended(NamedTuple):
+class ToolResult(NamedTuple):
     """How a command line ended that ran in this process."""
 
     code: int
-    said: str  # standard output and standard error
+    output: str  # standard output and standard error
 
     @property
-    def line(self) -> str:
+    def last_line(self) -> str:
         """The closing line."""
-        return self.said.rstrip().rpartition("\n")[2]
+        return self.output.rstrip().rpartition("\n")[2]
 
 
-def call(tool: str, words: Sequence[str], **environment: str) -> Ended:
+def call_tool(tool: str, args: Sequence[str], **env: str) -> ToolResult:
     """Run a tool's command line in this process: the same parsing, words, closing line and exit code as a process has.
 
     Faster than a start by far; what needs signals, faults that kill, or several ranks takes `Start`.
     """
     module = runpy.run_path(str(TOOLS / f"{tool}.py"), run_name=tool)
-    screen, code = io.StringIO(), 0
-    own_signals = patch.object(errors, "_answer_signals", lambda: None)  # they are answered for a whole process
-    with patch.dict(os.environ, environment), patch.object(sys, "argv", [f"{tool}.py", *words]), own_signals:
-        with redirect_stdout(screen), redirect_stderr(screen):
+    output, code = io.StringIO(), 0
+    no_handlers = patch.object(
+        errors, "_install_signal_handlers", lambda: None
+    )  # they are answered for a whole process
+    with patch.dict(os.environ, env), patch.object(sys, "argv", [f"{tool}.py", *args]), no_handlers:
+        with redirect_stdout(output), redirect_stderr(output):
             try:
-                errors.run(module["main"])
-            except SystemExit as end:
-                code = int(end.code or 0)
+                errors.run_main(module["main"])
+            except SystemExit as system_exit:
+                code = int(system_exit.code or 0)
             finally:
-                fault_injection.arm("")  # what comes next in this process asked for no fault
+                fault_injection.enable_faults("")  # what comes next in this process asked for no fault
         if "accelerate.state" in sys.modules:
             from accelerate.state import AcceleratorState, GradientState
 
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
-    return Ended(code, screen.getvalue())
+    return ToolResult(code, output.getvalue())
 
 
-def _follow() -> None:
+def _end_with_parent() -> None:
     """End with the tests, also where they are killed and have a start hanging."""
     tests = multiprocessing.parent_process()
     if tests is not None:
@@ -130,15 +132,15 @@ def free_port() -> int:
             return port
 
 
-def members(sessions: Collection[int | None]) -> list[int]:
+def living_pids(sessions: Collection[int | None]) -> list[int]:
     """The living processes of sessions; every rank leads one, which its workers belong to."""
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it ended meanwhile
             state, _, _, session = path.read_text().rpartition(") ")[2].split()[:4]
             if state not in "ZX" and int(session) in sessions:
-                found.append(int(path.parent.name))
-    return found
+                pids.append(int(path.parent.name))
+    return pids
 
 
 class Start:
@@ -149,29 +151,31 @@ class Start:
 
     def __init__(
         self,
-        words: list[str],
+        args: list[str],
         logs: Path,
         world: int = 1,
         fault: str = "",
         alone: dict[int, list[str]] | None = None,
         prepare: Callable[[], None] | None = None,
         tool: str = "pretrain",
-        **environment: str,
+        **env: str,
     ):
         logs.mkdir(parents=True, exist_ok=True)
         port = free_port() if world > 1 else 0
-        self.began = time.monotonic()
+        self.start_time = time.monotonic()
         self.logs = [logs / f"{time.monotonic_ns()}-rank{rank}.log" for rank in range(world)]
         self.processes = []
-        self.ended: dict[int, float] = {}  # when each rank ended, of time.monotonic()
+        self.end_times: dict[int, float] = {}  # when each rank ended, of time.monotonic()
         self.orphans: list[int] = []  # what was left of them when they had ended
         for rank, log in enumerate(self.logs):
-            given = {**BASE, "SSL_VIT_FAULT": fault}
+            rank_env = {**BASE_ENV, "SSL_VIT_FAULT": fault}
             if world > 1:
-                given |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-                given |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            said = [*words, *(alone or {}).get(rank, [])]
-            process = _context.Process(target=live, args=(tool, said, given | environment, str(log), prepare))
+                rank_env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+                rank_env |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            process_args = [*args, *(alone or {}).get(rank, [])]
+            process = _context.Process(
+                target=run_tool_process, args=(tool, process_args, rank_env | env, str(log), prepare)
+            )
             process.start()
             self.processes.append(process)
 
@@ -180,13 +184,13 @@ class Start:
         """Whether any rank has not ended yet."""
         return any(process.is_alive() for process in self.processes)
 
-    def signal(self, number: int, rank: int | None = None) -> None:
+    def signal(self, signum: int, rank: int | None = None) -> None:
         """Send a signal to one rank, or to all."""
         for process in self.processes if rank is None else [self.processes[rank]]:
             if process.is_alive():
-                os.kill(process.pid, number)
+                os.kill(process.pid, signum)
 
-    def hears(self) -> bool:
+    def handles_signals(self) -> bool:
         """Whether all ranks answer signals already; before that, while Python itself starts, one simply ends them."""
         for process in self.processes:
             with suppress(OSError):
@@ -199,7 +203,7 @@ class Start:
     def workers(self, rank: int = 0) -> list[int]:
         """The loader workers of a rank."""
         pid = self.processes[rank].pid
-        return [other for other in members({pid}) if other != pid]
+        return [worker for worker in living_pids({pid}) if worker != pid]
 
     def kill(self) -> None:
         """End all of them, with their loader workers, as a power cut would."""
@@ -210,31 +214,31 @@ class Start:
 
     def wait(self, seconds: float = 60) -> list[int]:
         """Exit codes by rank, -9 for a kill; one that is not through in time is killed and counts as 999."""
-        end = time.monotonic() + seconds
-        left: dict[Any, int] = {process.sentinel: rank for rank, process in enumerate(self.processes)}
-        while left and (rest := end - time.monotonic()) > 0:
-            for sentinel in connection.wait(left, rest):
-                self.ended[left.pop(sentinel)] = time.monotonic()
-        codes = [999 if rank in left.values() else process.exitcode for rank, process in enumerate(self.processes)]
+        deadline = time.monotonic() + seconds
+        pending: dict[Any, int] = {process.sentinel: rank for rank, process in enumerate(self.processes)}
+        while pending and (remaining := deadline - time.monotonic()) > 0:
+            for sentinel in connection.wait(pending, remaining):
+                self.end_times[pending.pop(sentinel)] = time.monotonic()
+        codes = [999 if rank in pending.values() else process.exitcode for rank, process in enumerate(self.processes)]
         sessions = {process.pid for process in self.processes}
-        grace = time.monotonic() + GRACE
-        while (found := members(sessions)) and not left and time.monotonic() < grace:
+        grace_end = time.monotonic() + GRACE
+        while (orphans := living_pids(sessions)) and not pending and time.monotonic() < grace_end:
             time.sleep(0.02)
-        self.orphans = found
+        self.orphans = orphans
         self.kill()
         for process in self.processes:
             process.join()
         return codes
 
-    def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         """Wait until something is true while the start runs."""
-        end = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end, f"not in {seconds} s: {self.said()}"
-            assert self.running or condition(), self.said()
+            assert time.monotonic() < deadline, f"not in {seconds} s: {self.output()}"
+            assert self.running or condition(), self.output()
             time.sleep(0.01)
 
-    def said(self, rank: int | None = None) -> str:
+    def output(self, rank: int | None = None) -> str:
         """What a rank wrote to the screen, or all of them."""
         logs = self.logs if rank is None else [self.logs[rank]]
         return "".join(log.read_text() for log in logs if log.exists())
