@@ -133,9 +133,9 @@ def keeps_classifier(recipe: Recipe) -> bool:
 def _check_source_matches(requested: Encoder, source: Encoder, name: str) -> None:
     """Refuse encoder keys that were given and say something else than the source of the weights."""
     if requested.kind != source.kind and requested.model_fields_set - SOURCE_INDEPENDENT_KEYS:
-        explicit_keys = f"is {source.title}, and the encoder keys say {requested.title}"
+        mismatch = f"is {source.title}, and the encoder keys say {requested.title}"
         raise ExitError(
-            ExitCode.USAGE, f"init={name} {explicit_keys}; give encoder.kind={source.kind}, which drops the others"
+            ExitCode.USAGE, f"init={name} {mismatch}; give encoder.kind={source.kind}, which drops the others"
         )
     explicit_keys = requested.model_fields_set - SOURCE_INDEPENDENT_KEYS
     requested_values, source_values = (

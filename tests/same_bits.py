@@ -25,16 +25,8 @@ RENAMED: dict[str, str] = {
     for metric in ("loss", "accuracy")
 }  # old name of a metric: new name
 RENAMED_KEYS: dict[str, str] = {}  # new name of a key: the name that the revision knows
-CLOCK_TERMS = (
-    "second",
-    "wait",
-    "mfu",
-    "eta",
-    "memory",
-    "time",
-    "utilization",
-    "tflops",
-)  # words in metrics of the clock
+# words in metrics that the clock gives
+CLOCK_TERMS = ("second", "wait", "mfu", "eta", "memory", "time", "utilization", "tflops")
 
 TINY = ["encoder.width=48", "encoder.depth=2", "encoder.heads=3", "encoder.mlp=96", "encoder.patch=8", "data.workers=1"]
 TINY += ["batch=32", "log_every=5", "save_every=10", "data.train=shards/train", "data.val=shards/val"]

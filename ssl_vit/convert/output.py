@@ -45,7 +45,7 @@ class Target:
             return None
 
     def write(self, name: str, data: bytes, flush: bool = True) -> None:
-        """Write a small file, whole or not at all; `flush` as for durable.writing."""
+        """Write a small file, whole or not at all; `flush` as for files.atomic_write."""
         if self.url:
             remote.write_file(f"{self.url}/{name}", data)
         else:

@@ -208,7 +208,7 @@ def remove_tree(url: str) -> None:
 
 
 def _retry(url: str, operation: Callable[[], Value]) -> Value:
-    """Try again what may pass. What is missing is not asked for again; wrong bytes are, and stay BadSource."""
+    """Try again what may pass. What is missing is not asked for again; wrong bytes are, and stay RemoteMismatch."""
     start_time, last_error = time.monotonic(), None
     for attempt in range(TRIES):
         if attempt:

@@ -262,9 +262,9 @@ def load_weights(
 ) -> LoadReport:
     """Load weights that were made for `config` by name; positions are interpolated to the encoder's grid.
 
-    The source's head is left. With share=1 anything else that only one of the two has, or that has another shape, is a
-    ExitError(DATA) that lists it: nothing stays at its random start unnoticed, and no part of another architecture is
-    dropped. With less, so much of the encoder's numbers has to be filled.
+    The source's head is left. With min_fraction=1 anything else that only one of the two has, or that has another
+    shape, is an ExitError(DATA) that lists it: nothing stays at its random start unnoticed, and no part of another
+    architecture is dropped. With less, so much of the encoder's numbers has to be filled.
     """
     state_dict = {name.removeprefix(encoder.state_dict_prefix): value for name, value in encoder.state_dict().items()}
     resized_weights, resized = _resize_positions(encoder, config, weights, source)
@@ -289,12 +289,12 @@ def load_weights(
         text = "; ".join(
             f"{len(names)} tensors {kind} ({format_names(names)})" for kind, names in kinds.items() if names
         )
-        tensor = (
+        coverage = (
             ""
             if min_fraction == 1
             else f" ({report.fraction:.1%} of it can be filled, init_min_fraction={min_fraction:g})"
         )
-        raise ExitError(ExitCode.DATA, f"{source}: does not fit the encoder{tensor}: {text}")
+        raise ExitError(ExitCode.DATA, f"{source}: does not fit the encoder{coverage}: {text}")
     for name in report.matched:
         if state_dict[name].is_floating_point() and not (
             resized_weights[name].is_floating_point() and resized_weights[name].isfinite().all()

@@ -49,10 +49,8 @@ class HeadEvaluator:
             batch_sums = {**output.sums, "_weight": output.weight}
             sums = {name: sums[name] + value if name in sums else value for name, value in batch_sums.items()}
             on_batch()
-        faults, fatal = self.stream.faults.drain(), self.stream.faults.fatal
-        for fault in faults[:MAX_PRINTED_FAULTS]:
-            print(f"evaluation leaves out sample {fault.sample}: {printable(fault.reason)}", flush=True)
-        flags = torch.tensor([len(faults), fatal is not None], device=self.device)
+        num_faults, fatal = _print_faults(self.stream, "evaluation")
+        flags = torch.tensor([num_faults, fatal is not None], device=self.device)
         sums = self.all_reduce_sum({**sums, "_faults": flags})
         num_bad, failed = sums.pop("_faults").tolist()
         if failed:
@@ -82,15 +80,19 @@ def _add_predictions(rows: Tensor | None, count: int, start: int, batch: Batch, 
     return rows
 
 
+def _print_faults(stream: EvaluationStream, evaluator: str) -> tuple[int, ExitError | None]:
+    """Print the first samples that this process could not read; returns their number and the fatal error."""
+    faults = stream.faults.drain()
+    for fault in faults[:MAX_PRINTED_FAULTS]:
+        print(f"{evaluator} leaves out sample {fault.sample}: {printable(fault.reason)}", flush=True)
+    return len(faults), stream.faults.fatal
+
+
 def _to_predictions(rows: np.ndarray, ids: np.ndarray | None) -> Predictions:
     indices, k = np.flatnonzero(rows[:, 0]), rows.shape[1] // 2 - 1
     valid_rows = rows[indices]
     labels, top = valid_rows[:, 1].astype(np.int64), valid_rows[:, 2 : 2 + k].astype(np.int64)
     return Predictions(indices if ids is None else ids[indices], labels, top, valid_rows[:, 2 + k :].astype(np.float32))
-
-
-MAX_PRINTED_ONLINE_FAULTS = 10  # faults that a process prints
-AllReduceSum = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 class OnlineProbe(Config):
@@ -111,7 +113,7 @@ class FrozenProbe:
         splits: tuple[EvaluationStream, EvaluationStream],
         shard: ProcessShard,
         device: torch.device,
-        all_reduce_sum: AllReduceSum,
+        all_reduce_sum: Callable[[Sums], Sums],
         config: OnlineProbe,
         pool: Callable[[Tensor], Tensor],
     ):
@@ -158,9 +160,7 @@ class FrozenProbe:
             features[rows] = vectors[: rows.stop - rows.start]
             labels[rows] = (batch["label"] + 1).mul(usable)[: rows.stop - rows.start]  # 0: not to be used
             on_batch()
-        faults, fatal = stream.faults.drain(), stream.faults.fatal
-        for fault in faults[:MAX_PRINTED_ONLINE_FAULTS]:
-            print(f"online probe leaves out sample {fault.sample}: {printable(fault.reason)}", flush=True)
+        _, fatal = _print_faults(stream, "online probe")
         failed = torch.tensor(fatal is not None, device=self.device).long()
         totals = self.all_reduce_sum({"features": features, "labels": labels, "failed": failed})
         if totals["failed"]:

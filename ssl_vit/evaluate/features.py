@@ -20,12 +20,11 @@ from ssl_vit.config import Config
 from ssl_vit.data.loader import EvaluationStream, ProcessShard
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.files import sha256, sync_folder, write_bytes
-from ssl_vit.model import pool_tokens
+from ssl_vit.model import Sums, pool_tokens
 
 ReadOut = Literal["mean", "class"]
 FeatureName = tuple[int, ReadOut]
 """Of a set of features: the block's number, from 1, and how its tokens became one vector."""
-AllReduceSum = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 class Features(Config):
@@ -64,7 +63,7 @@ def extract_features(
     stream: EvaluationStream,
     shard: ProcessShard,
     device: torch.device,
-    all_reduce_sum: AllReduceSum,
+    all_reduce_sum: Callable[[Sums], Sums],
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Step by step, where in the split a part begins and its rows: features by name, label, valid; on every process."""
     world, size = shard.world, shard.micro_batch

@@ -114,7 +114,7 @@ def fit(
 ) -> dict[str, Any]:
     """Train to `config.steps`, going on from the newest checkpoint of the run; returns the last row of metrics.
 
-    Raises RollBack where it is to be called again with a new model and what that says to leave out. Refusals: PREEMPTED
+    Raises RollBack if it is to be called again with a new model and what that says to leave out. ExitError: PREEMPTED
     after a signal, with a checkpoint on disk; DATA where the numbers cannot be cured; INTEGRITY where processes differ.
     """
     shard = process_shard(config, accelerator.process_index, accelerator.num_processes)

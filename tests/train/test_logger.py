@@ -22,8 +22,7 @@ from ssl_vit.heads.masked_prediction import MaskedPredictionHead
 from ssl_vit.recipes import Finetune, Pretrain
 from ssl_vit.report.format import format_duration
 from ssl_vit.train import logger, loop
-from ssl_vit.train.config import TrainConfig
-from ssl_vit.train.config import should_visualize as is_drawn
+from ssl_vit.train.config import TrainConfig, should_visualize
 from ssl_vit.train.logger import _scalars
 from ssl_vit.train.metrics import StepMetrics, layer_name
 from tests.tiny_runs import checkpoint_bits, read_exit
@@ -125,8 +124,8 @@ def test_layers_of_other_encoders_by_name():
 def test_how_often_is_drawn():
     for steps, interval, num_drawn in ((40, None, 20), (50, None, 17), (40, 7, 6), (4, None, 2), (3, 99, 1)):
         train_config = TrainConfig(steps=steps, visualize_every=interval, log_every=2)
-        assert sum(is_drawn(train_config, step) for step in range(1, steps + 1)) == num_drawn
-        assert is_drawn(train_config, steps)
+        assert sum(should_visualize(train_config, step) for step in range(1, steps + 1)) == num_drawn
+        assert should_visualize(train_config, steps)
 
 
 def test_weights_and_biases_offline(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
