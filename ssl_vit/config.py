@@ -7,7 +7,7 @@ so that `1e-3`, `on`, `007` and `1:30` mean the same in both. Unions are told ap
 import difflib
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -20,6 +20,7 @@ from ssl_vit.errors import ExitCode, ExitError
 
 Tree = dict[str, Any]
 MAX_BYTES = 1 << 20  # a recipe is a page of text; more is a mistake or an attack
+RECIPE_FOLDERS = (Path("recipes"), Path(__file__).parents[1] / "recipes")  # the user's come before the checkout's
 
 
 class Config(BaseModel):
@@ -64,16 +65,17 @@ def _convert_text(text: str, annotation: Any) -> Any:
     return text
 
 
-def parse(schema: type[Schema], arguments: list[str], folder: Path) -> Schema:
+def parse(schema: type[Schema], arguments: list[str], folders: Sequence[Path] = RECIPE_FOLDERS) -> Schema:
     """Read `recipe=NAME key=value ...` against a schema.
 
-    `recipe` names `folder`/NAME.yaml or a path; later keys override earlier ones. ExitError(USAGE) has one line.
+    `recipe` is a path, or names NAME.yaml in the first of `folders` that has it; later keys override earlier ones.
+    ExitError(USAGE) has one line.
     """
     pairs = [_split_argument(argument) for argument in arguments]
     tree: Tree = {}
     for path, value in pairs:
         if path == "recipe":
-            tree = read_recipe(value, folder, schema)
+            tree = read_recipe(value, schema, folders)
             tree.setdefault("run", f"runs/{Path(value).stem}") if "run" in schema.model_fields else None
     overrides = [(path.split("."), value) for path, value in pairs if path != "recipe"]
     for path, value in sorted(overrides, key=lambda pair: pair[0][-1] != "kind"):  # kinds first: they drop old keys
@@ -88,13 +90,13 @@ def _split_argument(argument: str) -> tuple[str, str]:
     return path, value
 
 
-def read_recipe(name: str, folder: Path, schema: type[Config]) -> Tree:
+def read_recipe(name: str, schema: type[Config], folders: Sequence[Path] = RECIPE_FOLDERS) -> Tree:
     """A recipe file as a tree of text, laid over its `base` (one level deep)."""
-    tree = _load_yaml(name, folder)
+    tree = _load_yaml(name, folders)
     base = tree.pop("base", None)
     if base is None:
         return tree
-    base_tree = _load_yaml(base, folder)
+    base_tree = _load_yaml(base, folders)
     if "base" in base_tree:
         raise ExitError(ExitCode.USAGE, f"recipe {name}: its base {base} has a base of its own; one level is allowed")
     for path, value in sorted(flatten(tree), key=lambda leaf: leaf[0][-1] != "kind"):
@@ -111,12 +113,13 @@ class TextLoader(yaml.BaseLoader):
         return super().compose_node(parent, index)
 
 
-def _load_yaml(name: str, folder: Path) -> Tree:
-    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.yaml"))
+def _load_yaml(name: str, folders: Sequence[Path]) -> Tree:
+    candidates = [Path(name)] if name.endswith((".yaml", ".yml")) else [folder / f"{name}.yaml" for folder in folders]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
         raise ExitError(
-            ExitCode.USAGE, f"no recipe {path}{_suggest_key(name, known) or '; there are ' + ', '.join(known)}"
+            ExitCode.USAGE, f"no recipe {name}{_suggest_key(name, known) or '; there are ' + ', '.join(known)}"
         )
     if path.stat().st_size > MAX_BYTES:
         raise ExitError(ExitCode.USAGE, f"recipe {path} is larger than {MAX_BYTES} bytes")

@@ -1,6 +1,5 @@
 """Recipes: the configs of the parts put together and checked against each other; builds nothing."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from ssl_vit.train.hardware import Hardware
 from ssl_vit.train.optim import AdamW, Optim, Sgd
 from ssl_vit.train.run_folder import ALLOW_LISTED
 
-RECIPES_FOLDER = Path(__file__).parent.parent / "recipes"
 VISUALIZED_IMAGES = 8  # images in a picture
 SOURCE_INDEPENDENT_KEYS = {"image", "pool", "dropout", "drop_path"}  # what a source of weights leaves open
 

@@ -323,4 +323,4 @@ def run_soak(soak_config: Soak, folder: Path) -> int:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
-        sys.exit(run_soak(config.parse(Soak, sys.argv[1:], Path()), Path(temporary)))
+        sys.exit(run_soak(config.parse(Soak, sys.argv[1:]), Path(temporary)))

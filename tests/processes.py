@@ -5,6 +5,7 @@ ranks meet as under Slurm, without a launcher.
 """
 
 import atexit
+import importlib
 import io
 import itertools
 import multiprocessing
@@ -18,12 +19,13 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from ssl_vit import errors, fault_injection
+from ssl_vit import commands, errors, fault_injection
 
 GRACE = 2.0  # seconds for workers to end after their rank
 BASE_ENV = {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
@@ -86,12 +88,19 @@ class ToolResult(NamedTuple):
         return self.output.rstrip().rpartition("\n")[2]
 
 
+def _tool_main(tool: str) -> Callable[[list[str]], int]:
+    """What a tool does with its arguments."""
+    if tool in commands.COMMANDS:
+        return partial(commands.call, importlib.import_module(f"ssl_vit.commands.{tool}"))
+    return runpy.run_path(str(TOOLS / f"{tool}.py"), run_name=tool)["main"]
+
+
 def call_tool(tool: str, args: Sequence[str], **env: str) -> ToolResult:
     """Run a tool's command line in this process: the same parsing, words, closing line and exit code as a process has.
 
     Faster than a start by far; what needs signals, faults that kill, or several ranks takes `Start`.
     """
-    module = runpy.run_path(str(TOOLS / f"{tool}.py"), run_name=tool)
+    main = _tool_main(tool)
     output, code = io.StringIO(), 0
     no_handlers = patch.object(
         errors, "_install_signal_handlers", lambda: None
@@ -99,7 +108,7 @@ def call_tool(tool: str, args: Sequence[str], **env: str) -> ToolResult:
     with patch.dict(os.environ, env), patch.object(sys, "argv", [f"{tool}.py", *args]), no_handlers:
         with redirect_stdout(output), redirect_stderr(output):
             try:
-                errors.run_main(module["main"])
+                errors.run_main(main)
             except SystemExit as system_exit:
                 code = int(system_exit.code or 0)
             finally:

@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from ssl_vit import config, recipes
+from ssl_vit import config
 from ssl_vit.convert.make_shards import MakeShards, convert_images
 from ssl_vit.data import augment, manifest
 from ssl_vit.data.dataset import Data, SampleDataset
@@ -360,7 +360,7 @@ def test_data_that_is_not_there_is_named_with_the_way_to_get_it(name: str, image
     output = run_tool([f"recipe={name}", *source, f"run={tmp_path}/run"], tool, code=65)
     (line,) = evaluate_cases.closing_lines(tool, output)
     assert re.match(rf"{tool}\.py: (\d+ folders are not there \()?shards/", line)
-    recipe = yaml.safe_load((recipes.RECIPES_FOLDER / f"{name}.yaml").read_text())
+    recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
     assert recipe["benchmark"]["get"] in line
 
 
@@ -376,7 +376,7 @@ def vtab(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
             images, labels = folder / "images" / task / split, [i * 3 % classes for i in range(count)]
             synthetic.draw_noise(images, labels, synthetic.class_names(classes), seed=number, aspect=2)
             synthetic.convert_shards(images, folder / "shards" / task / split, synthetic.class_names(classes))
-    recipe = yaml.load((recipes.RECIPES_FOLDER / "vtab.yaml").read_text(), config.TextLoader)
+    recipe = yaml.load((ROOT / "recipes" / "vtab.yaml").read_text(), config.TextLoader)
     recipe["tasks"] = [task for task in recipe["tasks"] if task["name"] in tasks]
     (folder / "vtab.yaml").write_text(yaml.safe_dump(recipe))
     run_tool([f"recipe={folder}/vtab.yaml", *SMALL_ARGS, f"tasks_root={folder}/shards", f"run={folder}/run"])

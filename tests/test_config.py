@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from ssl_vit import config, recipes
+from ssl_vit import config
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.heads.classifier import Classifier
@@ -14,7 +14,7 @@ from ssl_vit.recipes import Finetune, Pretrain
 
 
 def parse_pretrain(*arguments: str) -> Pretrain:
-    return config.parse(Pretrain, list(arguments), recipes.RECIPES_FOLDER)
+    return config.parse(Pretrain, list(arguments))
 
 
 @pytest.mark.parametrize(
@@ -98,17 +98,15 @@ def test_a_kind_that_changes_drops_the_keys_of_the_old_one():
 def test_overrides_win_over_the_recipe_and_the_recipe_over_its_base(tmp_path: Path):
     (tmp_path / "low.yaml").write_text("steps: 5\nbatch: 6\nhead: {kind: mean_color, ratio: 0.3}\n")
     (tmp_path / "high.yaml").write_text("base: low\nbatch: 7\nhead: {kind: classifier}\n")
-    recipe = config.parse(Pretrain, ["recipe=high", "steps=8"], tmp_path)
+    recipe = config.parse(Pretrain, ["recipe=high", "steps=8"], [tmp_path])
     assert (recipe.steps, recipe.batch, recipe.head, recipe.run) == (8, 7, Classifier(), "runs/high")
 
 
 def test_a_dump_reads_back_to_the_same_object(tmp_path: Path):
     for schema, name in [(Pretrain, "mpp_vit_b16"), (Finetune, "finetune_flowers")]:
-        recipe = config.parse(
-            schema, [f"recipe={name}", "optim.clip=none", "data.image_size=32,64"], recipes.RECIPES_FOLDER
-        )
+        recipe = config.parse(schema, [f"recipe={name}", "optim.clip=none", "data.image_size=32,64"])
         (tmp_path / "again.yaml").write_text(config.dump(recipe))
-        assert config.parse(schema, ["recipe=again"], tmp_path) == recipe
+        assert config.parse(schema, ["recipe=again"], [tmp_path]) == recipe
 
 
 def test_help_names_every_key_with_its_meaning():
@@ -157,6 +155,6 @@ def test_python_values_do_as_well_as_text_and_a_choice_of_numbers_is_made_in_tex
     class Deep(config.Config):
         depth: Literal[50, 101] = 50
 
-    assert config.parse(Deep, ["depth=101"], tmp_path).depth == 101
+    assert config.parse(Deep, ["depth=101"]).depth == 101
     with pytest.raises(ExitError, match=r"depth: '51': it should be 50 or 101"):
-        config.parse(Deep, ["depth=51"], tmp_path)
+        config.parse(Deep, ["depth=51"])

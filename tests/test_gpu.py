@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssl_vit import config, recipes
-from ssl_vit.commands import setup, train
+from ssl_vit.commands import pretrain, setup
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.model import Model
 from ssl_vit.recipes import Pretrain
@@ -36,9 +36,7 @@ pytestmark = [
 def train_vit_b16(shards: Path, run: Path) -> int:
     data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", "data.workers=4"]
     sizes = ["steps=200", "batch=64", "micro_batch=32", "log_every=50", "save_every=100", "optim.warmup_steps=20"]
-    return train.run(
-        config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes, "quiet=true"], recipes.RECIPES_FOLDER)
-    )
+    return pretrain.run(config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes, "quiet=true"]))
 
 
 def test_vit_b16_trains_in_bf16_with_compile_stops_and_resumes(shards: Path, tmp_path: Path):
@@ -88,9 +86,7 @@ def test_compiled_blocks_learn_as_eager_ones_do(shards: Path, tmp_path: Path):
     for name, args in {"eager": ["compile=false"], "compiled": [], "residual": ["precision=bf16_residual"]}.items():
         data = [f"data.train={shards}/train", f"run={tmp_path / name}", "data.workers=2", "quiet=true"]
         sizes = ["encoder.size=Ti", "steps=60", "batch=32", "log_every=10", "optim.warmup_steps=10"]
-        assert (
-            train.run(config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes, *args], recipes.RECIPES_FOLDER)) == 0
-        )
+        assert pretrain.run(config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes, *args])) == 0
         losses[name] = [row["loss"] for row in training_rows(tmp_path / name)]
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=0.01)
     assert losses["residual"] == pytest.approx(losses["eager"], rel=0.02)
@@ -109,7 +105,7 @@ def test_every_kernel_of_attention_gives_finite_gradients(name):
 def test_rows_tell_the_time_on_the_devices_own_clock(shards: Path, tmp_path: Path):
     data = [f"data.train={shards}/train", f"run={tmp_path}", "data.workers=2", "profile=true", "quiet=true"]
     sizes = ["encoder.size=Ti", "steps=20", "batch=32", "log_every=10", "save_every=20"]
-    assert train.run(config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes], recipes.RECIPES_FOLDER)) == 0
+    assert pretrain.run(config.parse(Pretrain, ["recipe=mpp_vit_b16", *data, *sizes])) == 0
     for row in training_rows(tmp_path):
         shares = [value for name, value in row.items() if name.startswith("time_")]
         assert sum(shares) == pytest.approx(1, abs=1e-3)
@@ -122,9 +118,7 @@ def test_rows_tell_the_time_on_the_devices_own_clock(shards: Path, tmp_path: Pat
 def test_2048_images_of_vit_b16_fit():
     if torch.cuda.mem_get_info()[1] < 130 * 2**30:
         pytest.skip("needs a GPU with 139 GiB, as an H200")
-    recipe, tensors, source = recipes.resolve_recipe(
-        config.parse(Pretrain, ["recipe=mpp_vit_b16", "batch=2048"], recipes.RECIPES_FOLDER)
-    )
+    recipe, tensors, source = recipes.resolve_recipe(config.parse(Pretrain, ["recipe=mpp_vit_b16", "batch=2048"]))
     accelerator = start_accelerator(recipe.launch_settings(recipe.optim.clip, world=1), "none", Path())
     model = setup.build_model(recipe, 0, tensors, source).cuda()
     prepare_model(model, accelerator, recipe.precision, recipe.compile, recipe.activation_checkpointing)
@@ -140,7 +134,7 @@ def test_2048_images_of_vit_b16_fit():
 
 
 def test_a_step_never_waits_for_the_device(tmp_path: Path):
-    recipe = config.parse(Pretrain, ["recipe=mpp_demo"], recipes.RECIPES_FOLDER)
+    recipe = config.parse(Pretrain, ["recipe=mpp_demo"])
     accelerator = start_accelerator(recipe.launch_settings(recipe.optim.clip, world=1), "none", tmp_path)
     recipe, _, _ = recipes.resolve_recipe(recipe)
     model: Model = setup.build_model(recipe, 0).cuda()
@@ -168,12 +162,12 @@ def test_a_dry_run_foretells_memory_and_time(shards: Path, tmp_path: Path, words
     data = [f"data.train={shards}/train", "data.val=none", f"run={tmp_path}", "data.workers=8"]
     sizes = ["recipe=mpp_vit_b16", "batch=128", "steps=60", "log_every=20", "save_every=1000", "tracker=none"]
     args = [*sizes, *data, "quiet=true", "restart=true", *words]
-    assert train.run(config.parse(Pretrain, [*args, "dry_run=true"], recipes.RECIPES_FOLDER)) == 0
+    assert pretrain.run(config.parse(Pretrain, [*args, "dry_run=true"])) == 0
     estimate = json.loads((tmp_path / "dry_run.json").read_text())["here"]
     gc.collect()  # the model that was tried
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    assert train.run(config.parse(Pretrain, args, recipes.RECIPES_FOLDER)) == 0
+    assert pretrain.run(config.parse(Pretrain, args)) == 0
     peak, last = torch.cuda.max_memory_allocated(), training_rows(tmp_path)[-1]
     assert estimate["peak"] == pytest.approx(peak, rel=0.15)
     if "compile=false" in words:

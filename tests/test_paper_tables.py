@@ -6,9 +6,9 @@ import pytest
 import torch
 import yaml
 
-from ssl_vit import config, recipes
+from ssl_vit import config
 from tests import test_recipes
-from tests.test_recipes import read_recipe
+from tests.test_recipes import ROOT, read_recipe
 
 IMAGES = {"jft": 303e6, "imagenet21k": 14e6, "imagenet": 1_281_167}
 SCHEDULE = {  # clipping is stated for ImageNet alone; warm-up, steps an epoch: paper.md 4.1
@@ -309,7 +309,7 @@ def test_fine_tuning_of_resnets_is_bits(name: str):
 
 def test_a_page_lists_every_recipe():
     """docs/recipes.md: each once in its tables, and nothing else; with the numbers above, which are all."""
-    page = (recipes.RECIPES_FOLDER.parent / "docs" / "recipes.md").read_text()
+    page = (ROOT / "docs" / "recipes.md").read_text()
     row_by_name = {line.split("`")[1]: line for line in page.splitlines() if re.match(r"\| `\w+` \|", line)}
     listed_names = re.findall(r"^\| `(\w+)` \|", page, re.M)
     assert sorted(listed_names) == test_recipes.NAMES
@@ -327,9 +327,9 @@ def test_a_page_lists_every_recipe():
 @pytest.mark.parametrize("name", test_recipes.NAMES)
 def test_a_base_stands_by_itself(name: str):
     """One level deep; and a recipe says what is other than its base, no more."""
-    tree = yaml.load((recipes.RECIPES_FOLDER / f"{name}.yaml").read_text(), config.TextLoader)
+    tree = yaml.load((ROOT / "recipes" / f"{name}.yaml").read_text(), config.TextLoader)
     if "base" in tree:
-        base_tree = yaml.load((recipes.RECIPES_FOLDER / f"{tree['base']}.yaml").read_text(), config.TextLoader)
+        base_tree = yaml.load((ROOT / "recipes" / f"{tree['base']}.yaml").read_text(), config.TextLoader)
         assert "base" not in base_tree
         kinds = {group for group, keys in tree.items() if isinstance(keys, dict) and "kind" in keys}
         flat, flat_base = config.flatten(tree), dict(config.flatten(base_tree))

@@ -10,8 +10,7 @@ import torch
 import yaml
 
 from ssl_vit import config, recipes
-from ssl_vit.commands import setup
-from ssl_vit.commands.fit_clusters import FitClusters
+from ssl_vit.commands import fit_clusters, setup
 from ssl_vit.convert.make_shards import MakeShards
 from ssl_vit.encoders import timm_encoder
 from ssl_vit.estimate import cost
@@ -25,12 +24,12 @@ from ssl_vit.train.optim import set_lr
 from tests.test_models import TABLE
 
 ROOT = Path(__file__).parent.parent
-NAMES = sorted(path.stem for path in recipes.RECIPES_FOLDER.glob("*.yaml"))
+NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 EVALUATION = [name for name in NAMES if name.startswith("evaluate")]
 TRAINING = [name for name in NAMES if name not in EVALUATION]
 STUDY_PREFIXES = ("supervised_", "shape_", "positions_", "optimizer_", "datasize_", "axial_", "finetune_bit", "mpp_")
 OWN_RECIPES = ("mpp_demo", "mpp_flowers", "mpp_vit_b16")  # their headers tell what they took, or in words of their own
-SCHEMAS = {"pretrain": Pretrain, "finetune": Finetune, "fit_clusters": FitClusters, "make_shards": MakeShards}
+SCHEMAS = {"pretrain": Pretrain, "finetune": Finetune, "fit_clusters": fit_clusters.Config, "make_shards": MakeShards}
 PAPER_RECIPES = [name for name in TRAINING if name.startswith(STUDY_PREFIXES) and name not in OWN_RECIPES]
 LARGE = re.compile("r101|r152|r200|bit_")  # ResNets, which take long to build; by default the others of their kind
 MARKED_RECIPES = [pytest.param(name, marks=pytest.mark.process if LARGE.search(name) else ()) for name in TRAINING]
@@ -44,7 +43,7 @@ def recipe_schema(name: str) -> type[Pretrain] | type[Finetune]:
 
 def header_comment(name: str) -> str:
     """The comment that a recipe opens with, without its signs."""
-    lines = (recipes.RECIPES_FOLDER / f"{name}.yaml").read_text().splitlines()
+    lines = (ROOT / "recipes" / f"{name}.yaml").read_text().splitlines()
     num_lines = next(number for number, line in enumerate(lines) if not line.startswith("#"))
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:num_lines])
 
@@ -61,7 +60,7 @@ def write_noise_codebook(name: str, folder: Path, args: list[str]) -> list[str]:
 
 
 def read_recipe(name: str, *overrides: str) -> Any:
-    return config.parse(recipe_schema(name), [f"recipe={name}", *overrides], recipes.RECIPES_FOLDER)
+    return config.parse(recipe_schema(name), [f"recipe={name}", *overrides])
 
 
 def small_overrides(name: str) -> list[str]:
@@ -95,7 +94,7 @@ def test_a_recipe_builds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(type(recipe.head), "build", lambda *args, **kwargs: models.append(build(*args, **kwargs)))
     resolved, _, _ = recipes.resolve_recipe(recipe)
     (tmp_path / "again.yaml").write_text(config.dump(recipe))  # a resume compares the two
-    assert config.parse(recipe_schema(name), ["recipe=again", f"run={recipe.run}"], tmp_path) == recipe
+    assert config.parse(recipe_schema(name), ["recipe=again", f"run={recipe.run}"], [tmp_path]) == recipe
     assert count_parameters(models[0]) > 0
     assert all(parameter.is_meta for parameter in models[0].parameters())
     assert resolved.run == f"runs/{name}"
@@ -137,7 +136,7 @@ def test_a_recipe_trains(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", EVALUATION)
 def test_a_recipe_judges(name: str):
-    recipe = config.parse(Evaluate, [f"recipe={name}"], recipes.RECIPES_FOLDER)
+    recipe = config.parse(Evaluate, [f"recipe={name}"])
     assert recipe.methods == ("classifier",)
     assert recipe.metrics.label_sets or recipe.metrics.class_map
     assert (recipe.run, recipe.data.image_size, recipe.data.eval_crop) == (f"runs/{name}", 384, 0.8572)
@@ -153,7 +152,7 @@ def test_the_commands_of_a_recipe_are_taken(name: str):
     quoted = [" ".join(args.split()) for args in re.findall(r"`([^`]+)`", text)]
     for tool, arguments in [*re.findall(r"tools/(\w+)\.py (.*)", "\n".join(quoted)), *commands]:
         quote = [word for word in arguments.split() if re.match(r"[\w.]+=.", word)]
-        recipe = config.parse(SCHEMAS[tool], quote, recipes.RECIPES_FOLDER)
+        recipe = config.parse(SCHEMAS[tool], quote)
         if isinstance(recipe, Finetune) and recipe.init == f"runs/{name}" and recipe.encoder.kind == "vit":
             read_recipe(name).encoder.model_copy(
                 update={"image": recipe.data.image_size}
@@ -190,7 +189,7 @@ def test_a_recipe_of_the_paper_says_what_it_costs_and_what_to_expect(name: str):
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / "accelerate_config.yaml", *sorted((recipes.RECIPES_FOLDER / "launch").glob("*.yaml"))]
+    "path", [ROOT / "accelerate_config.yaml", *sorted((ROOT / "recipes" / "launch").glob("*.yaml"))]
 )
 def test_a_launch_file_is_what_accelerate_reads(path: Path):
     from accelerate.commands.config.config_args import ClusterConfig

@@ -110,7 +110,7 @@ def test_contestants_take_turns_each_begins_a_round_and_speed_is_a_median_of_rat
 
 
 def build_step_inputs() -> tuple[recipes.Recipe, Model, dict[str, Tensor]]:
-    recipe, tensors, source = recipes.resolve_recipe(config.parse(Pretrain, STEP_ARGS, recipes.RECIPES_FOLDER))
+    recipe, tensors, source = recipes.resolve_recipe(config.parse(Pretrain, STEP_ARGS))
     model = setup.build_model(recipe, 1000, tensors, source)
     torch.nn.init.normal_(model.head.linear.weight, std=0.02)
     return recipe, model, timing.random_batch(recipe.batch, recipe.encoder, torch.device("cpu"))
@@ -444,7 +444,7 @@ def run_scaling(folder: Path, *args: str) -> Rows:
 
 
 def scaling_options(*args: str) -> Any:
-    return config.parse(scaling.Options, [*SCALING_ARGS, *args], recipes.RECIPES_FOLDER)
+    return config.parse(scaling.Options, [*SCALING_ARGS, *args])
 
 
 def test_a_line_has_numpys_slope_and_standard_error_and_a_row_a_fit_a_round():
@@ -618,7 +618,7 @@ def test_processes_are_launched_with_as_many_images_each(monkeypatch: Patch, tmp
 
     def launch(command: list[str], env: dict[str, str], **_: Any) -> Any:
         count = int(command[command.index("--nproc_per_node") + 1])
-        options: Any = config.parse(scaling.engines.Options, [f"recipe={command[-2]}"], recipes.RECIPES_FOLDER)
+        options: Any = config.parse(scaling.engines.Options, [f"recipe={command[-2]}"])
         recipes.resolve_recipe(options)
         launches[count] = (
             options.batch,

@@ -1,39 +1,6 @@
-"""Convert images to WebDataset shards: tools/make_shards.py input=DIR output=DIR [key=value ...]
+"""The command line `ssl-vit make_shards`."""
 
-On several machines, or to use a launcher's processes: torchrun ... tools/make_shards.py (or srun); each writes its
-share of the shards, and the one that ends last writes the manifest.
-"""
-
-import os
-import sys
-from pathlib import Path
-
-from ssl_vit import config, errors
-from ssl_vit.convert.make_shards import REJECTS, MakeShards, convert_images
-
-
-def main(arguments: list[str]) -> int:
-    if config.wants_help(arguments):
-        print(f"{__doc__}\n\n{config.format_help(MakeShards)}")
-        return 0
-    options = config.parse(MakeShards, arguments, Path("recipes"))
-    rank, world = rank_and_world()
-    manifests = convert_images(options, rank, world)
-    for split in manifests.values():
-        rejected, duplicates = split.job["rejects"], split.job.get("duplicates")
-        note = f", {rejected} rejected (see {split.name}/{REJECTS})" if rejected else ""
-        note += f", {duplicates} equal to an earlier one" if duplicates else ""
-        print(f"{split.name}: {split.samples} samples, {len(split.classes)} classes, {len(split.shards)} shards{note}")
-    if not manifests:
-        print(f"process {rank} of {world}: its shards are done; the one that ends last writes the manifest")
-    return 0
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's number, and how many torchrun, accelerate or srun started."""
-    names = [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")]
-    return next(((int(os.environ[r]), int(os.environ[w])) for r, w in names if w in os.environ), (0, 1))
-
+from ssl_vit.commands import main, make_shards
 
 if __name__ == "__main__":
-    sys.exit(errors.run_main(main))
+    main(make_shards)

@@ -1,17 +1,6 @@
-"""Pretrain an encoder: accelerate launch tools/pretrain.py recipe=NAME [key=value ...]"""
+"""The command line `ssl-vit pretrain`."""
 
-import sys
-
-from ssl_vit import config, errors, recipes
-from ssl_vit.commands import train
-
-
-def main(arguments: list[str]) -> int:
-    if config.wants_help(arguments):
-        print(f"{__doc__}\n\n{config.format_help(recipes.Pretrain)}")
-        return 0
-    return train.run(config.parse(recipes.Pretrain, arguments, recipes.RECIPES_FOLDER))
-
+from ssl_vit.commands import main, pretrain
 
 if __name__ == "__main__":
-    sys.exit(errors.run_main(main))
+    main(pretrain)

@@ -1,36 +1,6 @@
-"""Compare shards with their manifest: tools/verify_shards.py shards=FOLDER|URL [full=true]
+"""The command line `ssl-vit verify_shards`."""
 
-Names every missing, short, grown or altered shard and says how many of its samples can be read; exit code 65 where
-there is one.
-"""
-
-import sys
-from pathlib import Path
-
-from ssl_vit import config, errors
-from ssl_vit.convert.index_shards import VerifyShards, verify_all_shards
-from ssl_vit.errors import ExitCode, ExitError
-
-
-def main(arguments: list[str]) -> int:
-    if config.wants_help(arguments):
-        print(f"{__doc__}\n\n{config.format_help(VerifyShards)}")
-        return 0
-    options = config.parse(VerifyShards, arguments, Path("recipes"))
-    states = verify_all_shards(options)
-    bad = [state for state in states if state.fault]
-    for state in bad:
-        print(f"{state.shard}: {state.fault}: {state.readable} of {state.samples} samples readable")
-    samples, readable = (sum(getattr(state, name) for state in states) for name in ("samples", "readable"))
-    method = "by sha256" if options.full else "by size (full=true compares every byte)"
-    summary = (
-        f"{len(states) - len(bad)} of {len(states)} shards are whole {method}, {readable} of {samples} samples readable"
-    )
-    if bad:
-        raise ExitError(ExitCode.DATA, f"{summary}; make or fetch the {len(bad)} others again")
-    print(summary)
-    return 0
-
+from ssl_vit.commands import main, verify_shards
 
 if __name__ == "__main__":
-    sys.exit(errors.run_main(main))
+    main(verify_shards)

@@ -19,7 +19,7 @@ from ssl_vit.data.manifest import Manifest
 from ssl_vit.encoders import weights
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.evaluate.attention import Query, attention_distances, find_attention_layers
-from ssl_vit.recipes import RECIPES_FOLDER, Pretrain
+from ssl_vit.recipes import Pretrain
 from ssl_vit.report.format import escape, format_percent
 from ssl_vit.report.page import Page, encode_png
 from ssl_vit.runtime import command_line
@@ -245,7 +245,7 @@ class AnalysisReport:
         if not checkpoints or not (folder / "recipe.yaml").is_file():
             raise ExitError(ExitCode.USAGE, "the head is in the checkpoints of a pretraining; give its run as encoder=")
         try:
-            recipe = config.parse(Pretrain, [f"recipe={folder / 'recipe.yaml'}"], RECIPES_FOLDER)
+            recipe = config.parse(Pretrain, [f"recipe={folder / 'recipe.yaml'}"])
         except ExitError as error:
             raise ExitError(
                 ExitCode.USAGE, "its run is no pretraining, so it has no head that predicts patches"

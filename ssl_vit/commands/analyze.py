@@ -1,4 +1,8 @@
-"""What an encoder has learned, in pictures and numbers (paper 4.5, D.7, D.8): a start of tools/analyze.py."""
+"""Look into an encoder: python tools/analyze.py encoder=runs/NAME data=shards/val run=runs/analyze
+
+Writes a page with the paper's pictures (attention rollout, attention distance, filters, positions; 4.5, D.7, D.8),
+reconstructions, features and neighbors; the pictures as PNG, the numbers as JSON and CSV.
+"""
 
 import csv
 import io
@@ -8,7 +12,8 @@ from pathlib import Path
 import torch
 
 from ssl_vit.analyze.collect import Request, collect
-from ssl_vit.analyze.sections import TABLES, AnalysisReport, Analyze
+from ssl_vit.analyze.sections import TABLES, AnalysisReport
+from ssl_vit.analyze.sections import Analyze as Config
 from ssl_vit.convert import resolve
 from ssl_vit.data.dataset import Data, printable
 from ssl_vit.data.loader import EvaluationStream
@@ -20,7 +25,7 @@ from ssl_vit.files import ensure_dir, write_bytes
 from ssl_vit.rng import hash_key, permutation
 
 
-def run(options: Analyze) -> int:
+def run(options: Config) -> int:
     """Write pictures, numbers and the page; returns the exit code."""
     folder = Path(options.run)
     if options.encoder is None or options.data is None:
@@ -66,7 +71,7 @@ def run(options: Analyze) -> int:
     return 0
 
 
-def _build_encoder(options: Analyze, name: str) -> weights.AnyEncoder:
+def _build_encoder(options: Config, name: str) -> weights.AnyEncoder:
     """The encoder, at the size that was asked for."""
     source, tensors = weights.read_source(name)
     size = options.image_size or source.image
@@ -86,7 +91,7 @@ def _build_encoder(options: Analyze, name: str) -> weights.AnyEncoder:
     return encoder.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _make_request(options: Analyze, encoder: weights.AnyEncoder) -> Request:
+def _make_request(options: Config, encoder: weights.AnyEncoder) -> Request:
     """What to look at; the layers by the names of their modules."""
     modules = find_attention_layers(encoder)
     for number in options.layers:
@@ -108,7 +113,7 @@ def _make_request(options: Analyze, encoder: weights.AnyEncoder) -> Request:
     return Request(*counts, layers, options.query, options.readout)
 
 
-def _make_stream(options: Analyze, encoder: weights.AnyEncoder, split: Manifest) -> EvaluationStream:
+def _make_stream(options: Config, encoder: weights.AnyEncoder, split: Manifest) -> EvaluationStream:
     """A random choice of the images, which is the same for every encoder; a smaller one begins a larger one."""
     samples = permutation(hash_key("analyze", options.seed, split.samples), split.samples)
     num_samples = max(options.samples, options.images, options.distance_images)

@@ -1,4 +1,4 @@
-"""Is an encoder worth it? Frozen features judged by linear probe, k-NN and few-shot; classifiers judged on a split."""
+"""Judge an encoder's frozen features, or a classifier: python tools/evaluate.py encoder=runs/NAME [key=value ...]"""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,8 @@ from ssl_vit.data.loader import ProcessShard
 from ssl_vit.distributed import all_reduce_sum, run_on_main
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.evaluate.classifier import evaluate_classifier
-from ssl_vit.evaluate.config import TIMEOUT_SECONDS, Evaluate, EvaluationContext
+from ssl_vit.evaluate.config import TIMEOUT_SECONDS, EvaluationContext
+from ssl_vit.evaluate.config import Evaluate as Config
 from ssl_vit.evaluate.frozen import evaluate_frozen
 from ssl_vit.files import ensure_dir, write_bytes
 from ssl_vit.report.page import Page
@@ -19,7 +20,7 @@ from ssl_vit.runtime import command_line, die_with_launcher, world_size
 from ssl_vit.train.launch import LaunchSettings, start_accelerator
 
 
-def run(recipe: Evaluate) -> int:
+def run(recipe: Config) -> int:
     """Do what the recipe says; returns the exit code."""
     folder = Path(recipe.run)
     if recipe.compare:

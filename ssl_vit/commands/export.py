@@ -1,4 +1,8 @@
-"""An encoder in another format: what tools/export.py does."""
+"""Write an encoder for other programs: tools/export.py encoder=SOURCE format=timm|hf|onnx|safetensors output=FOLDER
+
+SOURCE is a run, an encoder folder, a weights file (safetensors, .pth, Google's .npz) or timm:NAME. With image_size=H
+or H,W positions are interpolated to that size by the paper's rule and baked in.
+"""
 
 import errno
 import os
@@ -12,7 +16,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 from safetensors import SafetensorError
 
-from ssl_vit.config import Config
+from ssl_vit import config
 from ssl_vit.encoders import export, weights
 from ssl_vit.encoders.vit import VitEncoder
 from ssl_vit.encoders.weights import AnyEncoder
@@ -21,7 +25,7 @@ from ssl_vit.errors import ExitCode, ExitError
 ROUNDING = 1e-3  # of the largest number: how far onnxruntime may be off without a word
 
 
-class Export(Config):
+class Config(config.Config):
     """What is written, from what, and where."""
 
     encoder: str | None = Field(
@@ -47,8 +51,8 @@ class Export(Config):
         return size
 
 
-def run(options: Export) -> str:
-    """Write it; returns what was written and what opens it."""
+def run(options: Config) -> int:
+    """Write the encoder and print what opens it; returns the exit code."""
     if options.encoder is None:
         raise ExitError(
             ExitCode.USAGE, "encoder: it must be given: a run, an encoder folder, a weights file, or timm:NAME"
@@ -62,7 +66,8 @@ def run(options: Export) -> str:
     target = Path(options.output)
     with _staged_output(target, folder=options.format != "onnx") as draft:
         description = _write_encoder(options, encoder, head, draft)
-    return f"{load_report}\n{target}: {description}"
+    print(f"{load_report}\n{target}: {description}")
+    return 0
 
 
 @contextmanager
@@ -100,19 +105,19 @@ def _umask() -> int:
     return mask
 
 
-def _load_encoder(options: Export) -> tuple[AnyEncoder, str]:
+def _load_encoder(options: Config) -> tuple[AnyEncoder, str]:
     """The encoder at the size that was asked for, and what became of the source's tensors."""
     source = str(options.encoder)
-    config, tensors = weights.read_source(source, classifier=options.classifier)
-    resized = config if options.image_size is None else config.model_copy(update={"image": options.image_size})
+    original, tensors = weights.read_source(source, classifier=options.classifier)
+    resized = original if options.image_size is None else original.model_copy(update={"image": options.image_size})
     try:
         encoder = resized.build().eval()
     except ValueError as error:
         raise ExitError(ExitCode.USAGE, f"image_size={options.image_size}: {error}") from error
-    return encoder, str(weights.load_weights(encoder, config, tensors, source, options.init_min_fraction))
+    return encoder, str(weights.load_weights(encoder, original, tensors, source, options.init_min_fraction))
 
 
-def _write_encoder(options: Export, encoder: AnyEncoder, head: weights.PretrainedClassifier | None, path: Path) -> str:
+def _write_encoder(options: Config, encoder: AnyEncoder, head: weights.PretrainedClassifier | None, path: Path) -> str:
     kind = encoder.config.kind
     if options.format == "onnx":
         difference = export.export_onnx(encoder, path, head)

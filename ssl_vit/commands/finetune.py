@@ -1,7 +1,7 @@
-"""A fine-tuning may be many trainings, one after the other in one process: of a sweep, of seeds, of tasks.
+"""Fine-tune an encoder to classify: accelerate launch tools/finetune.py recipe=NAME [key=value ...]
 
-Each has a folder of its own, is skipped where its results are there, and goes on from its checkpoint where it was
-stopped.
+A fine-tuning may be many trainings, one after the other in one process: of a sweep, of seeds, of tasks. Each has a
+folder of its own, is skipped where its results are there, and goes on from its checkpoint where it was stopped.
 """
 
 import json
@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ssl_vit.commands.results import write_finetune_results
+from ssl_vit.commands.results import write_finetune_results, write_suite
 from ssl_vit.commands.setup import Session, prepare_data
+from ssl_vit.commands.train import run_training
 from ssl_vit.commands.training_run import train
 from ssl_vit.convert.resolve import resolve_for_recipe
 from ssl_vit.convert.sample_names import read_sample_names
@@ -21,8 +22,29 @@ from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.evaluate import protocol
 from ssl_vit.evaluate.label_sets import read_label_sets
 from ssl_vit.recipes import Finetune
+from ssl_vit.recipes import Finetune as Config
 from ssl_vit.train.anomalies import Diverged
 from ssl_vit.train.run_folder import Run
+
+
+def run(recipe: Config) -> int:
+    """Fine-tune as the recipe says, on one data set or on each of its tasks; returns the exit code."""
+    return run_training(recipe, finetune_tasks if recipe.tasks else finetune_one)
+
+
+def finetune_one(session: Session, recipe: Finetune, folder: Run) -> None:
+    """Fine-tune on the recipe's data."""
+    prepared = run_on_main(session.accelerator, lambda: prepare_recipe(recipe), session.watchdog.heartbeat)
+    sweep_and_train(session, prepared, folder)
+
+
+def finetune_tasks(session: Session, recipe: Finetune, folder: Run) -> None:
+    """Fine-tune on each task of a suite, in a folder of its own, and write the suite's results."""
+    members = run_on_main(session.accelerator, lambda: task_recipes(recipe))
+    prepare_members = lambda: {name: prepare_recipe(member) for name, member in members.items()}  # noqa: E731
+    members = run_on_main(session.accelerator, prepare_members, session.watchdog.heartbeat)
+    results = {name: run_member(session, member, sweep_and_train) for name, member in members.items()}
+    run_on_main(session.accelerator, lambda: write_suite(recipe, folder, results))
 
 
 def prepare_recipe(recipe: Finetune) -> Finetune:

@@ -1,11 +1,15 @@
-"""Fitting a codebook of colors or patches to the images of shards, for head.kind=clusters; and its copy in a run."""
+"""Fit the classes of head.kind=clusters to shards: tools/fit_clusters.py data.train=FOLDER clusters=512 output=FILE
+
+k-means of patches (space=patch, as iBOT's Table 20 has it) or of mean colors (space=color), cropped as in training.
+Then: tools/pretrain.py recipe=mpp_clusters head.codebook=FILE
+"""
 
 from pathlib import Path
 
 import torch
 from pydantic import Field
 
-from ssl_vit.config import Config
+from ssl_vit import config
 from ssl_vit.convert import resolve
 from ssl_vit.data.dataset import Data
 from ssl_vit.data.loader import ProcessShard, TrainingStream, split_holdout
@@ -17,7 +21,7 @@ from ssl_vit.heads.clusters import ClusterSpace
 BATCH_SIZE = 64  # images at once
 
 
-class FitClusters(Config):
+class Config(config.Config):
     """What is clustered, and into how many."""
 
     data: Data = Data()
@@ -35,8 +39,8 @@ class FitClusters(Config):
         return self.output
 
 
-def fit(options: FitClusters) -> str:
-    """Fit and write a codebook; says what it made."""
+def run(options: Config) -> int:
+    """Fit a codebook, write it and print what it leaves; returns the exit code."""
     if options.data.train is None:
         raise ExitError(ExitCode.USAGE, "data.train: it must be given: a folder of shards, or of images")
     output = Path(options.output)
@@ -58,13 +62,14 @@ def fit(options: FitClusters) -> str:
     metadata = {"space": options.space, "patch": str(options.patch), "seed": str(options.seed), "data": train.identity}
     clusters.write_codebook(output, centers, metadata)
     error = float((points - centers[assignments]).square().mean() / (points - points.mean(0)).square().mean())
-    return (
+    print(
         f"{options.output}: {options.clusters} clusters of {len(points):,} {options.space} vectors; they leave "
         f"{error:.1%} of the variance, the commonest holds {float(frequencies.max()):.1%}, entropy {entropy:.2f} nats"
     )
+    return 0
 
 
-def sample_vectors(options: FitClusters, stream: TrainingStream, samples: int) -> torch.Tensor:
+def sample_vectors(options: Config, stream: TrainingStream, samples: int) -> torch.Tensor:
     """About `points` vectors [M, d] of the first `images` of the stream, equally many of each."""
     count = min(options.images, len(split_holdout(samples, options.data)[0]))
     per_image = max(1, options.points // count)

@@ -1,4 +1,4 @@
-"""What a classifier says of the images in a folder."""
+"""Classify a folder of images: python tools/predict.py encoder=runs/NAME input=IMAGES output=predictions.csv"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from ssl_vit.config import Config
+from ssl_vit import config
 from ssl_vit.convert import image_list
 from ssl_vit.data.dataset import BadSample, Data, SampleDataset, printable
 from ssl_vit.data.loader import EvaluationStream, ProcessShard
@@ -18,7 +18,7 @@ from ssl_vit.evaluate.metrics import TOP_K, write_table
 from ssl_vit.model import pool_tokens
 
 
-class Predict(Config):
+class Config(config.Config):
     """Classify the images of a folder."""
 
     encoder: str = Field(description="a fine-tuning run, its classifier/ folder, a classifier's weights, or timm:NAME")
@@ -33,8 +33,8 @@ class Predict(Config):
 class ImageFiles(SampleDataset):
     """Images of a folder as samples."""
 
-    def __init__(self, root: Path, names: list[str], config: Data):
-        super().__init__(Manifest(root, {}, [], []), config, seed=0, training=False)
+    def __init__(self, root: Path, names: list[str], data: Data):
+        super().__init__(Manifest(root, {}, [], []), data, seed=0, training=False)
         self.root, self.names = root, names
 
     def read_sample(self, sample: int) -> tuple[bytes, int]:
@@ -49,7 +49,7 @@ class ImageFiles(SampleDataset):
         return str(self.root / self.names[sample])
 
 
-def run(recipe: Predict) -> int:
+def run(recipe: Config) -> int:
     """Write the table; returns the exit code. Images that cannot be read have empty cells, and are named."""
     output = Path(recipe.output)
     if output.suffix not in (".csv", ".parquet"):
@@ -69,8 +69,8 @@ def run(recipe: Predict) -> int:
         except ValueError as error:
             raise ExitError(ExitCode.USAGE, f"image_size={size}: {error}") from error
         weights.load_weights(encoder, source, weights.read_source(recipe.encoder, classifier=True)[1], recipe.encoder)
-    config = Data(image_size=size, eval_crop=head.crop, workers=recipe.workers)
-    stream = EvaluationStream.from_dataset(ImageFiles(Path(recipe.input), names, config), len(names), recipe.batch)
+    data = Data(image_size=size, eval_crop=head.crop, workers=recipe.workers)
+    stream = EvaluationStream.from_dataset(ImageFiles(Path(recipe.input), names, data), len(names), recipe.batch)
     predictions: list[list[Any] | None] = [None] * len(names)
     for index, cells in _predict(encoder, head, stream):
         predictions[index] = cells

@@ -1,6 +1,15 @@
-"""What is in run folders: how the runs stand, their checkpoints, what the same command would do; nothing is changed."""
+"""How runs stand, their checkpoints and their curves: tools/runs.py run=FOLDER [compare=RUN,RUN] [checkpoints=true]
 
+`run` is a run folder, or a folder of runs of any depth, or several. First comes a table of all runs, then the keys in
+which their recipes differ. Where it is one run, or with checkpoints=true, every file of every checkpoint is compared
+with its digest, and what the same command would do is said; exit code 76 where there are checkpoints and none
+verifies. compare=A,B draws the curves of these runs in one picture. Nothing but that picture is written.
+"""
+
+import io
 import os
+import shutil
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -9,7 +18,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ssl_vit.config import Config
+from ssl_vit import config
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.report.format import format_age, format_file_size
 from ssl_vit.runs import table
@@ -21,7 +30,7 @@ UNREADABLE = "cannot be read"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)  # pydantic has a method json, which it gave up
 
-    class Runs(Config):
+    class Config(config.Config):
         """Which runs to look at, and how."""
 
         run: tuple[str, ...] = Field(default=("runs",), min_length=1, description="run folders, or folders of runs")
@@ -50,7 +59,21 @@ class SavedCheckpoint:
         return self.state in ("verified", "not verified")
 
 
-def report_runs(options: Runs, width: int | None = None, color: bool = False) -> Iterator[str]:
+def run(options: Config) -> int:
+    """Print the report, in colors and cut to the width of a terminal; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder may have any name
+    is_terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if is_terminal else None
+    try:
+        for line in report_runs(options, width, color=is_terminal and not os.environ.get("NO_COLOR")):
+            print(line, flush=True)
+    except BrokenPipeError:  # of `| head`, which has seen enough; what is still waiting goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def report_runs(options: Config, width: int | None = None, color: bool = False) -> Iterator[str]:
     """The lines on all runs, cut at `width` signs where there is one.
 
     ExitError: USAGE where there is none, INTEGRITY after all where one's checkpoints were looked at and none is good.
@@ -82,7 +105,7 @@ def report_runs(options: Runs, width: int | None = None, color: bool = False) ->
         raise ExitError(ExitCode.INTEGRITY, f"no checkpoint verifies in {', '.join(unverified)}")
 
 
-def _find_runs(options: Runs) -> tuple[list[Path], Path | None]:
+def _find_runs(options: Config) -> tuple[list[Path], Path | None]:
     """The run folders that are asked for, and the folder of runs where all are from one."""
     parents = [Path(name) for name in options.run]
     if options.compare:
@@ -125,7 +148,7 @@ def _draw_curves(runs: dict[str, RunStatus], picture: Path) -> list[str]:
     return [*notes, f"curves: {picture}"]
 
 
-def _runs_with_checkpoints(options: Runs, runs: list[RunStatus]) -> list[RunStatus]:
+def _runs_with_checkpoints(options: Config, runs: list[RunStatus]) -> list[RunStatus]:
     """The runs of which the checkpoints are looked at: to read those of many takes hours."""
     folders = {run.folder for run in runs}
     single_run = sum(not folders & set(folder.parents) for folder in folders) == 1 and not options.compare

@@ -1,20 +1,19 @@
-"""A start of a training tool: processes meet, hold the run, train what its recipe says, and tell how it ended."""
+"""The start that pretraining and fine-tuning share: processes meet, lock the run, train, and record how it ended."""
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ssl_vit import fault_injection
 from ssl_vit.commands.dry_run import preview
-from ssl_vit.commands.finetune import prepare_recipe, run_member, sweep_and_train, task_recipes
-from ssl_vit.commands.results import write_suite
 from ssl_vit.commands.setup import Session
-from ssl_vit.commands.training_run import train
 from ssl_vit.data import workers
 from ssl_vit.distributed import run_on_main
 from ssl_vit.errors import ExitCode, ExitError, exit_now, is_out_of_memory, to_exit_error
 from ssl_vit.estimate.run_estimate import explain_out_of_memory
-from ssl_vit.recipes import Finetune, Recipe, resolve_recipe
+from ssl_vit.recipes import Recipe, resolve_recipe
 from ssl_vit.runtime import die_with_launcher, world_size
 from ssl_vit.train.launch import start_accelerator
 from ssl_vit.train.preflight import check_processes_match, check_shared_folder, wait_for_rendezvous
@@ -24,8 +23,8 @@ from ssl_vit.train.watchdog import Watchdog
 RENDEZVOUS_TIMEOUT = 120.0  # seconds that a process waits for the master to be there
 
 
-def run(recipe: Recipe) -> int:
-    """Do what the recipe says, from the checkpoint where there is one; returns the exit code."""
+def run_training(recipe: Recipe, train_fn: Callable[[Session, Any, Run], object]) -> int:
+    """Start, call `train_fn(session, recipe, run folder)`, and leave its end in exit.json; returns the exit code."""
     die_with_launcher()
     enable_requested_faults()
     fault_injection.fault_point("start")
@@ -46,7 +45,7 @@ def run(recipe: Recipe) -> int:
         check_shared_folder(accelerator, folder.folder)
         folder.acquired = True  # by one process for all
         session = Session(accelerator, watchdog, tensors, source)
-        run_recipe(session, recipe, folder)
+        train_fn(session, recipe, folder)
         if accelerator.is_main_process:
             folder.write_exit(0, "done")
     except BaseException as error:
@@ -78,21 +77,3 @@ def enable_requested_faults() -> None:
     if spec := os.environ.get(fault_injection.ENV_VARIABLE, ""):
         print(f"{fault_injection.ENV_VARIABLE}={spec}: faults will be injected", flush=True)
     fault_injection.enable_faults(spec)
-
-
-def run_recipe(session: Session, recipe: Recipe, folder: Run) -> None:
-    """The one training of a recipe, or all that a fine-tuning is made of."""
-    if not isinstance(recipe, Finetune):
-        train(session, recipe, folder)
-    elif recipe.tasks:
-        members = run_on_main(session.accelerator, lambda: task_recipes(recipe))
-        prepare_members = lambda: {name: prepare_recipe(member) for name, member in members.items()}  # noqa: E731
-        members = run_on_main(session.accelerator, prepare_members, session.watchdog.heartbeat)
-        results = {name: run_member(session, member, sweep_and_train) for name, member in members.items()}
-        run_on_main(session.accelerator, lambda: write_suite(recipe, folder, results))
-    else:
-        sweep_and_train(
-            session,
-            run_on_main(session.accelerator, lambda: prepare_recipe(recipe), session.watchdog.heartbeat),
-            folder,
-        )

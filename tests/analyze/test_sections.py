@@ -30,7 +30,7 @@ from ssl_vit.encoders.timm_encoder import Bit, TimmZoo
 from ssl_vit.encoders.vit import Vit, VitEncoder
 from ssl_vit.encoders.weights import load_encoder
 from ssl_vit.evaluate import attention
-from ssl_vit.recipes import RECIPES_FOLDER, Pretrain
+from ssl_vit.recipes import Pretrain
 from tests import evaluate_cases
 
 ALL_SECTIONS = {"rollout", "distance", "filters", "positions", "features", "neighbors"}
@@ -60,7 +60,7 @@ def run_analysis(
     """The numbers of an analysis in this process; what it wrote is whole, though sketched unless it is `drawn`."""
     paths = [f"encoder={encoder or root / 'run'}", f"data={data or root / 'shards' / 'val'}", f"run={output}"]
     arguments = [*paths, "workers=0", "quiet=true", "batch=3", "images=2", *args]
-    parsed = config.parse(sections.Analyze, arguments, RECIPES_FOLDER)
+    parsed = config.parse(sections.Analyze, arguments)
     fakes = {} if draw_figures else dict.fromkeys(FIGURE_NAMES, lambda *_, **__: FakeFigure())
     with patch.multiple(figures, **fakes) if fakes else nullcontext():
         assert command.run(parsed) == 0
@@ -191,7 +191,7 @@ def test_a_pretraining_shows_its_reconstructions(given: Path, tiny_run: Any, tmp
 def reconstruction_panel(run: Path, shards: Path, numbers: list[int]) -> np.ndarray:
     """The picture that the last checkpoint's head makes of the samples, every tensor of it found there."""
     encoder: Any = load_encoder(run)
-    head: Any = config.parse(Pretrain, [f"recipe={run}/recipe.yaml"], RECIPES_FOLDER).head.build(encoder, 1)
+    head: Any = config.parse(Pretrain, [f"recipe={run}/recipe.yaml"]).head.build(encoder, 1)
     tensors = load_file(sorted((run / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
     head.load_state_dict({name.removeprefix("head."): tensors[name] for name in tensors if name.startswith("head.")})
     data = Data(image_size=evaluate_cases.SIDE, workers=0)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssl_vit import config, recipes, runtime
+from ssl_vit import config, runtime
 from ssl_vit.data.loader import ProcessShard
 from ssl_vit.encoders.vit import Vit
 from ssl_vit.errors import ExitCode, ExitError
@@ -41,7 +41,7 @@ MODEL_ARGS += ["data.image_size=32,64"]
 
 
 def resolve_args(schema: type[Recipe], *args: str) -> Recipe:
-    return resolve_recipe(config.parse(schema, list(args), recipes.RECIPES_FOLDER))[0]
+    return resolve_recipe(config.parse(schema, list(args)))[0]
 
 
 def build_model(recipe: Recipe, classes: int = 1) -> Model:

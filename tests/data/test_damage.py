@@ -380,7 +380,7 @@ def test_shards_of_others_are_verified_where_they_lie(made: Manifest, tmp_path: 
 def test_all_bad_shards_are_named_at_once_before_training_begins(whole: Manifest, made: Manifest):
     def prepare(verify: bool) -> None:
         args = [f"data.train={made.folder}", f"data.val={whole.folder}", f"data.verify={verify}"]
-        setup.prepare_data(config.parse(recipes.Pretrain, [*TINY, *args], recipes.RECIPES_FOLDER))
+        setup.prepare_data(config.parse(recipes.Pretrain, [*TINY, *args]))
 
     flip_images(made, 3, 0)
     prepare(False)  # sizes only

@@ -580,5 +580,5 @@ def test_webdataset_passes_over_what_it_cannot_read_or_ends(colored: Path, tmp_p
 
 def test_webdataset_says_what_it_does_not_promise(colored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     args = [*TINY, "data.reader=webdataset", f"data.train={colored}/{{0..3}}.tar", f"run={tmp_path}/run"]
-    setup.prepare_data(config.parse(recipes.Pretrain, args, recipes.RECIPES_FOLDER))
+    setup.prepare_data(config.parse(recipes.Pretrain, args))
     assert "neither exactly once an epoch nor exactly resumable" in capsys.readouterr().out

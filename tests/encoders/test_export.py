@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from ssl_vit import errors
+from ssl_vit import commands, errors
+from ssl_vit.commands import export as command
 from ssl_vit.encoders import export, weights
 from ssl_vit.encoders.weights import PretrainedClassifier, load_encoder
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.model import pool_tokens
 from tests.encoders import foreign_weights as foreign
 from tests.encoders.foreign_weights import random_images, randomize
-from tests.processes import TOOLS
 
 SMALL: dict[str, Any] = {"kind": "vit", "width": 48, "heads": 3, "depth": 2, "mlp": 80, "patch": 4, "image": 16}
 AXIAL: dict[str, Any] = {"kind": "axial", "width": 48, "heads": 3, "depth": 1, "patch": 4, "image": (16, 24)}
@@ -77,8 +76,7 @@ def make_run(folder: Path, settings: dict[str, Any]) -> Any:
 
 def run_export(*args: object) -> None:
     """tools/export.py, in this process."""
-    module = runpy.run_path(str(TOOLS / "export.py"), run_name="export")
-    assert module["main"]([str(arg) for arg in args]) == 0
+    assert commands.call(command, [str(arg) for arg in args]) == 0
 
 
 def make_and_export(folder: Path, settings: dict[str, Any], *args: str) -> Any:

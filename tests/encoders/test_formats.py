@@ -365,7 +365,7 @@ def test_what_a_training_says_of_its_source(tmp_path: Path, schema, capsys: pyte
     save_hf_model(transformers.ViTForImageClassification(transformers.ViTConfig(**HF)), tmp_path / "hf")
     for path in (tmp_path / "google.npz", tmp_path / "hf"):
         args = [f"init={path}", "data.train=x", "data.image_size=24", "init_min_fraction=0.9"]
-        parsed, tensors, source = recipes.resolve_recipe(config.parse(schema, args, recipes.RECIPES_FOLDER))
+        parsed, tensors, source = recipes.resolve_recipe(config.parse(schema, args))
         model = setup.build_model(parsed, 3, tensors, source, say=print)
         output = capsys.readouterr().out
         count = len(model.encoder.state_dict())
@@ -502,5 +502,5 @@ def test_a_class_token_that_the_source_lacks_is_not_read_out(tmp_path: Path):
     export_encoder(Vit(size="Ti", depth=1, patch=8, image=16, class_token=False, pool="mean").build(), tmp_path)
     args = [f"init={tmp_path}", "data.image_size=16", "encoder.pool=class"]
     with pytest.raises(ExitError, match=r"no class token to read out; set encoder\.pool=mean") as error:
-        recipes.resolve_recipe(config.parse(recipes.Finetune, args, recipes.RECIPES_FOLDER))
+        recipes.resolve_recipe(config.parse(recipes.Finetune, args))
     assert error.value.code == ExitCode.USAGE

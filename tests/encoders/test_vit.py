@@ -319,7 +319,7 @@ def test_no_part_of_timms_head_is_left_to_train(name, part):
 def test_a_size_that_timm_cannot_cut_is_refused():
     args = ["encoder.kind=timm", "encoder.name=test_vit", "data.image_size=56", "head.kind=classifier"]
     with pytest.raises(ExitError) as error:
-        recipes.resolve_recipe(config.parse(Pretrain, args, recipes.RECIPES_FOLDER))
+        recipes.resolve_recipe(config.parse(Pretrain, args))
     assert error.value.code == ExitCode.USAGE
 
 

@@ -25,7 +25,6 @@ from ssl_vit.data.dataset import Data, SampleDataset
 from ssl_vit.encoders.weights import load_encoder
 from ssl_vit.errors import ExitError
 from ssl_vit.evaluate import features, few_shot
-from ssl_vit.recipes import RECIPES_FOLDER
 from tests import evaluate_cases
 from tests.processes import Start, call_tool
 
@@ -267,7 +266,7 @@ def test_an_image_that_cannot_be_read_is_told_and_counts_again_when_mended(given
 
 def test_after_an_outage_nothing_half_is_kept(given: Path, straight: dict, tmp_path: Path, monkeypatch):
     """A source that stays away ends the evaluation; what was read until then is no split."""
-    recipe = config.parse(command.Evaluate, evaluate_cases.evaluate_args(given, tmp_path / "run"), RECIPES_FOLDER)
+    recipe = config.parse(command.Config, evaluate_cases.evaluate_args(given, tmp_path / "run"))
     original = SampleDataset.read_sample
     with monkeypatch.context() as patched:
         patched.setattr(

@@ -1,8 +1,10 @@
 """Codebooks: fitted to shards, kept in a run, refused where they do not fit; and a run whose labels collapse."""
 
+import io
 import json
 import math
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ssl_vit import config, recipes
-from ssl_vit.commands import fit_clusters, train
-from ssl_vit.commands.fit_clusters import FitClusters
+from ssl_vit import config
+from ssl_vit.commands import fit_clusters
+from ssl_vit.commands import pretrain as command
 from ssl_vit.convert.make_shards import MakeShards, convert_images
 from ssl_vit.data.dataset import Data, SampleDataset
 from ssl_vit.data.manifest import load
@@ -40,7 +42,7 @@ def pretrain(data: Path, run: Path, *arguments: str) -> None:
         "save_every=3",
     ]
     try:
-        train.run(config.parse(Pretrain, [*base_args, *arguments], recipes.RECIPES_FOLDER))
+        command.run(config.parse(Pretrain, [*base_args, *arguments]))
     finally:  # the next one is a start of its own
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
@@ -74,9 +76,9 @@ def test_a_collapse_is_told_once(tiny_run: Callable[[int], Path], tmp_path: Path
 
 def fit_codebook(shards: Path, output: Path, *arguments: str) -> str:
     base_args = [f"data.train={shards}/train", f"output={output}", "patch=4", "clusters=5", "data.image_size=16"]
-    return fit_clusters.fit(
-        config.parse(FitClusters, [*base_args, "data.workers=0", *arguments], recipes.RECIPES_FOLDER)
-    )
+    with redirect_stdout(io.StringIO()) as output_text:
+        assert fit_clusters.run(config.parse(fit_clusters.Config, [*base_args, "data.workers=0", *arguments])) == 0
+    return output_text.getvalue()
 
 
 @pytest.mark.parametrize("space", ["color", "patch"])

@@ -231,14 +231,14 @@ def test_masked_objectives_refuse_what_has_no_patches(head, encoder):
     side = 224 if "name=levit_128s" in encoder else 64  # a LeViT has patches that are not its tokens
     args = [f"encoder.{word}" for word in encoder] + [f"head.kind={head}", f"data.image_size={side}"]
     with pytest.raises(ExitError) as error:
-        recipes.resolve_recipe(config.parse(recipes.Pretrain, args, recipes.RECIPES_FOLDER))
+        recipes.resolve_recipe(config.parse(recipes.Pretrain, args))
     assert error.value.code == ExitCode.USAGE
     message = str(error.value)
     assert f"head.kind={head} replaces patch embeddings, and this encoder has none" in message
     assert f"encoder.{encoder[0]}" in message
     assert "\n" not in message
     supervised = [*args[:-2], "head.kind=classifier", args[-1]]
-    recipes.resolve_recipe(config.parse(recipes.Pretrain, supervised, recipes.RECIPES_FOLDER))
+    recipes.resolve_recipe(config.parse(recipes.Pretrain, supervised))
 
 
 # pictures

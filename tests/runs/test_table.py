@@ -9,7 +9,6 @@ import math
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -26,8 +25,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from ssl_vit import config, recipes
-from ssl_vit.commands.runs import Runs, report_runs
+from ssl_vit import commands, config
+from ssl_vit.commands import runs as command
+from ssl_vit.commands.runs import report_runs
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.recipes import Finetune, Pretrain
 from ssl_vit.runs import status, table
@@ -55,7 +55,7 @@ RECIPE_ARGS = (
 def write_recipe(folder: Path, *args: str, schema: Any = Pretrain) -> Path:
     """A run folder with the recipe of these words."""
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = config.parse(schema, [*RECIPE_ARGS, f"run={folder}", *args], recipes.RECIPES_FOLDER)
+    recipe = config.parse(schema, [*RECIPE_ARGS, f"run={folder}", *args])
     (folder / "recipe.yaml").write_text(config.dump(recipe))
     return folder
 
@@ -87,7 +87,7 @@ def write_results(folder: Path, **results: Any) -> None:
 
 def list_runs(*runs: Path, **options: Any) -> list[dict[str, Any]]:
     """The JSON document."""
-    (text,) = report_runs(Runs(run=tuple(map(str, runs)), json=True, **options))
+    (text,) = report_runs(command.Config(run=tuple(map(str, runs)), json=True, **options))
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
@@ -96,7 +96,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def text_lines(*runs: Path, width: int | None = None, color: bool = False, **options: Any) -> list[str]:
-    return list(report_runs(Runs(run=tuple(map(str, runs)), **options), width, color))
+    return list(report_runs(command.Config(run=tuple(map(str, runs)), **options), width, color))
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
@@ -237,7 +237,7 @@ def test_a_part_stands_as_its_fine_tuning_does(runs: Path):
 def test_a_run_that_is_held_is_running(tmp_path: Path):
     folder = tmp_path / "held"
     locked_run = Run(folder)
-    locked_run.acquire(config.parse(Pretrain, [*RECIPE_ARGS, f"run={folder}"], recipes.RECIPES_FOLDER))
+    locked_run.acquire(config.parse(Pretrain, [*RECIPE_ARGS, f"run={folder}"]))
     try:
         assert read_run(folder)["state"] == "running"
         assert re.search(f"pid {os.getpid()} .*{socket.gethostname()}$", read_run(folder)["why"])
@@ -328,15 +328,14 @@ def test_a_terminal_has_colors_and_an_edge_and_a_pipe_has_neither(runs: Path):
 
 def test_the_command_asks_what_it_writes_to(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """JSON is alone on stdout; colors and an edge are for a terminal, the first unless NO_COLOR is set."""
-    main = runpy.run_path(str(ROOT / "tools" / "runs.py"))["main"]
-    assert main([f"run={runs}", "json=true"]) == 0
+    assert commands.call(command, [f"run={runs}", "json=true"]) == 0
     out, err = capsys.readouterr()
     assert (len(json.loads(out)), err) == (len(RUN_NAMES), "")
     monkeypatch.setenv("COLUMNS", "70")
     for is_tty, no_color in ((False, ""), (True, ""), (True, "1")):
         monkeypatch.setenv("NO_COLOR", no_color)
         monkeypatch.setattr(sys.stdout, "isatty", lambda is_tty=is_tty: is_tty)
-        assert main([f"run={runs}"]) == 0
+        assert commands.call(command, [f"run={runs}"]) == 0
         out = capsys.readouterr().out
         assert ("\033[" in out) == (is_tty and not no_color)
         assert (len(re.sub(r"\033\[\d*m", "", out).splitlines()[0]) == 70) == is_tty
@@ -524,7 +523,7 @@ def test_the_recipe_that_a_command_named_is_shown(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "recipe=some/where/mpp_flowers.yaml", "steps=2"])
     for name in ("named", "unnamed"):
         locked_run = Run(tmp_path / name)
-        locked_run.acquire(config.parse(Pretrain, [*RECIPE_ARGS, f"run={tmp_path / name}"], recipes.RECIPES_FOLDER))
+        locked_run.acquire(config.parse(Pretrain, [*RECIPE_ARGS, f"run={tmp_path / name}"]))
         locked_run.release()
         monkeypatch.setattr(sys, "argv", ["pytest"])
     named_run, unnamed_run = list_runs(tmp_path)
@@ -553,7 +552,7 @@ def checkpoint_lines(folder: Path, verify: bool = True, checkpoints: bool | None
     """The lines on checkpoints, which follow the table, and the code."""
     output, code = [], 0
     try:
-        output.extend(report_runs(Runs(run=(str(folder),), verify=verify, checkpoints=checkpoints)))
+        output.extend(report_runs(command.Config(run=(str(folder),), verify=verify, checkpoints=checkpoints)))
     except ExitError as end:
         output, code = [*output, end.message], end.code
     return after_table(output, folder), code

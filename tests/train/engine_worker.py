@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from ssl_vit import config, recipes
-from ssl_vit.commands import train
+from ssl_vit.commands import pretrain
 from ssl_vit.errors import ExitError
 from ssl_vit.heads.mean_color import MeanColorHead
 from ssl_vit.model import Output
@@ -89,7 +89,7 @@ def main() -> None:
             select_engine(job["engine"], job["zero"])
             MeanColorHead.forward = nan_forward if job["poisoned"] else FORWARD
             calls.clear()
-            train.run(config.parse(recipes.Pretrain, job["words"], recipes.RECIPES_FOLDER))
+            pretrain.run(config.parse(recipes.Pretrain, job["words"]))
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ssl_vit import config, recipes
-from ssl_vit.commands import train as command
+from ssl_vit.commands import pretrain as command
 from ssl_vit.encoders.weights import load_encoder
 from tests.conftest import TINY, build_once
 
@@ -52,7 +52,7 @@ def run_checked(*command: Any, **variables: str) -> None:
 
 def train(args: list[str]) -> None:
     """Train in this process."""
-    assert command.run(config.parse(recipes.Pretrain, args, recipes.RECIPES_FOLDER)) == 0
+    assert command.run(config.parse(recipes.Pretrain, args)) == 0
     reset_accelerate()
 
 

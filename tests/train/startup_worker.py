@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from ssl_vit import config, recipes
-from ssl_vit.commands import train as command
+from ssl_vit.commands import pretrain as command
 from ssl_vit.errors import ExitError
 from ssl_vit.train import preflight
 from ssl_vit.train.run_folder import Run
@@ -32,7 +32,7 @@ RANK = int(os.environ["RANK"])
 
 def train(name: str, *overrides: str, **patches: Any) -> dict[str, Any]:
     """How a training of two steps in a folder of its own ends, with names of `startup` changed on machine b."""
-    parsed = config.parse(recipes.Pretrain, [*ARGS, f"run={FOLDER}/run-{name}", *overrides], recipes.RECIPES_FOLDER)
+    parsed = config.parse(recipes.Pretrain, [*ARGS, f"run={FOLDER}/run-{name}", *overrides])
     try:
         with patch.dict(vars(preflight), patches if RANK else {}):
             return {"code": command.run(parsed), "message": "", "shared": True}

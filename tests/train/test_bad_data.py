@@ -142,9 +142,7 @@ def test_two_processes_stop_together_and_go_on_where_more_is_borne(damaged: Any,
         "tracker=none",
     ]
     args += ["data.workers=1"]  # they ignore signals, so they must be told to go, or the exit waits for ever
-    stream = TrainingStream(
-        manifest, config.parse(recipes.Pretrain, args, recipes.RECIPES_FOLDER).data, seed=0, batch=8
-    )
+    stream = TrainingStream(manifest, config.parse(recipes.Pretrain, args).data, seed=0, batch=8)
     num_bad_by_step = [sum(sample in bad_samples for _, sample in stream.plan.batch(step)) for step in range(7)]
     failing_step = next(step for step in range(7) if sum(num_bad_by_step[: step + 1]) > 10) + 1  # in which step
 

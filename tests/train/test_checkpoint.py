@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ssl_vit import config, recipes
+from ssl_vit import config
 from ssl_vit.commands import evaluate
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.train import checkpoint
@@ -183,9 +183,7 @@ def test_online_probes_are_those_of_the_exported_encoder(shards: Path, tmp_path:
     reset_accelerate()
     args = [f"encoder={tmp_path / 'run'}", f"data.train={shards}/train", f"data.val={shards}/val", "data.workers=0"]
     args += [f"run={tmp_path / 'judged'}", "methods=knn,few_shot", "few_shot.shots=1,2", "random=false"]
-    evaluate_config = config.parse(
-        evaluate.Evaluate, [*args, "features.readouts=mean", "quiet=true"], recipes.RECIPES_FOLDER
-    )
+    evaluate_config = config.parse(evaluate.Config, [*args, "features.readouts=mean", "quiet=true"])
     assert evaluate.run(evaluate_config) == 0
     top1_by_case = {row["case"]: row["top1"] for row in read_results(tmp_path / "judged")["rows"]}
     for name, case in {"knn_top1": "k=20", "few_shot_1": "shots=1", "few_shot_2": "shots=2"}.items():

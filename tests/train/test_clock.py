@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit import config, recipes, runtime
-from ssl_vit.commands import train
+from ssl_vit import config, runtime
+from ssl_vit.commands import pretrain as command
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.recipes import Pretrain
 from ssl_vit.train import logger, loop, metrics, prepare
@@ -386,9 +386,7 @@ def test_bf16_residual_where_there_is_none_is_refused(shards: Path, tmp_path: Pa
     pytest.importorskip("timm")
     args = engines.train_args(shards, tmp_path, "encoder.kind=timm", "encoder.name=vit_tiny_patch16_224")
     with pytest.raises(ExitError, match="bf16_residual"):
-        train.run(
-            config.parse(Pretrain, [*args, "data.image_size=32", "precision=bf16_residual"], recipes.RECIPES_FOLDER)
-        )
+        command.run(config.parse(Pretrain, [*args, "data.image_size=32", "precision=bf16_residual"]))
 
 
 @pytest.mark.ranks

@@ -18,10 +18,10 @@ import yaml
 
 import ssl_vit
 from ssl_vit import config, errors, recipes
-from ssl_vit.commands import train
+from ssl_vit.commands import pretrain
 from ssl_vit.distributed import raise_first
 from ssl_vit.errors import ExitCode, ExitError
-from ssl_vit.recipes import RECIPES_FOLDER, Pretrain
+from ssl_vit.recipes import Pretrain
 from ssl_vit.train import launch, preflight
 from ssl_vit.train.launch import LaunchSettings, check_conflicts, start_accelerator
 from ssl_vit.train.preflight import compare_processes, wait_for_rendezvous
@@ -29,7 +29,7 @@ from tests.conftest import TINY
 from tests.processes import Start, free_port
 from tests.train import engines
 
-FILES = sorted((RECIPES_FOLDER / "launch").glob("*.yaml"))
+FILES = sorted((engines.ROOT / "recipes" / "launch").glob("*.yaml"))
 SETTINGS = LaunchSettings(
     24, 4, 3, 0.5, precision="auto", activation_checkpointing=False, timeout=60
 )  # as engine_worker.py asks
@@ -95,7 +95,7 @@ def test_accumulation_follows_from_batch_micro_batch_and_processes():
     """Which divide one another, or are refused."""
 
     def launch_settings(world: int, micro: str) -> LaunchSettings:
-        return config.parse(Pretrain, ["batch=24", f"micro_batch={micro}"], RECIPES_FOLDER).launch_settings(0.5, world)
+        return config.parse(Pretrain, ["batch=24", f"micro_batch={micro}"]).launch_settings(0.5, world)
 
     for micro, expected in {"none": (12, 1), "4": (4, 3)}.items():
         assert (launch_settings(2, micro).micro_batch, launch_settings(2, micro).accumulate) == expected
@@ -184,7 +184,7 @@ def test_our_launch_files_hold_known_keys(file: Path, tmp_path: Path, monkeypatc
 @pytest.mark.process
 def test_a_misspelt_key_is_refused_in_a_real_launch(shards: Path, tmp_path: Path):
     """The launcher's words are found where it is the parent."""
-    content = yaml.safe_load((RECIPES_FOLDER / "launch" / "zero2.yaml").read_text())
+    content = yaml.safe_load((engines.ROOT / "recipes" / "launch" / "zero2.yaml").read_text())
     content["deepspeed_config"]["zero_stag"] = content["deepspeed_config"].pop("zero_stage")
     (tmp_path / "launch.yaml").write_text(yaml.safe_dump(content))
     options = ["--config_file", tmp_path / "launch.yaml", "--num_processes", "1", "--main_process_port", free_port()]
@@ -381,7 +381,7 @@ def test_a_busy_port_ends_a_start_before_anything_is_made(server: socket.socket,
     assert line.endswith("): set another MASTER_PORT on all machines")
     args = [*TINY, f"data.train={shards}/train", f"run={tmp_path}/run"]
     assert f"port {busy_port}" in rendezvous_error(
-        0, busy_port, lambda: train.run(config.parse(recipes.Pretrain, args, recipes.RECIPES_FOLDER))
+        0, busy_port, lambda: pretrain.run(config.parse(recipes.Pretrain, args))
     )
     assert not (tmp_path / "run").exists()
     for rank in (0, 1):

@@ -1,5 +1,6 @@
 """A run that is stopped and resumed is the run that never stopped, bit for bit; and what else a run promises."""
 
+import importlib
 import json
 import os
 import re
@@ -13,8 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from ssl_vit import config, distributed, recipes
-from ssl_vit.commands import train
+from ssl_vit import config, distributed
 from ssl_vit.encoders.weights import load_encoder
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.recipes import Finetune, Pretrain
@@ -57,7 +57,8 @@ def assert_refused(code: int, match: str, function: Callable[..., object], *args
 
 def run_training(recipe: type[Pretrain] | type[Finetune], shards: Path, run: Path, overrides: Sequence[str]) -> int:
     data = [f"data.train={shards}/train", f"data.val={shards}/val", f"run={run}", "tracker=none"]
-    return train.run(config.parse(recipe, [*TINY, *data, *overrides], recipes.RECIPES_FOLDER))
+    module = importlib.import_module(f"ssl_vit.commands.{recipe.__name__.lower()}")
+    return module.run(config.parse(recipe, [*TINY, *data, *overrides]))
 
 
 def pretrain(shards: Path, run: Path, *overrides: str) -> int:

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ssl_vit import config, errors, recipes
+from ssl_vit import config, errors
 from ssl_vit.errors import ExitCode, ExitError
 from tools.benchmarks.timing import write_rows
 
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     if name == "models" and any(word.startswith("recipe=") for word in keys):
         print(benchmark.describe_recipe_cost(keys))
         return 0
-    options = config.parse(benchmark.Options, keys, recipes.RECIPES_FOLDER)
+    options = config.parse(benchmark.Options, keys)
     if name == "step" and options.preset != "none":
         benchmark = importlib.import_module("tools.benchmarks.machine_report")
     rows, path = [], Path(options.output) / f"{name}.json"

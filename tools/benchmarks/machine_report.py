@@ -35,10 +35,7 @@ def measure(options: step.Options) -> Iterator[Row]:
     if is_trial:
         print("preset=gpu without a GPU: the same at a small size, to see that it works", flush=True)
     argument_lists = [["recipe=mpp_demo", *TINY]] if is_trial else STEPS[options.preset]
-    steps = [
-        with_keys(options, config.parse(step.Options, arguments, recipes.RECIPES_FOLDER))
-        for arguments in argument_lists
-    ]
+    steps = [with_keys(options, config.parse(step.Options, arguments)) for arguments in argument_lists]
     first, _, _ = recipes.resolve_recipe(steps[0])
     bf16, device = uses_bf16(first.precision), torch.device("cuda" if on_gpu() else "cpu")
     yield from product_rates(first, device, bf16, steps[0].rounds, steps[0].round_steps)

@@ -129,10 +129,10 @@ def table(rows: list[Row]) -> str:
 def describe_recipe_cost(arguments: list[str]) -> str:
     """What a recipe's model costs an image, and its whole run."""
     try:
-        recipe: recipes.Recipe = config.parse(recipes.Pretrain, arguments, recipes.RECIPES_FOLDER)
+        recipe: recipes.Recipe = config.parse(recipes.Pretrain, arguments)
     except ExitError as refusal:
         try:
-            recipe = config.parse(recipes.Finetune, arguments, recipes.RECIPES_FOLDER)
+            recipe = config.parse(recipes.Finetune, arguments)
         except ExitError as other:  # the kind of recipe that it is meant as has less to say
             raise min(refusal, other, key=lambda error: len(error.message)) from None
     with tempfile.TemporaryDirectory() as folder:

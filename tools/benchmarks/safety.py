@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from ssl_vit import recipes
-from ssl_vit.commands import train
+from ssl_vit.commands import pretrain
 from ssl_vit.distributed import StopSignal
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.runtime import current_engine, world_size
@@ -69,7 +69,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
     for name, (owner, method) in PARTS.items():
         setattr(owner, method, clock.wrap(name, getattr(owner, method)))
     loop.train_step = clock.wrap("all", loop.train_step)
-    train.run(options)
+    pretrain.run(options)
     intervals = range(1, options.steps // options.save_every)
     parts = {name: [clock.seconds[name][k] / clock.seconds["all"][k] for k in intervals] for name in PARTS}
     parts["all of it"] = [sum(shares) for shares in zip(*parts.values(), strict=True)]

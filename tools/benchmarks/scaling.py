@@ -522,7 +522,7 @@ def time_launch(options: "Options", count: int, threads: int) -> list[float]:
 def main(arguments: list[str]) -> int:
     """A process of a launch: all measure, the first writes down what it found."""
     die_with_launcher()
-    options: engines.Options = config.parse(engines.Options, [f"recipe={arguments[0]}"], recipes.RECIPES_FOLDER)
+    options: engines.Options = config.parse(engines.Options, [f"recipe={arguments[0]}"])
     seconds = [engines.run_turn("ddp", options)[0] for _ in range(options.rounds)]
     if os.environ["RANK"] == "0":
         Path(arguments[1]).write_text(json.dumps(seconds))
