@@ -1,10 +1,11 @@
-"""Agreement among processes: one answer, one sum, one stop for all."""
+"""The processes of a start: one answer, one sum, one stop for all."""
 
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -20,58 +21,82 @@ Value = TypeVar("Value")
 REPEAT_WINDOW = 5.0  # seconds
 
 
-Heartbeat = Callable[[str], None]
-"""Hears where the training is, before everything that takes long."""
+@dataclass
+class Distributed:
+    """This process among the others of a start.
 
+    Methods are collectives: every process calls them, in the same order. What one process alone would have to answer
+    for is answered for all, so that they go on together or raise the same ExitError.
+    """
 
-def no_heartbeat(phase: str) -> None:
-    """Hears nothing."""
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    local_rank: int = 0  # among the processes of its machine
+    heartbeat: Callable[[str], None] = lambda phase: None
+    """Called with the current phase before a long operation; a watchdog puts its own here."""
 
+    @classmethod
+    def from_accelerator(cls, accelerator: "Accelerator") -> "Distributed":
+        """Rank, world and device as Accelerate sees them."""
+        ranks = accelerator.process_index, accelerator.num_processes, accelerator.device
+        return cls(*ranks, accelerator.local_process_index)
 
-def run_on_main(accelerator: "Accelerator", fn: Callable[[], Value], heartbeat: Heartbeat = no_heartbeat) -> Value:
-    """What `make` returns on the main process, on every process; where it fails there, all raise the same ExitError."""
-    if accelerator.num_processes == 1:
-        return fn()
-    objects: list[Any] = [None]
-    cause = None
-    if accelerator.is_main_process:
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and prints."""
+        return self.rank == 0
+
+    def run_on_main(self, fn: Callable[[], Value]) -> Value:
+        """Call `fn` on rank 0 and return its value on every process; if it raises there, all raise its ExitError."""
+        if self.world == 1:
+            return fn()
+        objects: list[Any] = [None]
+        cause = None
+        if self.is_main:
+            try:
+                objects = [fn()]
+            except Exception as error:
+                exit_error = to_exit_error(error)
+                cause, objects = error, [ExitError(exit_error.code, exit_error.message, shared=True)]
+        self.heartbeat("waiting for rank 0")  # rank 0 calls it when it is done: until then it is behind the others
+        dist.broadcast_object_list(objects, src=0)
+        if isinstance(objects[0], ExitError):
+            raise objects[0] from cause
+        return objects[0]
+
+    def run_on_all(self, fn: Callable[[], Value]) -> Value:
+        """Call `fn` on every process and return its own value; if it raises on any, all raise the first ExitError."""
+        if self.world == 1:
+            return fn()
+        value, failure, cause = None, None, None
         try:
-            objects = [fn()]
+            value = fn()
         except Exception as error:
-            exit_error = to_exit_error(error)
-            cause, objects = error, [ExitError(exit_error.code, exit_error.message, shared=True)]
-    heartbeat("waiting for rank 0")  # which hears it when it is done, and is behind the others until then
-    dist.broadcast_object_list(objects, src=0)
-    if isinstance(objects[0], ExitError):
-        raise objects[0] from cause
-    return objects[0]
+            exit_error, cause = to_exit_error(error), error
+            failure = exit_error.code, f"rank {self.rank} on {socket.gethostname()}: {exit_error}"
+        raise_first(self.all_gather(failure), cause)
+        return value  # type: ignore[return-value]
 
+    def all_gather(self, value: Any) -> list[Any]:
+        """Each process's value, by rank."""
+        values = [value]
+        if self.world > 1:
+            values = [None] * self.world
+            dist.all_gather_object(values, value)
+        return values
 
-def all_gather(accelerator: "Accelerator", value: Any) -> list[Any]:
-    """Each process's value, by rank, on every process."""
-    values = [value]
-    if accelerator.num_processes > 1:
-        values = [None] * accelerator.num_processes
-        dist.all_gather_object(values, value)
-    return values
-
-
-def run_on_all(accelerator: "Accelerator", fn: Callable[[], Value]) -> Value:
-    """What `make` returns on this process; where it fails on any, all raise the first such ExitError."""
-    if accelerator.num_processes == 1:
-        return fn()
-    value, failure, cause = None, None, None
-    try:
-        value = fn()
-    except Exception as error:
-        exit_error, cause = to_exit_error(error), error
-        failure = exit_error.code, f"rank {accelerator.process_index} on {socket.gethostname()}: {exit_error}"
-    raise_first(all_gather(accelerator, failure), cause)
-    return value  # type: ignore[return-value]
+    def all_reduce(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over all processes, as tensors on the CPU; `sums` stays as it is."""
+        totals = {name: value.detach().clone() for name, value in sorted(sums.items())}
+        if self.world > 1:
+            for value in totals.values():
+                dist.all_reduce(value)
+        return {name: value.cpu() for name, value in totals.items()}
 
 
 def raise_first(failures: list[Any], cause: BaseException | None = None) -> None:
-    """Raise the first of many processes' findings, saying how many there are."""
+    """Raise the first failure of many processes, with their number; a failure is (code, text), an ExitError or None."""
     errors = [failure for failure in failures if failure is not None]
     if errors:
         code, text, *_ = errors[0].args if isinstance(errors[0], ExitError) else errors[0]
@@ -79,20 +104,11 @@ def raise_first(failures: list[Any], cause: BaseException | None = None) -> None
         raise ExitError(code, f"{text}{suffix}", shared=True) from cause
 
 
-def all_reduce_sum(accelerator: "Accelerator", sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sums over all processes, as tensors on the CPU; the given ones stay as they are."""
-    totals = {name: value.detach().clone() for name, value in sorted(sums.items())}
-    if accelerator.num_processes > 1:
-        for value in totals.values():
-            dist.all_reduce(value)
-    return {name: value.cpu() for name, value in totals.items()}
-
-
 class AsyncAllReduce:
     """Sums over all processes that are started in one step and read in the next, on the CPU: no step waits for them."""
 
-    def __init__(self, accelerator: "Accelerator"):
-        self._distributed = accelerator.num_processes > 1
+    def __init__(self, processes: Distributed):
+        self._distributed = processes.world > 1
         self._group: Any = dist.new_group(backend="gloo") if self._distributed else None
         self._pending: tuple[Any, Tensor] | None = None
 
@@ -127,14 +143,14 @@ class StopSignal:
     """Whether to stop: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to any process stops all after the same step.
 
     The handler only sets a flag, and the flags are summed. A later signal ends the process at once; within
-    AGAIN it is taken for the same one, which Slurm sends twice.
+    REPEAT_WINDOW it is taken for the same one, which Slurm sends twice.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
-    def __init__(self, accelerator: "Accelerator"):
+    def __init__(self, processes: Distributed):
         self.signal_number, self.signal_time = 0, 0.0
-        self._all_reduce = AsyncAllReduce(accelerator)
+        self._all_reduce = AsyncAllReduce(processes)
         self._previous_handlers = {signum: signal.signal(signum, self._handle) for signum in self.SIGNALS}
 
     def _handle(self, signum: int, frame: object) -> None:

@@ -13,6 +13,12 @@ from torch import Tensor, nn
 Batch = dict[str, Tensor]
 """image uint8 [B,C,H,W], label int64 [B] (-1 = none), seed int64 [B], valid bool [B] (False = padding)."""
 
+Sums = dict[str, Tensor]
+"""Summed over a batch, or over more: scalars, or histograms [classes]."""
+
+Tensors = dict[str, Tensor]
+"""By name: `encoder.norm.weight` of a model, `encoder.norm.weight/exp_avg` of an optimizer."""
+
 Edit = Callable[[Tensor], Tensor]
 """Maps patches [B, N, D] to patches of the same shape."""
 
@@ -24,7 +30,7 @@ class Output(NamedTuple):
     """
 
     loss: Tensor
-    sums: dict[str, Tensor]
+    sums: Sums
     weight: Tensor
     logits: Tensor | None = None
 
@@ -43,6 +49,11 @@ class Encoder(Protocol):
     mean: Tensor
     std: Tensor
 
+    @property
+    def attention_shape(self) -> tuple[int, int, int] | None:
+        """Heads, tokens and head width of torch's attention kernel in its blocks; None: they do not use it."""
+        ...
+
     def normalize(self, image: Tensor) -> Tensor:
         """image uint8 [B, C, H, W] -> pixels float [B, C, H, W]."""
         ...
@@ -52,18 +63,35 @@ class Encoder(Protocol):
         ...
 
 
+class Head(Protocol):
+    """Tokens -> loss. Owns its targets and its masking."""
+
+    forward_macs: int  # multiply-accumulates per image
+    query_count: int | None  # tokens that it reads of the encoder's last block; None: all
+    visualize: Callable[[Encoder, Batch], Tensor] | None
+    """A picture uint8 [3, h, w], one row per image, the corrupted images in its second column; None: nothing to see."""
+
+    def __call__(self, encoder: Encoder, batch: Batch, log_metrics: bool = False) -> Output:
+        """The loss and sums; with `log_metrics` also the sums that only a row of metrics needs."""
+        ...
+
+    def report(self, sums: Sums, weight: float) -> dict[str, float]:
+        """Metrics from sums over `weight` images."""
+        ...
+
+
 class Model(nn.Module):
     """An encoder and a head: the one module that is compiled, wrapped, stepped and saved."""
 
     encoder: Any  # an nn.Module that is an Encoder
-    head: Any  # an nn.Module as ssl_vit.heads says
+    head: Any  # an nn.Module that is a Head
 
     def __init__(self, encoder: nn.Module, head: nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = head
 
-    def forward(self, batch: Batch, tokens: bool = False, visualize: bool = False):
+    def forward(self, batch: Batch, tokens: bool = False, visualize: bool = False, log_metrics: bool = False):
         """The head's Output; or with `tokens` the encoder's tokens; or with `visualize` a picture uint8 [3, h, w].
 
         All three go through one call, because DDP, FSDP2 and ZeRO-3 act on `__call__` of the outer module only.
@@ -72,7 +100,7 @@ class Model(nn.Module):
             return self.encoder(batch["image"])
         if visualize:
             return self.head.visualize(self.encoder, batch)
-        return self.head(self.encoder, batch)
+        return self.head(self.encoder, batch, log_metrics)
 
 
 def masked_mean(valid: Tensor, values: Tensor) -> Tensor:
@@ -93,9 +121,6 @@ def pool_tokens(tokens: Tensor, pool: str, prefix: int) -> Tensor:
 def count_parameters(module: nn.Module) -> int:
     """How many numbers a module learns."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-Sums = dict[str, Tensor]
 
 
 class Evaluator(Protocol):

@@ -15,14 +15,13 @@ from ssl_vit.encoders.vit import Vit
 from ssl_vit.model import Model
 from ssl_vit.recipes import Pretrain
 from ssl_vit.train.config import TrainConfig
-from ssl_vit.train.engine import prepare_engine
 from ssl_vit.train.launch import start_accelerator
-from ssl_vit.train.loop import TrainingTask, optimizer_step
-from ssl_vit.train.metrics import StepMetrics
+from ssl_vit.train.loop import optimizer_step
 from ssl_vit.train.prepare import check_gradients, prepare_model, set_attention_kernel
 from tests.train.engines import BIN, ENGINES, run_checked
 from tests.train.engines import rows as training_rows
 from tests.train.test_loop import train_until_stopped
+from tools.benchmarks import baselines
 
 pytestmark = [
     pytest.mark.gpu,
@@ -122,13 +121,12 @@ def test_2048_images_of_vit_b16_fit():
     accelerator = start_accelerator(recipe.launch_settings(recipe.optim.clip, world=1), "none", Path())
     model = setup.build_model(recipe, 0, tensors, source).cuda()
     prepare_model(model, accelerator, recipe.precision, recipe.compile, recipe.activation_checkpointing)
-    engine = prepare_engine(accelerator, model, recipe.optim, {})
+    state = baselines.bare_state(accelerator, recipe, model)
     image = torch.randint(0, 256, (2048, 3, 224, 224), dtype=torch.uint8, device="cuda")
     indices = torch.arange(2048, device="cuda")
     batch = {"image": image, "label": indices, "seed": indices, "valid": torch.ones_like(indices, dtype=torch.bool)}
-    task = TrainingTask(model, stream=None, optim=recipe.optim)  # type: ignore[arg-type]
-    optimizer_step(accelerator, recipe, task, engine, iter([batch]), StepMetrics(), 0)
-    loss, norm = optimizer_step(accelerator, recipe, task, engine, iter([batch]), StepMetrics(), 1)
+    optimizer_step(state, iter([batch]))
+    loss, norm = optimizer_step(state, iter([batch]))
     assert loss.isfinite()
     assert norm.isfinite()
 
@@ -139,19 +137,17 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path):
     recipe, _, _ = recipes.resolve_recipe(recipe)
     model: Model = setup.build_model(recipe, 0).cuda()
     prepare_model(model, accelerator, recipe.precision, recipe.compile, recipe.activation_checkpointing)
-    engine = prepare_engine(accelerator, model, recipe.optim, {})
+    state = baselines.bare_state(accelerator, recipe, model)
     batch = {
         "image": torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, device="cuda"),
         "label": torch.full((8,), -1, device="cuda"),
         "seed": torch.arange(8, device="cuda"),
         "valid": torch.ones(8, dtype=torch.bool, device="cuda"),
     }
-    task = TrainingTask(model, stream=None, optim=recipe.optim)  # type: ignore[arg-type]  # a step asks no stream
-    window = StepMetrics()
-    optimizer_step(accelerator, recipe, task, engine, iter([batch]), window, 0)
+    optimizer_step(state, iter([batch]))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        optimizer_step(accelerator, recipe, task, engine, iter([batch, batch]), window, 1)
+        optimizer_step(state, iter([batch, batch]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -58,10 +58,10 @@ def read_exit(run: Path) -> dict[str, Any]:
 
 def checkpoint_bits(run: Path) -> dict[str, bytes]:
     """All bits of the newest checkpoint, by name."""
-    bits = {"state.json": (last_checkpoint(run) / "state.json").read_bytes()}
-    for name in ("model", "optimizer", "state"):
-        for key, value in load_file(last_checkpoint(run) / f"{name}.safetensors").items():
-            bits[f"{name}/{key}"] = str(value.dtype).encode() + value.tobytes()
+    bits = {"train.json": (last_checkpoint(run) / "train.json").read_bytes()}
+    for path in last_checkpoint(run).glob("*.safetensors"):
+        for key, value in load_file(path).items():
+            bits[f"{path.stem}/{key}"] = str(value.dtype).encode() + value.tobytes()
     return bits
 
 

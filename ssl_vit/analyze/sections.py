@@ -251,7 +251,7 @@ class AnalysisReport:
                 ExitCode.USAGE, "its run is no pretraining, so it has no head that predicts patches"
             ) from error
         head = recipe.head.build(self.encoder, 1)
-        if not hasattr(head, "visualize"):
+        if head.visualize is None:
             raise ExitError(ExitCode.USAGE, f"head.kind={recipe.head.kind} predicts nothing that could be drawn")
         state_dict = checkpoint.trained_weights(checkpoints[-1])
         head.load_state_dict({n.removeprefix("head."): v for n, v in state_dict.items() if n.startswith("head.")})

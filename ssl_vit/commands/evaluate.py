@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ssl_vit.data.loader import ProcessShard
-from ssl_vit.distributed import all_reduce_sum, run_on_main
+from ssl_vit.distributed import Distributed
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.evaluate.classifier import evaluate_classifier
 from ssl_vit.evaluate.config import TIMEOUT_SECONDS, EvaluationContext
@@ -53,11 +52,12 @@ def run(recipe: Config) -> int:
     settings = LaunchSettings(recipe.batch * world_size(), recipe.batch, 1, None, "fp32", False, TIMEOUT_SECONDS)
     accelerator = start_accelerator(settings, "none", folder)
     try:
-        run_on_main(accelerator, lambda: ensure_dir(folder))
-        share = ProcessShard(accelerator.process_index, accelerator.num_processes, recipe.batch)
-        context = EvaluationContext(recipe, accelerator, folder, share, partial(all_reduce_sum, accelerator))
+        processes = Distributed.from_accelerator(accelerator)
+        processes.run_on_main(lambda: ensure_dir(folder))
+        shard = ProcessShard(processes.rank, processes.world, recipe.batch)
+        context = EvaluationContext(recipe, processes, folder, shard)
         results, page = evaluate_classifier(context) if recipe.methods == ("classifier",) else evaluate_frozen(context)
-        run_on_main(accelerator, lambda: write_evaluation(context, results, page))
+        processes.run_on_main(lambda: write_evaluation(context, results, page))
     finally:
         accelerator.end_training()
     return 0

@@ -17,7 +17,6 @@ from ssl_vit.convert.resolve import resolve_for_recipe
 from ssl_vit.convert.sample_names import read_sample_names
 from ssl_vit.data import remote
 from ssl_vit.data.manifest import Manifest
-from ssl_vit.distributed import run_on_main
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.evaluate import protocol
 from ssl_vit.evaluate.label_sets import read_label_sets
@@ -34,17 +33,17 @@ def run(recipe: Config) -> int:
 
 def finetune_one(session: Session, recipe: Finetune, folder: Run) -> None:
     """Fine-tune on the recipe's data."""
-    prepared = run_on_main(session.accelerator, lambda: prepare_recipe(recipe), session.watchdog.heartbeat)
+    prepared = session.processes.run_on_main(lambda: prepare_recipe(recipe))
     sweep_and_train(session, prepared, folder)
 
 
 def finetune_tasks(session: Session, recipe: Finetune, folder: Run) -> None:
     """Fine-tune on each task of a suite, in a folder of its own, and write the suite's results."""
-    members = run_on_main(session.accelerator, lambda: task_recipes(recipe))
+    members = session.processes.run_on_main(lambda: task_recipes(recipe))
     prepare_members = lambda: {name: prepare_recipe(member) for name, member in members.items()}  # noqa: E731
-    members = run_on_main(session.accelerator, prepare_members, session.watchdog.heartbeat)
+    members = session.processes.run_on_main(prepare_members)
     results = {name: run_member(session, member, sweep_and_train) for name, member in members.items()}
-    run_on_main(session.accelerator, lambda: write_suite(recipe, folder, results))
+    session.processes.run_on_main(lambda: write_suite(recipe, folder, results))
 
 
 def prepare_recipe(recipe: Finetune) -> Finetune:
@@ -128,14 +127,14 @@ def sweep_and_train(session: Session, recipe: Finetune, folder: Run) -> dict[str
             raise ExitError(ExitCode.DATA, f"sweep.lr: not one rate trains ({trials[-1]['diverged']})", shared=True)
         rate = protocol.best_learning_rate([(trial["lr"], trial["top1"]) for trial in trials])
         final = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": rate})})
-        if session.accelerator.is_main_process and not recipe.quiet:
+        if session.processes.is_main and not recipe.quiet:
             text = ", ".join(f"{trial['lr']:g}: {trial['top1']:.4f}" for trial in trials)
             print(f"sweep: {text}; optim.lr={rate:g} is taken", flush=True)
     if recipe.seeds == 1:
         finals = [train(session, final, folder)]
     else:
         finals = [run_member(session, with_seed(final, seed), train) for seed in range(recipe.seeds)]
-    return run_on_main(session.accelerator, lambda: write_finetune_results(final, folder, finals, trials))
+    return session.processes.run_on_main(lambda: write_finetune_results(final, folder, finals, trials))
 
 
 def train_or_diverge(session: Session, recipe: Finetune, folder: Run) -> dict[str, Any]:
@@ -145,7 +144,7 @@ def train_or_diverge(session: Session, recipe: Finetune, folder: Run) -> dict[st
     except Diverged as end:
         results = {"top1": 0.0, "samples": 0, "diverged": end.message}
         session.accelerator.free_memory()
-        run_on_main(session.accelerator, lambda: folder.write_results(results))
+        session.processes.run_on_main(lambda: folder.write_results(results))
         return results
 
 
@@ -176,7 +175,7 @@ def run_member(session: Session, recipe: Finetune, train_fn: Any, scrap: bool = 
 
     With `scrap` nothing of it but numbers is kept.
     """
-    accelerator, folder = session.accelerator, Run(Path(recipe.run))
+    processes, folder = session.processes, Run(Path(recipe.run))
 
     def prepare_folder() -> dict[str, Any] | None:
         folder.acquire(recipe, allowed=recipe.allow_recipe_change)
@@ -196,13 +195,13 @@ def run_member(session: Session, recipe: Finetune, train_fn: Any, scrap: bool = 
                 raise ExitError(ExitCode.MISMATCH, f"run={folder.folder}: has results on other data")
         return saved
 
-    results = run_on_main(accelerator, prepare_folder)
+    results = processes.run_on_main(prepare_folder)
     try:
         if results is None:
-            if accelerator.is_main_process and not recipe.quiet:
+            if processes.is_main and not recipe.quiet:
                 print(f"{folder.folder}:", flush=True)
             results = train_fn(session, recipe, folder)
-        if scrap and accelerator.is_main_process:
+        if scrap and processes.is_main:
             for name in ("checkpoints", "encoder", "classifier"):
                 shutil.rmtree(folder.folder / name, ignore_errors=True)
     finally:

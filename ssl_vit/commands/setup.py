@@ -12,13 +12,13 @@ from ssl_vit.data.dataset import Data, SampleDataset
 from ssl_vit.data.loader import TrainingStream
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.webdataset_stream import SequentialStream, TarList, list_tars
+from ssl_vit.distributed import Distributed
 from ssl_vit.encoders import Encoder, weights
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.estimate import cost
 from ssl_vit.evaluate.metrics import check_labels
 from ssl_vit.model import Batch, Model
 from ssl_vit.recipes import VISUALIZED_IMAGES, Finetune, Pretrain, Recipe
-from ssl_vit.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -136,7 +136,7 @@ class Session:
     """What all trainings of a start share."""
 
     accelerator: "Accelerator"
-    watchdog: Watchdog
+    processes: Distributed
     tensors: weights.Weights | None
     source: Encoder | None
     introduced: bool = False  # what is trained was told, of the first of several trainings

@@ -10,7 +10,7 @@ from ssl_vit import fault_injection
 from ssl_vit.commands.dry_run import preview
 from ssl_vit.commands.setup import Session
 from ssl_vit.data import workers
-from ssl_vit.distributed import run_on_main
+from ssl_vit.distributed import Distributed
 from ssl_vit.errors import ExitCode, ExitError, exit_now, is_out_of_memory, to_exit_error
 from ssl_vit.estimate.run_estimate import explain_out_of_memory
 from ssl_vit.recipes import Recipe, resolve_recipe
@@ -35,18 +35,19 @@ def run_training(recipe: Recipe, train_fn: Callable[[Session, Any, Run], object]
     folder = Run(Path(recipe.run))
     wait_for_rendezvous(min(recipe.timeout, RENDEZVOUS_TIMEOUT))
     accelerator = start_accelerator(settings, recipe.tracker, folder.folder)
+    processes = Distributed.from_accelerator(accelerator)
     watchdog = Watchdog(
-        accelerator, recipe.timeout, lambda exit_error: folder.write_exit(exit_error.code, exit_error.message)
+        processes, recipe.timeout, lambda exit_error: folder.write_exit(exit_error.code, exit_error.message)
     )
     try:
-        check_processes_match(accelerator, recipe)
-        run_on_main(accelerator, lambda: folder.acquire(recipe, recipe.restart, recipe.allow_recipe_change))
+        check_processes_match(processes, recipe)
+        processes.run_on_main(lambda: folder.acquire(recipe, recipe.restart, recipe.allow_recipe_change))
         fault_injection.fault_point("claimed")
-        check_shared_folder(accelerator, folder.folder)
+        check_shared_folder(processes, folder.folder)
         folder.acquired = True  # by one process for all
-        session = Session(accelerator, watchdog, tensors, source)
+        session = Session(accelerator, processes, tensors, source)
         train_fn(session, recipe, folder)
-        if accelerator.is_main_process:
+        if processes.is_main:
             folder.write_exit(0, "done")
     except BaseException as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
@@ -58,7 +59,7 @@ def run_training(recipe: Recipe, train_fn: Callable[[Session, Any, Run], object]
             ExitError(ExitCode.INTERNAL, explain_out_of_memory(recipe)) if is_out_of_memory(error) else None
         )
         exit_error = diagnosis or to_exit_error(error)
-        if accelerator.is_main_process or not exit_error.shared:
+        if processes.is_main or not exit_error.shared:
             folder.write_exit(exit_error.code, exit_error.message)
         if not exit_error.shared:
             watchdog.fail(exit_error)

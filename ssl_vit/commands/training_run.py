@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ssl_vit import fault_injection
 from ssl_vit.commands.results import export_and_write_results, keep_predictions
@@ -19,7 +19,7 @@ from ssl_vit.commands.setup import (
 from ssl_vit.data.loader import EvaluationStream, ProcessShard, split_holdout
 from ssl_vit.data.manifest import Manifest
 from ssl_vit.data.webdataset_stream import TarList
-from ssl_vit.distributed import all_reduce_sum, run_on_main
+from ssl_vit.distributed import Distributed
 from ssl_vit.encoders import weights
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.evaluate.evaluators import FrozenProbe, HeadEvaluator
@@ -34,45 +34,42 @@ from ssl_vit.train.loop import TrainingTask, fit
 from ssl_vit.train.preflight import on_each_machine
 from ssl_vit.train.run_folder import Run
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 
 def train(session: Session, recipe: Recipe, folder: Run) -> dict[str, Any]:
     """One training from its data to its results."""
-    accelerator, beat = session.accelerator, session.watchdog.heartbeat
+    accelerator, processes = session.accelerator, session.processes
     accelerator.project_configuration.logging_dir = str(folder.folder)  # where its tracker writes
-    data, val = run_on_main(accelerator, lambda: prepare_data(recipe), beat)
-    probe_splits = run_on_main(accelerator, lambda: prepare_probe_data(recipe), beat)
-    on_each_machine(accelerator, lambda: check_shards(recipe, data, val, *(probe_splits or ())))
-    share = process_shard(recipe, accelerator.process_index, accelerator.num_processes)
+    data, val = processes.run_on_main(lambda: prepare_data(recipe))
+    probe_splits = processes.run_on_main(lambda: prepare_probe_data(recipe))
+    on_each_machine(processes, lambda: check_shards(recipe, data, val, *(probe_splits or ())))
+    share = process_shard(recipe, processes.rank, processes.world)
     row, skipped = None, NO_SKIPS
-    say = partial(print, flush=True) if accelerator.is_main_process and not recipe.quiet else lambda _: None
-    run_on_main(accelerator, lambda: copy_codebook(recipe.head, folder.folder), beat)
+    say = partial(print, flush=True) if processes.is_main and not recipe.quiet else lambda _: None
+    processes.run_on_main(lambda: copy_codebook(recipe.head, folder.folder))
     while row is None:
         model = build_model(recipe, len(data.classes), session.tensors, session.source, say)
         if keeps_classifier(recipe):
             weights.read_classifier(recipe.init)[1].load_into_layer(model.head.layers[0], data.classes, recipe.init)
         task = _make_task(session, recipe, model, data, val, probe_splits, share, folder)
         if skipped is NO_SKIPS:
-            lines = run_summary(recipe, task, data, val, accelerator)
+            lines = run_summary(recipe, task, data, val, processes)
             say("\n".join(lines[: 1 if session.introduced else None]))
             session.introduced = True
         try:
-            row = fit(folder, accelerator, recipe, task, beat, skipped_batches=skipped)
+            row = fit(folder, accelerator, processes, recipe, task, skipped_batches=skipped)
         except RollBack as back:
             skipped = back.skipped_batches
         del model, task
         accelerator.free_memory()
     fault_injection.fault_point("finish")
     eval_split = val or (data if recipe.data.holdout and isinstance(data, Manifest) else None)
-    return run_on_main(
-        accelerator, lambda: export_and_write_results(recipe, folder, row, data, eval_split, session.tensors), beat
+    return processes.run_on_main(
+        lambda: export_and_write_results(recipe, folder, row, data, eval_split, session.tensors)
     )
 
 
 def run_summary(
-    recipe: Recipe, task: TrainingTask, data: Manifest | TarList, val: Manifest | None, accelerator: "Accelerator"
+    recipe: Recipe, task: TrainingTask, data: Manifest | TarList, val: Manifest | None, processes: Distributed
 ) -> list[str]:
     """What is about to be trained, on what, for how long and by whom."""
     gflops = f"{task.flops_per_image / 1e9:,.2f} GFLOP an image and step"
@@ -86,7 +83,7 @@ def run_summary(
     else:
         samples = data.name
     evaluation = f"; judged on {val.name}: {val.samples:,}" if val is not None else ""
-    world, micro = accelerator.num_processes, recipe.local_micro_batch(accelerator.num_processes)
+    world, micro = processes.world, recipe.local_micro_batch(processes.world)
     micro_batches = recipe.batch // world // micro
     per_process = f"{micro:,} images" if micro_batches == 1 else f"{micro_batches:,} times {micro:,} images"
     metrics = "metrics.jsonl" if recipe.tracker == "none" else f"metrics.jsonl, {recipe.tracker}"
@@ -97,7 +94,7 @@ def run_summary(
         "model": f"{recipe.encoder.title}, {recipe.head.kind}: {size}",
         "data": samples + evaluation,
         "length": images,
-        "machine": f"{world} process{'es' * (world > 1)} on {accelerator.device.type}, {per_process} each a step",
+        "machine": f"{world} process{'es' * (world > 1)} on {processes.device.type}, {per_process} each a step",
     }
     return [f"{name:<9}{text}" for name, text in lines.items()]
 
@@ -112,7 +109,7 @@ def _make_task(
     share: ProcessShard,
     folder: Run,
 ) -> TrainingTask:
-    stream, device = make_stream(data, recipe), session.accelerator.device
+    stream, device = make_stream(data, recipe), session.processes.device
     evaluators: list[Evaluator] = []
     if val is not None:
         split = EvaluationStream(val, recipe.data, share.micro_batch)
@@ -123,7 +120,7 @@ def _make_task(
     if probe_splits is not None and isinstance(recipe, Pretrain):
         evaluators.append(_frozen_probe(session, recipe, model, probe_splits, share))
     visualized = None
-    if hasattr(model.head, "visualize"):
+    if model.head.visualize is not None:
         batch = first_images(val or stream, recipe.data)
         visualized = {name: value.to(device) for name, value in batch.items()}
     return TrainingTask(model, stream, recipe.optim, evaluators, visualized, flops_per_image(model))
@@ -133,14 +130,14 @@ def _head_evaluator(
     session: Session, recipe: Recipe, model: Model, split: EvaluationStream, share: ProcessShard, folder: Run
 ) -> HeadEvaluator:
     """The head's measures over a split; of a fine-tuning its predictions are kept."""
-    accelerator, identity = session.accelerator, split.samples.manifest.identity
+    identity = split.samples.manifest.identity
 
     def save_predictions(predictions: Predictions) -> None:
         keep_all = recipe.best is not None
-        run_on_main(accelerator, lambda: keep_predictions(folder, predictions, identity, keep_all))
+        session.processes.run_on_main(lambda: keep_predictions(folder, predictions, identity, keep_all))
 
     report, on_predictions = model.head.report, save_predictions if isinstance(recipe, Finetune) else None
-    return HeadEvaluator(split, share, accelerator.device, partial(all_reduce_sum, accelerator), report, on_predictions)  # type: ignore[arg-type]
+    return HeadEvaluator(split, share, session.processes, report, on_predictions)  # type: ignore[arg-type]
 
 
 def _frozen_probe(
@@ -153,10 +150,10 @@ def _frozen_probe(
         data = recipe.data.model_copy(update=overrides)
         return EvaluationStream(split, data, share.micro_batch, split_holdout(split.samples, data)[0])
 
-    accelerator, encoder = session.accelerator, model.encoder
+    encoder = model.encoder
     pooling = partial(pool_tokens, pool=encoder.pool, prefix=encoder.prefix)
     splits = probe_stream(probe_splits[0]), probe_stream(probe_splits[1])
-    return FrozenProbe(splits, share, accelerator.device, partial(all_reduce_sum, accelerator), recipe.online, pooling)
+    return FrozenProbe(splits, share, session.processes, recipe.online, pooling)
 
 
 def copy_codebook(head: object, folder: Path) -> None:

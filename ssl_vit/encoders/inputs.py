@@ -62,6 +62,11 @@ class NormalizedEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(config.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, -1, 1, 1), persistent=False)
 
+    @property
+    def attention_shape(self) -> tuple[int, int, int] | None:
+        """Heads, tokens and head width of torch's attention kernel in its blocks; None: they do not use it."""
+        return None
+
     def check_size(self, image: Tensor) -> None:
         """Raises ValueError where an image is not of the size that the encoder was built for."""
         if tuple(image.shape[2:]) != self.config.image_hw:

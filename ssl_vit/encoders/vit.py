@@ -380,8 +380,10 @@ class VitEncoder(NormalizedEncoder):
             nn.init.zeros_(embed.bias)
 
     @property
-    def attention_shape(self) -> tuple[int, int, int]:
-        """Heads, tokens and the width of a head."""
+    def attention_shape(self) -> tuple[int, int, int] | None:
+        """Heads, tokens and the width of a head; None if the blocks do not use torch's attention kernel as it is."""
+        if not isinstance(self.config, Vit) or self.config.positions == "relative":
+            return None
         heads = self.config.dims[2]
         return heads, self.prefix + self.grid[0] * self.grid[1], self.width // heads
 

@@ -180,7 +180,7 @@ def draw_images(model: Model, batch: Batch) -> tuple[Tensor, str]:
     count, height, width = len(image), *image.shape[2:]
     text = f"the first {count} images as they are augmented"
     columns = [image]
-    if hasattr(model.head, "visualize"):
+    if model.head.visualize is not None:
         panels: Any = model.head.visualize(DummyEncoder(model.encoder), batch)
         columns = list(split_grid(panels, height, width).unbind(1)[:2])
         text += ", each beside its corruption: gray is masked, red has another patch's content, white is kept"

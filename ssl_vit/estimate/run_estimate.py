@@ -113,7 +113,7 @@ def checkpoint_bytes(recipe: "Recipe", model: Model) -> int:
         for name, parameter in trainable.items()
         for key in recipe.optim.state
     }
-    average = {f"average.{name}": parameter for name, parameter in parameters.items()} if recipe.ema_decay else {}
+    average = parameters if recipe.ema_decay else {}
     return METADATA_BYTES + sum(map(safetensors_bytes, (parameters, moments, average)))
 
 

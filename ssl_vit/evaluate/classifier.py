@@ -10,7 +10,6 @@ from torch import nn
 
 from ssl_vit.convert.sample_names import read_sample_names
 from ssl_vit.data.loader import EvaluationStream
-from ssl_vit.distributed import run_on_main
 from ssl_vit.encoders import export, weights
 from ssl_vit.encoders.weights import tensor_digest
 from ssl_vit.errors import ExitCode, ExitError
@@ -46,12 +45,12 @@ class IgnoreLabels(nn.Module):
 
 def evaluate_classifier(context: EvaluationContext) -> tuple[dict[str, Any], Callable[[], Page]]:
     """A fine-tuned classifier on data.val: its own classes, label sets, or classes of other names; and a page of it."""
-    recipe, accelerator, config = context.recipe, context.accelerator, context.recipe.metrics
+    recipe, processes, config = context.recipe, context.processes, context.recipe.metrics
     source, head = weights.read_classifier(str(recipe.encoder))
     encoder_config, data = with_image_size(recipe, source.config)
     if "eval_crop" not in data.model_fields_set:
         data = data.model_copy(update={"eval_crop": head.crop})
-    val = run_on_main(accelerator, lambda: load_labeled_splits(recipe, ("val",)))["val"]
+    val = processes.run_on_main(lambda: load_labeled_splits(recipe, ("val",)))["val"]
     if config.class_map is None and not head.has_classes(val.classes):
         hint = "give metrics.class_map=, a JSON of data.val's classes to the classifier's"
         raise ExitError(ExitCode.DATA, f"{val.name}: its classes are not those of {recipe.encoder}; {hint}")
@@ -60,15 +59,14 @@ def evaluate_classifier(context: EvaluationContext) -> tuple[dict[str, Any], Cal
     layer = nn.Linear(encoder.width, head.num_classes)
     model = Model(encoder, ClassificationHead(nn.Sequential(layer), "softmax"))
     layer.load_state_dict({"weight": head.weight, "bias": head.bias})
-    model.to(accelerator.device).eval()
+    model.to(processes.device).eval()
     results: dict[str, Any] = {"encoder": recipe.encoder}
 
     def collect_predictions(model: Any) -> tuple[Predictions, dict[str, float]]:
         collected: list[Predictions] = []
         stream = EvaluationStream(val, data, context.shard.micro_batch)
         report = (lambda *_: {}) if config.class_map else model.head.report
-        shard, all_reduce_sum = context.shard, context.all_reduce_sum
-        evaluator = HeadEvaluator(stream, shard, accelerator.device, all_reduce_sum, report, collected.append)
+        evaluator = HeadEvaluator(stream, context.shard, processes, report, collected.append)
         with torch.no_grad():
             values = dict(evaluator.run(model))
         return collected[0], values
@@ -76,11 +74,11 @@ def evaluate_classifier(context: EvaluationContext) -> tuple[dict[str, Any], Cal
     if config.class_map is None:
         predictions, values = collect_predictions(model)
         results |= values
-        results |= run_on_main(
-            accelerator, lambda: measure_predictions(predictions, val, head.names, config, context.folder)
+        results |= processes.run_on_main(
+            lambda: measure_predictions(predictions, val, head.names, config, context.folder)
         )
     else:
-        class_map = run_on_main(accelerator, lambda: read_class_map(str(config.class_map), val.classes, head.names))
+        class_map = processes.run_on_main(lambda: read_class_map(str(config.class_map), val.classes, head.names))
         mapped_classes = sorted({class_id for mapped in class_map for class_id in mapped})
         for name, allowed in (("mapped", None), ("mapped_only", mapped_classes)):
             predictions, values = collect_predictions(IgnoreLabels(model, allowed))
@@ -94,7 +92,7 @@ def evaluate_classifier(context: EvaluationContext) -> tuple[dict[str, Any], Cal
                 write_predictions = partial(
                     metrics.write_predictions, predictions, read_sample_names(val), head.names, path, val.classes
                 )
-                run_on_main(accelerator, write_predictions)
+                processes.run_on_main(write_predictions)
         results |= {"classes": len(mapped_classes)}
     if notes := recipe.benchmark.describe_mismatches(None, val):
         results["not_the_benchmark"] = notes

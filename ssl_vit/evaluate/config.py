@@ -1,19 +1,18 @@
 """What an evaluation is asked for, and what its parts share."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from ssl_vit.config import Config
 from ssl_vit.convert.resolve import resolve_for_recipe
 from ssl_vit.data.dataset import Data
 from ssl_vit.data.loader import ProcessShard
 from ssl_vit.data.manifest import Manifest
+from ssl_vit.distributed import Distributed
 from ssl_vit.encoders import Encoder
 from ssl_vit.encoders.weights import AnyEncoder
 from ssl_vit.errors import ExitCode, ExitError
@@ -23,9 +22,6 @@ from ssl_vit.evaluate.knn import Knn
 from ssl_vit.evaluate.linear import LinearProbe
 from ssl_vit.evaluate.metrics import Metrics, check_labels
 from ssl_vit.evaluate.protocol import Benchmark
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 TIMEOUT_SECONDS = 86_400.0  # seconds that processes wait for the first, which alone fits what is fitted
 Method = Literal["knn", "linear", "few_shot", "classifier"]
@@ -60,10 +56,9 @@ class EvaluationContext:
     """What the parts of an evaluation share."""
 
     recipe: Evaluate
-    accelerator: "Accelerator"
+    processes: Distributed
     folder: Path
     shard: ProcessShard
-    all_reduce_sum: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def load_labeled_splits(recipe: Evaluate, names: tuple[str, ...]) -> dict[str, Manifest]:

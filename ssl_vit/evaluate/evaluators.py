@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ssl_vit.config import Config
 from ssl_vit.data.dataset import printable
 from ssl_vit.data.loader import EvaluationStream, ProcessShard
+from ssl_vit.distributed import Distributed
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.evaluate import few_shot, knn
 from ssl_vit.evaluate.few_shot import FewShotConfig
@@ -22,27 +23,26 @@ MAX_PRINTED_FAULTS = 10  # faults that a process prints
 class HeadEvaluator:
     """Runs the head over every sample of a split exactly once. Sums cross processes, never means.
 
-    `all_reduce_sum` adds sums over the processes, `report` is the head's; `on_predictions`, if there is one,
-    is handed a classifier's predictions for each image, on every process.
+    `report` is the head's; `on_predictions`, if given, receives a classifier's predictions for all images, on every
+    process.
     """
 
     def __init__(
         self,
         stream: EvaluationStream,
         shard: ProcessShard,
-        device: torch.device,
-        all_reduce_sum: Callable[[Sums], Sums],
+        processes: Distributed,
         report: Callable[[Sums, float], dict[str, float]],
         on_predictions: Callable[[Predictions], None] | None = None,
     ):
-        self.stream, self.shard, self.device = stream, shard, device
-        self.all_reduce_sum, self.report, self.on_predictions = all_reduce_sum, report, on_predictions
+        self.stream, self.shard, self.processes = stream, shard, processes
+        self.report, self.on_predictions = report, on_predictions
 
     def run(self, model: nn.Module, on_batch: Callable[[], None] = lambda: None) -> Iterator[tuple[str, float]]:
         """The head's report, and how many `samples` were counted, how many `bad_samples` could not be."""
         sums: Sums = {}
         rows = None
-        for start, batch in self.stream.enumerate_batches(self.shard, self.device):
+        for start, batch in self.stream.enumerate_batches(self.shard, self.processes.device):
             output = model(batch)
             if self.on_predictions is not None and output.logits is not None:
                 rows = _add_predictions(rows, self.stream.count, start, batch, output.logits)
@@ -50,8 +50,8 @@ class HeadEvaluator:
             sums = {name: sums[name] + value if name in sums else value for name, value in batch_sums.items()}
             on_batch()
         num_faults, fatal = _print_faults(self.stream, "evaluation")
-        flags = torch.tensor([num_faults, fatal is not None], device=self.device)
-        sums = self.all_reduce_sum({**sums, "_faults": flags})
+        flags = torch.tensor([num_faults, fatal is not None], device=self.processes.device)
+        sums = self.processes.all_reduce({**sums, "_faults": flags})
         num_bad, failed = sums.pop("_faults").tolist()
         if failed:
             raise fatal or ExitError(ExitCode.DATA, "another process cannot read the evaluation data; see its message")
@@ -59,7 +59,8 @@ class HeadEvaluator:
         if num_bad and not weight:
             raise ExitError(ExitCode.DATA, f"not one sample of {self.stream.samples.manifest.name} can be read")
         if self.on_predictions is not None and rows is not None:
-            self.on_predictions(_to_predictions(self.all_reduce_sum({"rows": rows})["rows"].numpy(), self.stream.ids))
+            rows = self.processes.all_reduce({"rows": rows})["rows"].numpy()
+            self.on_predictions(_to_predictions(rows, self.stream.ids))
         yield from self.report(sums, max(1.0, weight)).items()
         yield "samples", int(weight)
         yield "bad_samples", num_bad
@@ -112,19 +113,12 @@ class FrozenProbe:
         self,
         splits: tuple[EvaluationStream, EvaluationStream],
         shard: ProcessShard,
-        device: torch.device,
-        all_reduce_sum: Callable[[Sums], Sums],
+        processes: Distributed,
         config: OnlineProbe,
         pool: Callable[[Tensor], Tensor],
     ):
-        self.splits, self.shard, self.device, self.all_reduce_sum, self.config = (
-            splits,
-            shard,
-            device,
-            all_reduce_sum,
-            config,
-        )
-        self.pool = pool
+        self.splits, self.shard, self.processes, self.device = splits, shard, processes, processes.device
+        self.config, self.pool = config, pool
         self.classes = len(splits[0].samples.manifest.classes)
 
     def run(self, model: nn.Module, on_batch: Callable[[], None] = lambda: None) -> Iterator[tuple[str, float]]:
@@ -162,7 +156,7 @@ class FrozenProbe:
             on_batch()
         _, fatal = _print_faults(stream, "online probe")
         failed = torch.tensor(fatal is not None, device=self.device).long()
-        totals = self.all_reduce_sum({"features": features, "labels": labels, "failed": failed})
+        totals = self.processes.all_reduce({"features": features, "labels": labels, "failed": failed})
         if totals["failed"]:
             raise fatal or ExitError(
                 ExitCode.DATA, "another process cannot read the online probe's data; see its message"

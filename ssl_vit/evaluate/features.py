@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from ssl_vit.config import Config
 from ssl_vit.data.loader import EvaluationStream, ProcessShard
+from ssl_vit.distributed import Distributed
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.files import sha256, sync_folder, write_bytes
-from ssl_vit.model import Sums, pool_tokens
+from ssl_vit.model import pool_tokens
 
 ReadOut = Literal["mean", "class"]
 FeatureName = tuple[int, ReadOut]
@@ -62,12 +63,11 @@ def extract_features(
     names: list[FeatureName],
     stream: EvaluationStream,
     shard: ProcessShard,
-    device: torch.device,
-    all_reduce_sum: Callable[[Sums], Sums],
+    processes: Distributed,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Step by step, where in the split a part begins and its rows: features by name, label, valid; on every process."""
     world, size = shard.world, shard.micro_batch
-    for step, (_, batch) in enumerate(stream.enumerate_batches(shard, device)):
+    for step, (_, batch) in enumerate(stream.enumerate_batches(shard, processes.device)):
         local_rows = {
             f"{layer}-{readout}": value
             for (layer, readout), value in pooled_features(encoder, names, batch["image"]).items()
@@ -76,7 +76,7 @@ def extract_features(
         slots = {name: value.new_zeros(world, *value.shape) for name, value in local_rows.items()}
         for name, value in local_rows.items():
             slots[name][shard.rank] = value
-        gathered = all_reduce_sum(slots) if world > 1 else slots
+        gathered = processes.all_reduce(slots)
         start = step * world * size
         yield start, {name: v.flatten(0, 1)[: stream.count - start].cpu().numpy() for name, v in gathered.items()}
 

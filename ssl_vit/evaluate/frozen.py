@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ssl_vit.data.dataset import Data, printable
 from ssl_vit.data.loader import EvaluationStream, split_holdout
 from ssl_vit.data.manifest import Manifest
-from ssl_vit.distributed import all_gather, raise_first, run_on_main
+from ssl_vit.distributed import Distributed, raise_first
 from ssl_vit.encoders import weights
 from ssl_vit.encoders.weights import tensor_digest
 from ssl_vit.errors import ExitCode, ExitError
@@ -26,24 +26,21 @@ from ssl_vit.files import ensure_dir
 from ssl_vit.report.format import format_percent
 from ssl_vit.report.page import Page, plot_curves
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 EMPTY_SPLIT = Split({}, np.empty(0, np.int64))  # what processes have that judge nothing
 
 
 def evaluate_frozen(context: EvaluationContext) -> tuple[dict[str, Any], Callable[[], Page]]:
     """Linear probe, k-NN and few-shot of the encoder's features and of an untrained one's; and a page of it."""
-    recipe, accelerator = context.recipe, context.accelerator
+    recipe, processes = context.recipe, context.processes
     source_config, tensors = weights.read_source(str(recipe.encoder))
     config, data = with_image_size(recipe, source_config)
-    manifests = run_on_main(accelerator, lambda: load_labeled_splits(recipe, ("train", "val")))
+    manifests = processes.run_on_main(lambda: load_labeled_splits(recipe, ("train", "val")))
     encoder = untrained_encoder(recipe, config)
     weights.load_weights(encoder, source_config, tensors, str(recipe.encoder))
     encoders = {"pretrained": encoder} | ({"random": untrained_encoder(recipe, config)} if recipe.random else {})
     rows, split_features = [], {}
     for name, model in encoders.items():
-        model = model.to(accelerator.device).eval()
+        model = model.to(processes.device).eval()
         names = recipe.features.names(model)
         split_features = {
             split: cached_features(context, model, names, split, manifest, data)
@@ -51,7 +48,7 @@ def evaluate_frozen(context: EvaluationContext) -> tuple[dict[str, Any], Callabl
         }
         classes = len(manifests["train"].classes)
         score = partial(score_features, context, name, split_features["train"], split_features["val"], names, classes)
-        rows += run_on_main(accelerator, score)
+        rows += processes.run_on_main(score)
     results: dict[str, Any] = {"encoder": recipe.encoder, "rows": rows}
     results["samples"] = int((split_features["val"].labels >= 0).sum())
     results["bad_samples"] = {split: values.bad_samples for split, values in split_features.items()}
@@ -80,11 +77,11 @@ def cached_features(
     data: Data,
 ) -> Split:
     """The features of a split, from the cache where they are in it; all processes compute, the first keeps them."""
-    recipe, accelerator = context.recipe, context.accelerator
+    recipe, processes = context.recipe, context.processes
     ids = split_holdout(manifest.samples, data)[0] if split == "train" and data.subset < 1 else None
     stream = EvaluationStream(manifest, data, context.shard.micro_batch, ids)
     cache = Path(recipe.features.cache or context.folder / "features")
-    run_on_main(accelerator, lambda: ensure_dir(cache, "features.cache"))
+    processes.run_on_main(lambda: ensure_dir(cache, "features.cache"))
     folder = cache / features.features_digest(encoder, names, stream)
 
     split_features: Split | None = EMPTY_SPLIT
@@ -96,13 +93,11 @@ def cached_features(
             split_features is not None and not split_features.bad_samples
         )  # what could not be read may have been mended
 
-    with features.exclusive(folder) if accelerator.is_main_process else nullcontext():
-        if not run_on_main(accelerator, load_cached):
-            parts = features.extract_features(
-                encoder, names, stream, context.shard, accelerator.device, context.all_reduce_sum
-            )
-            report_faults = partial(_report_faults, accelerator, stream)
-            if accelerator.is_main_process:
+    with features.exclusive(folder) if processes.is_main else nullcontext():
+        if not processes.run_on_main(load_cached):
+            parts = features.extract_features(encoder, names, stream, context.shard, processes)
+            report_faults = partial(_report_faults, processes, stream)
+            if processes.is_main:
                 features.write_features(folder, parts, stream.count, report_faults)
                 split_features = features.load_features(folder, names)
             else:
@@ -114,19 +109,19 @@ def cached_features(
     return split_features
 
 
-def _report_faults(accelerator: "Accelerator", stream: EvaluationStream) -> None:
+def _report_faults(processes: Distributed, stream: EvaluationStream) -> None:
     """Say what could not be read; where a source stayed away from any process, all end."""
     for fault in stream.faults.drain():
         print(f"evaluation leaves out sample {fault.sample}: {printable(fault.reason)}", flush=True)
     fatal = stream.faults.fatal
-    raise_first(all_gather(accelerator, (fatal.code, fatal.message) if fatal else None))
+    raise_first(processes.all_gather((fatal.code, fatal.message) if fatal else None))
 
 
 def score_features(
     context: EvaluationContext, encoder_name: str, train: Split, val: Split, names: list[FeatureName], classes: int
 ) -> list[dict[str, Any]]:
     """A row for every method, layer and read-out."""
-    recipe, device, rows = context.recipe, context.accelerator.device, []
+    recipe, device, rows = context.recipe, context.processes.device, []
     for name in names:
         train_features, train_labels = _labeled_tensors(train, name, device)
         test_features, test_labels = _labeled_tensors(val, name, device)

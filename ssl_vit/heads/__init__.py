@@ -1,9 +1,6 @@
 """Heads: each owns its targets, its loss and what it reports. The unions are the registry.
 
-A head module has `forward(encoder, batch) -> Output`, `report(sums, weight) -> dict of numbers`, `forward_macs` (its
-multiply-accumulates an image) and, where there is something to see, `visualize(encoder, batch) -> uint8 [3, h, w]`, the
-corrupted images in its second column; a training sets its `log_metrics` to whether a row of metrics follows a step. Its
-config has `build(encoder, classes)` and says whether it `needs_labels`.
+A head module is a `model.Head`. Its config has `build(encoder, classes)` and says whether it `needs_labels`.
 """
 
 from typing import Annotated

@@ -39,6 +39,9 @@ class Classifier(Config):
 class ClassificationHead(nn.Module):
     """Pooled tokens [B, D] -> logits [B, classes], with the last layer starting at zero (paper B.1.1)."""
 
+    query_count = None
+    visualize = None
+
     def __init__(
         self,
         layers: nn.Sequential,
@@ -55,11 +58,13 @@ class ClassificationHead(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
-    def forward(self, encoder: Encoder, batch: Batch) -> Output:
+    def forward(self, encoder: Encoder, batch: Batch, log_metrics: bool = False) -> Output:
         """The loss of each labeled image; an image without label (-1) carries none.
 
-        `mix`, in training only, makes other images and soft targets [B, classes] of images and labels.
+        `mix`, in training only, makes other images and soft targets [B, classes] of images and labels. The sums are
+        the same for any `log_metrics`.
         """
+        del log_metrics
         label, valid = batch["label"].clamp(min=0), batch["valid"] & (batch["label"] >= 0)
         image, target = (
             self.mix(batch["image"], label) if self.training and self.mix is not None else (batch["image"], label)

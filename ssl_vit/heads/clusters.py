@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssl_vit.files import write_bytes
-from ssl_vit.heads.masked_prediction import MaskedPrediction, TokenClassificationHead
+from ssl_vit.heads.masked_prediction import ClassTarget, MaskedPrediction, MaskedPredictionHead
 from ssl_vit.model import Encoder
 
 ClusterSpace = Literal["color", "patch"]
@@ -27,13 +27,13 @@ class Clusters(MaskedPrediction):
     kind: Literal["clusters"] = "clusters"
     codebook: str | None = Field(default=None, description="file of tools/fit_clusters.py; a copy is kept in the run")
 
-    def build(self, encoder: Encoder, classes: int) -> "ClustersHead":
+    def build(self, encoder: Encoder, classes: int) -> MaskedPredictionHead:
         """The head for an encoder; ValueError where there is no codebook, or it is one of other patches."""
         del classes
         self.check_encoder(encoder)
         if self.codebook is None:
             raise ValueError("head.codebook: it must be given; tools/fit_clusters.py makes one from shards")
-        return ClustersHead(self, encoder, read_codebook(self.codebook, encoder))
+        return MaskedPredictionHead(self, encoder, ClusterTarget(encoder, read_codebook(self.codebook, encoder)))
 
 
 def read_codebook(path: str, encoder: Encoder) -> Tensor:
@@ -80,21 +80,22 @@ def fit_kmeans(points: Tensor, clusters: int, seed: int) -> Tensor:
     return torch.from_numpy(model.cluster_centers_).float()
 
 
-class ClustersHead(TokenClassificationHead):
-    """One class a patch."""
+class ClusterTarget(ClassTarget):
+    """One class per patch: the nearest of `centers` [K, d], by mean color (d = C) or by the patch (d = C P^2)."""
 
     centers: Tensor
 
-    def __init__(self, config: Clusters, encoder: Encoder, centers: Tensor):
-        super().__init__(config, encoder, len(centers))
+    def __init__(self, encoder: Encoder, centers: Tensor):
+        super().__init__(len(centers))
+        self.patch = encoder.stride
         self.space: ClusterSpace = "color" if centers.shape[1] == encoder.channels else "patch"
         self.register_buffer("centers", centers, persistent=False)
 
-    def target(self, encoder: Encoder, image: Tensor) -> Tensor:
+    def targets(self, encoder: Encoder, image: Tensor) -> Tensor:
         """The cluster of each patch [B, N, 1]."""
         return nearest_center(patch_vectors(image, self.patch, self.space), self.centers)[:, :, None]
 
-    def render_targets(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
+    def render(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
         """The centers."""
         blocks = 255 * self.centers[target[:, :, 0]].transpose(1, 2)
         return blocks if self.space == "patch" else blocks.repeat_interleave(self.patch**2, 1)

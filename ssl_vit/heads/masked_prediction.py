@@ -1,11 +1,7 @@
-"""What all masked objectives share: the corruption, the mask embedding, one linear layer on the corrupted patches.
-
-An objective says what its targets are, what a prediction costs and how a target looks (paper 4.6 and B.1.2).
-"""
+"""Masked prediction: corrupt patch embeddings, predict a Target of each with one linear layer (paper 4.6 and B.1.2)."""
 
 import math
-from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +12,7 @@ from ssl_vit.config import Config
 from ssl_vit.encoders.layers import Linear
 from ssl_vit.heads import corruption
 from ssl_vit.heads.visualize import image_grid, outline
-from ssl_vit.model import Batch, Encoder, Output, masked_mean
-
-Sums = dict[str, Tensor]
+from ssl_vit.model import Batch, Encoder, Output, Sums, masked_mean
 
 
 class MaskedPrediction(Config):
@@ -66,41 +60,60 @@ class MaskedPrediction(Config):
             raise ValueError(f"head.ratio={self.ratio} of {rows * columns} patches corrupts none")
 
 
+class Target(Protocol):
+    """What a masked head predicts of each corrupted patch, what a prediction costs, and how a target looks.
+
+    A module, so that its tensors move to the device; it learns nothing.
+    """
+
+    outputs: int  # numbers that are predicted per patch
+
+    def targets(self, encoder: Encoder, image: Tensor) -> Tensor:
+        """The target of each patch: image uint8 [B, C, H, W] -> [B, N, ...]."""
+        ...
+
+    def loss(self, predictions: Tensor, target: Tensor) -> Tensor:
+        """predictions [B, K, outputs] and target [B, K, ...] -> the loss per image [B]."""
+        ...
+
+    def sums(self, predictions: Tensor, target: Tensor, valid: Tensor) -> Sums:
+        """What `report` needs, summed over the images `valid` [B]."""
+        ...
+
+    def neighbor_sums(self, neighbor_target: Tensor, target: Tensor, valid: Tensor) -> Sums:
+        """What `report` needs of targets [B, K, ...] that were copied from the neighbors."""
+        ...
+
+    def report(self, sums: Sums, weight: float) -> dict[str, float]:
+        """Metrics of the sums over `weight` images: the loss, and beside it what it costs to guess."""
+        ...
+
+    def predicted(self, predictions: Tensor) -> Tensor:
+        """The likeliest target [B, K, ...] of predictions [B, K, outputs]."""
+        ...
+
+    def render(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
+        """How targets [B, N, ...] look: pixels [B, C P^2, N] from 0 to 255."""
+        ...
+
+
 class MaskedPredictionHead(nn.Module):
     """The learned mask embedding, and one linear layer on the final tokens of the corrupted patches."""
 
-    log_metrics = (
-        True  # whether a row of metrics follows this step: in training the baseline that copies is only tried then
-    )
-
     shapes: Tensor
+    target: Any  # an nn.Module that is a Target
 
-    def __init__(self, config: MaskedPrediction, encoder: Encoder, outputs: int):
+    def __init__(self, config: MaskedPrediction, encoder: Encoder, target: Target):
         super().__init__()
-        self.config, self.grid, self.patch = config, encoder.grid, encoder.stride
-        self.forward_macs = sum(config.counts(encoder.grid)) * encoder.width * outputs  # multiply-accumulates an image
+        self.config, self.grid, self.patch, self.target = config, encoder.grid, encoder.stride, target
+        self.query_count = sum(config.counts(encoder.grid))  # tokens that are read of the encoder's last block
+        self.forward_macs = self.query_count * encoder.width * target.outputs  # multiply-accumulates per image
         self.mask_token = nn.Parameter(torch.randn(encoder.width) * 0.02)
-        self.linear = Linear(encoder.width, outputs)
+        self.linear = Linear(encoder.width, target.outputs)
         nn.init.zeros_(self.linear.weight)  # so that the first loss is ln 512 exactly
         nn.init.zeros_(self.linear.bias)
-        shapes = corruption.block_shapes(encoder.grid, sum(config.counts(encoder.grid)))
+        shapes = corruption.block_shapes(encoder.grid, self.query_count)
         self.register_buffer("shapes", torch.tensor(shapes), persistent=False)
-
-    def target(self, encoder: Encoder, image: Tensor) -> Tensor:
-        """What each patch asks for: image uint8 [B, C, H, W] -> [B, N, ...]."""
-        raise NotImplementedError
-
-    def loss(self, predictions: Tensor, target: Tensor) -> tuple[Tensor, Callable[[Tensor], Sums]]:
-        """made [B, K, outputs] and target [B, K, ...] -> the loss [B], and what is summed over images valid [B]."""
-        raise NotImplementedError
-
-    def render_targets(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
-        """How targets [B, N, ...] look: pixels [B, C P^2, N] from 0 to 255."""
-        raise NotImplementedError
-
-    def predicted_targets(self, predictions: Tensor) -> Tensor:
-        """The likeliest target [B, K, ...] of made [B, K, outputs]."""
-        raise NotImplementedError
 
     def draw(self, seed: Tensor) -> corruption.Corruption:
         """The corruption of each image: seed int64 [B] -> tensors [B, K]."""
@@ -112,29 +125,34 @@ class MaskedPredictionHead(nn.Module):
         return corruption.draw(seed, self.grid[0] * self.grid[1], ratio, mix)
 
     def predict(self, encoder: Encoder, batch: Batch) -> tuple[corruption.Corruption, Tensor, Tensor]:
-        """The corruption, the target of every patch [B, N, ...] and the outputs [B, K, outputs]."""
+        """The corruption, the target of every patch [B, N, ...] and the predictions [B, K, outputs]."""
         masking = self.draw(batch["seed"])
         tokens = encoder(
             batch["image"],
             edit=lambda patches: masking.apply(patches, self.mask_token),
             select=masking.index + encoder.prefix,
         )
-        return masking, self.target(encoder, batch["image"]), self.linear(tokens).float()
+        return masking, self.target.targets(encoder, batch["image"]), self.linear(tokens).float()
 
-    def forward(self, encoder: Encoder, batch: Batch) -> Output:
-        """The mean cost of every corrupted patch, the swapped and the kept ones included."""
+    def forward(self, encoder: Encoder, batch: Batch, log_metrics: bool = False) -> Output:
+        """The mean loss of every corrupted patch, the swapped and the kept ones included.
+
+        The baseline that copies neighbors is in the sums in eval mode, and in training with `log_metrics`.
+        """
         masking, target, predictions = self.predict(encoder, batch)
         target, valid = gather_patches(target, masking.index), batch["valid"]
-        loss, compute_sums = self.loss(predictions, target)
+        loss = self.target.loss(predictions, target)
         with torch.no_grad():
-            sums = {"loss": (loss * valid).sum(), **compute_sums(valid)}
-            if self.log_metrics or not self.training:
-                neighbor_targets = gather_patches(
-                    self.targets_of_flat_color(encoder, self.neighbor_colors(batch["image"], masking.index)),
-                    masking.index,
-                )
-                sums |= self.neighbor_baseline(neighbor_targets, target, valid)
+            sums = {"loss": (loss * valid).sum(), **self.target.sums(predictions, target, valid)}
+            if log_metrics or not self.training:
+                colors = self.neighbor_colors(batch["image"], masking.index)
+                neighbor_target = gather_patches(self.targets_of_flat_color(encoder, colors), masking.index)
+                sums |= self.target.neighbor_sums(neighbor_target, target, valid)
         return Output(masked_mean(valid, loss), sums, valid.sum())
+
+    def report(self, sums: Sums, weight: float) -> dict[str, float]:
+        """The target's metrics."""
+        return self.target.report(sums, weight)
 
     def neighbor_colors(self, image: Tensor, index: Tensor) -> Tensor:
         """The mean color of the visible patches around each corrupted one: uint8 [B, C, rows, columns].
@@ -157,11 +175,7 @@ class MaskedPredictionHead(nn.Module):
 
     def targets_of_flat_color(self, encoder: Encoder, color: Tensor) -> Tensor:
         """The target [B, N, ...] of patches of one color each: uint8 [B, C, rows, columns]."""
-        return self.target(encoder, color.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3))
-
-    def neighbor_baseline(self, neighbor_targets: Tensor, target: Tensor, valid: Tensor) -> Sums:
-        """What `report` needs to know of targets [B, K, ...] that were copied from the neighbors."""
-        raise NotImplementedError
+        return self.target.targets(encoder, color.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3))
 
     @torch.no_grad()
     def visualize(self, encoder: Encoder, batch: Batch) -> Tensor:
@@ -173,7 +187,7 @@ class MaskedPredictionHead(nn.Module):
         image, side = batch["image"], self.patch
         masking, target, predicted = self.predict(encoder, batch)
         predicted_target = target.scatter(
-            1, expand_index(masking.index, target), self.predicted_targets(predicted).to(target.dtype)
+            1, expand_index(masking.index, target), self.target.predicted(predicted).to(target.dtype)
         )
         blocks = F.unfold(image.float(), side, stride=side)  # [B, C P^2, N]
         empty = torch.full(blocks.shape[::2], -1, device=image.device)
@@ -195,47 +209,49 @@ class MaskedPredictionHead(nn.Module):
             return F.fold(blocks.float(), image.shape[2:], side, stride=side).round().clamp(0, 255).to(torch.uint8)
 
         predicted, true_pixels = (
-            self.render_targets(encoder, image, targets).float() for targets in (predicted_target, target)
+            self.target.render(encoder, image, targets).float() for targets in (predicted_target, target)
         )
         error = (predicted.clamp(0, 255) - true_pixels).abs().unflatten(1, (-1, side * side)).mean(1, keepdim=True)
         error = error.expand(-1, image.shape[1], -1, -1).flatten(1, 2)
         return image_grid([image, *map(fold_patches, (corrupted, predicted, true_pixels, error))])
 
 
-class TokenClassificationHead(MaskedPredictionHead):
-    """Targets are classes: one an image patch, or one of each of its cells; [B, N, cells]."""
+class ClassTarget(nn.Module):
+    """Targets that are classes, int64 [B, N, cells]: one per patch, or one per cell of it.
 
-    def __init__(self, config: MaskedPrediction, encoder: Encoder, classes: int, cells: int = 1):
-        super().__init__(config, encoder, cells * classes)
-        self.classes, self.cells = classes, cells
+    A subclass adds `targets` and `render`.
+    """
 
-    def loss(self, predictions: Tensor, target: Tensor) -> tuple[Tensor, Callable[[Tensor], Sums]]:
+    def __init__(self, classes: int, cells: int = 1):
+        super().__init__()
+        self.classes, self.cells, self.outputs = classes, cells, cells * classes
+
+    def loss(self, predictions: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy, the mean over patches and cells."""
-        logits, flat = predictions.unflatten(2, (self.cells, self.classes)), target.flatten()
-        loss = F.cross_entropy(logits.flatten(0, 2), flat, reduction="none").view(len(target), -1).mean(1)
+        logits = predictions.unflatten(2, (self.cells, self.classes)).flatten(0, 2)
+        return F.cross_entropy(logits, target.flatten(), reduction="none").view(len(target), -1).mean(1)
 
-        def compute_sums(valid: Tensor) -> Sums:
-            is_correct = (logits.argmax(3) == target).float().flatten(1).mean(1)
-            counts = valid.view(-1, *[1] * (target.ndim - 1)).expand_as(target)
-            return {"accuracy": (is_correct * valid).sum(), "histogram": self.histogram(target, counts)}
+    def sums(self, predictions: Tensor, target: Tensor, valid: Tensor) -> Sums:
+        """The accuracy per image, and how often each class is a target."""
+        is_correct = (self.predicted(predictions) == target).float().flatten(1).mean(1)
+        return {"accuracy": (is_correct * valid).sum(), "histogram": self._histogram(target, _expand(valid, target))}
 
-        return loss, compute_sums
-
-    def neighbor_baseline(self, neighbor_targets: Tensor, target: Tensor, valid: Tensor) -> Sums:
+    def neighbor_sums(self, neighbor_target: Tensor, target: Tensor, valid: Tensor) -> Sums:
         """Histograms [classes] of the targets that were compared, and of those that are as their neighbors."""
-        counts = valid.view(-1, *[1] * (target.ndim - 1)).expand_as(target)
+        counts = _expand(valid, target)
         return {
-            "compared": self.histogram(target, counts),
-            "copied": self.histogram(target, counts & (neighbor_targets == target)),
+            "compared": self._histogram(target, counts),
+            "copied": self._histogram(target, counts & (neighbor_target == target)),
         }
 
-    def histogram(self, target: Tensor, counts: Tensor) -> Tensor:
+    def predicted(self, predictions: Tensor) -> Tensor:
+        """The class with the largest logit."""
+        return predictions.unflatten(2, (self.cells, self.classes)).argmax(3)
+
+    def _histogram(self, target: Tensor, counts: Tensor) -> Tensor:
         """How often each class [classes] is a target that counts."""
         zeros = torch.zeros(self.classes, device=target.device)
         return zeros.scatter_add_(0, target.flatten(), counts.flatten().float())
-
-    def predicted_targets(self, predictions: Tensor) -> Tensor:
-        return predictions.unflatten(2, (self.cells, self.classes)).argmax(3)
 
     def report(self, sums: Sums, weight: float) -> dict[str, float]:
         """Loss and accuracy, and beside them what it costs to guess: uniformly, by the labels' frequencies, by copying.
@@ -265,6 +281,11 @@ def neighbor_baseline_loss(class_fractions: Tensor, matched: Tensor) -> float:
     frequency = class_fractions.clamp(min=1e-12)
     costs = matched * (p + (1 - p) * frequency).log() + (class_fractions - matched) * ((1 - p) * frequency).log()
     return float(-costs.sum(1).max())
+
+
+def _expand(valid: Tensor, target: Tensor) -> Tensor:
+    """valid [B] as a target [B, ...]."""
+    return valid.view(-1, *[1] * (target.ndim - 1)).expand_as(target)
 
 
 def expand_index(index: Tensor, target: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ssl_vit.heads.masked_prediction import MaskedPrediction, TokenClassificationHead
+from ssl_vit.heads.masked_prediction import ClassTarget, MaskedPrediction, MaskedPredictionHead
 from ssl_vit.model import Encoder
 
 
@@ -38,34 +38,30 @@ class MeanColor(MaskedPrediction):
     kind: Literal["mean_color"] = "mean_color"
     bits: int = Field(default=3, ge=1, le=4, description="bits a channel of the target; 3 makes 512 classes")
 
-    def build(self, encoder: Encoder, classes: int) -> "MeanColorHead":
+    def build(self, encoder: Encoder, classes: int) -> MaskedPredictionHead:
         """The head for an encoder; the data's classes play no part. ValueError where no patch could be corrupted."""
         del classes
         self.check_encoder(encoder)
-        return MeanColorHead(self, encoder)
+        return MaskedPredictionHead(self, encoder, MeanColorTarget(encoder, self.bits))
 
 
-class MeanColorHead(TokenClassificationHead):
-    """One class a patch."""
+class MeanColorTarget(ClassTarget):
+    """One class per patch."""
 
-    def __init__(self, config: MeanColor, encoder: Encoder):
-        super().__init__(config, encoder, 1 << (config.bits * encoder.channels))
-        self.bits = config.bits
+    def __init__(self, encoder: Encoder, bits: int):
+        super().__init__(1 << (bits * encoder.channels))
+        self.patch, self.bits = encoder.stride, bits
 
-    def target(self, encoder: Encoder, image: Tensor) -> Tensor:
+    def targets(self, encoder: Encoder, image: Tensor) -> Tensor:
         """The class of each patch [B, N, 1]."""
         return labels(image, self.patch, self.bits)[:, :, None]
 
-    def targets_of_flat_color(self, encoder: Encoder, color: Tensor) -> Tensor:
-        """The class of each color [B, N, 1]."""
-        return labels(color, 1, self.bits)[:, :, None]
-
-    def render_targets(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
+    def render(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
         """Flat patches."""
         return label_colors(target[:, :, 0], self.bits).transpose(1, 2).repeat_interleave(self.patch**2, 1)
 
 
-CELLS_PER_SIDE = 4  # along a side
+CELLS_PER_SIDE = 4
 
 
 class PatchColors(MaskedPrediction):
@@ -73,22 +69,23 @@ class PatchColors(MaskedPrediction):
 
     kind: Literal["patch_colors"] = "patch_colors"
 
-    def build(self, encoder: Encoder, classes: int) -> "PatchColorsHead":
+    def build(self, encoder: Encoder, classes: int) -> MaskedPredictionHead:
         """The head for an encoder; ValueError where 4 does not divide its patches."""
         del classes
         self.check_encoder(encoder)
         if encoder.stride % CELLS_PER_SIDE:
             raise ValueError(f"head.kind=patch_colors cuts patches into 4 x 4 cells; {encoder.stride} is no multiple")
-        return PatchColorsHead(self, encoder)
+        return MaskedPredictionHead(self, encoder, PatchColorsTarget(encoder))
 
 
-class PatchColorsHead(TokenClassificationHead):
-    """Sixteen classes a patch, in raster order."""
+class PatchColorsTarget(ClassTarget):
+    """Sixteen classes per patch, in raster order."""
 
-    def __init__(self, config: PatchColors, encoder: Encoder):
-        super().__init__(config, encoder, 1 << (3 * encoder.channels), CELLS_PER_SIDE**2)
+    def __init__(self, encoder: Encoder):
+        super().__init__(1 << (3 * encoder.channels), CELLS_PER_SIDE**2)
+        self.patch, self.grid = encoder.stride, encoder.grid
 
-    def target(self, encoder: Encoder, image: Tensor) -> Tensor:
+    def targets(self, encoder: Encoder, image: Tensor) -> Tensor:
         """The class of each cell [B, N, 16]: its area mean, quantized as a patch's is."""
         rows, columns = self.grid
         cells = labels(image, self.patch // CELLS_PER_SIDE).unflatten(
@@ -96,7 +93,7 @@ class PatchColorsHead(TokenClassificationHead):
         )
         return cells.transpose(2, 3).flatten(3).flatten(1, 2)
 
-    def render_targets(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
+    def render(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
         """Patches of flat cells."""
         side = self.patch // CELLS_PER_SIDE
         cells = label_colors(target).unflatten(2, (CELLS_PER_SIDE, CELLS_PER_SIDE))  # [B, N, 4, 4, 3]

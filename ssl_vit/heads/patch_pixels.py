@@ -1,14 +1,13 @@
 """The paper's third target: L2 regression of the full patch (B.1.2); or of the patch normalized by itself (MAE)."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from ssl_vit.heads.masked_prediction import MaskedPrediction, MaskedPredictionHead, Sums
-from ssl_vit.model import Encoder
+from ssl_vit.heads.masked_prediction import MaskedPrediction, MaskedPredictionHead
+from ssl_vit.model import Encoder, Sums
 
 EPSILON = 1e-6  # added to a patch's variance, of pixels from -1 to 1
 
@@ -19,21 +18,21 @@ class PatchPixels(MaskedPrediction):
     kind: Literal["patch_pixels"] = "patch_pixels"
     normalize: bool = Field(default=False, description="each patch less its mean, by its deviation (MAE)")
 
-    def build(self, encoder: Encoder, classes: int) -> "PatchPixelsHead":
+    def build(self, encoder: Encoder, classes: int) -> MaskedPredictionHead:
         """The head for an encoder; the data's classes play no part. ValueError where no patch could be corrupted."""
         del classes
         self.check_encoder(encoder)
-        return PatchPixelsHead(self, encoder)
+        return MaskedPredictionHead(self, encoder, PatchPixelsTarget(encoder, self.normalize))
 
 
-class PatchPixelsHead(MaskedPredictionHead):
+class PatchPixelsTarget(nn.Module):
     """As many outputs as a patch has numbers, 768 of 16 x 16 x 3; channel by channel."""
 
-    def __init__(self, config: PatchPixels, encoder: Encoder):
-        super().__init__(config, encoder, encoder.channels * encoder.stride**2)
-        self.normalize = config.normalize
+    def __init__(self, encoder: Encoder, normalize: bool):
+        super().__init__()
+        self.patch, self.normalize, self.outputs = encoder.stride, normalize, encoder.channels * encoder.stride**2
 
-    def target(self, encoder: Encoder, image: Tensor) -> Tensor:
+    def targets(self, encoder: Encoder, image: Tensor) -> Tensor:
         """Pixels as the encoder sees them, [B, N, C P^2]."""
         pixels = self._patchify(encoder.normalize(image))
         if not self.normalize:
@@ -41,22 +40,22 @@ class PatchPixelsHead(MaskedPredictionHead):
         mean, deviation = _mean_std(pixels)
         return (pixels - mean) / deviation
 
-    def loss(self, predictions: Tensor, target: Tensor) -> tuple[Tensor, Callable[[Tensor], Sums]]:
+    def loss(self, predictions: Tensor, target: Tensor) -> Tensor:
         """Squared error, the mean over patches and their numbers."""
-        loss = (predictions - target).square().flatten(1).mean(1)
+        return (predictions - target).square().flatten(1).mean(1)
 
-        def compute_sums(valid: Tensor) -> Sums:
-            values = target.flatten(1)
-            return {"sum": (values.mean(1) * valid).sum(), "square": (values.square().mean(1) * valid).sum()}
+    def sums(self, predictions: Tensor, target: Tensor, valid: Tensor) -> Sums:
+        """The mean and the mean square of the targets, for their variance."""
+        del predictions
+        values = target.flatten(1)
+        return {"sum": (values.mean(1) * valid).sum(), "square": (values.square().mean(1) * valid).sum()}
 
-        return loss, compute_sums
+    def neighbor_sums(self, neighbor_target: Tensor, target: Tensor, valid: Tensor) -> Sums:
+        """The squared error of the neighbors' mean color, and over how many images."""
+        return {"copied": (self.loss(neighbor_target, target) * valid).sum(), "compared": valid.sum()}
 
-    def neighbor_baseline(self, neighbor_targets: Tensor, target: Tensor, valid: Tensor) -> Sums:
-        """The squared error of the neighbors' mean color, and of how many images."""
-        error = (neighbor_targets - target).square().flatten(1).mean(1)
-        return {"copied": (error * valid).sum(), "compared": valid.sum()}
-
-    def predicted_targets(self, predictions: Tensor) -> Tensor:
+    def predicted(self, predictions: Tensor) -> Tensor:
+        """The predictions themselves."""
         return predictions
 
     def report(self, sums: Sums, weight: float) -> dict[str, float]:
@@ -68,7 +67,7 @@ class PatchPixelsHead(MaskedPredictionHead):
             "neighbor_loss": float(sums["copied"] / sums["compared"].clamp(min=1)),
         }
 
-    def render_targets(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
+    def render(self, encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
         """The pixels themselves; of normalized ones with the true patch's mean and deviation, as MAE shows them."""
         if self.normalize:
             mean, deviation = _mean_std(self._patchify(encoder.normalize(image)))

@@ -4,22 +4,20 @@ import json
 import os
 import socket
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ssl_vit.data.dataset import MAX_CONSECUTIVE_FAULTS, Fault, Faults, printable, tolerated_faults
-from ssl_vit.distributed import AsyncAllReduce, all_gather
+from ssl_vit.distributed import AsyncAllReduce, Distributed
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.model import Batch, Model
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 MAX_CONSECUTIVE_SKIPS = 3  # skipped updates, then the run goes back
 MAX_ROLLBACKS = 2  # of a run, then it ends
@@ -81,13 +79,11 @@ class AnomalyGuard:
 
     def __init__(
         self,
-        accelerator: "Accelerator",
+        processes: Distributed,
         folder: Path,
         batch_samples: BatchSamples,
         spike: Spike,
-        skipped_batches: SkippedBatches,
-        losses: Iterable[float] = (),
-        nonfinite_batches: Iterable[int] = (),
+        skipped_batches: SkippedBatches = NO_SKIPS,
     ):
         self.path, self.batch_samples, self.spike, self.skipped_batches = (
             folder / "numerics.jsonl",
@@ -95,20 +91,23 @@ class AnomalyGuard:
             spike,
             skipped_batches,
         )
-        self.losses, self.nonfinite_batches = deque(losses, LOSS_HISTORY), list(nonfinite_batches)
-        self._is_main, self._world, self._num_logged = accelerator.is_main_process, accelerator.num_processes, 0
+        self.losses: deque[float] = deque(maxlen=LOSS_HISTORY)
+        self.nonfinite_batches: list[int] = []
+        self._is_main, self._world, self._num_logged = processes.is_main, processes.world, 0
         self._pending_copies: deque[tuple[Tensor, Any]] = deque()
         self._pending_steps: deque[tuple[int, int]] = deque()  # and their batches, not judged yet
-        self._all_reduce = AsyncAllReduce(accelerator)
+        self._all_reduce = AsyncAllReduce(processes)
 
-    @property
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
-        return {
-            "losses": list(self.losses),
-            "skipped": self.nonfinite_batches,
-            "left_out": list(self.skipped_batches.batches),
-        }
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, the same on every process."""
+        values = {"losses": list(self.losses), "nonfinite_batches": self.nonfinite_batches}
+        return values | {"skipped": list(self.skipped_batches.batches), "rollbacks": self.skipped_batches.rollbacks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; what this start skips already is skipped too."""
+        self.losses.extend(state["losses"])
+        self.nonfinite_batches = list(state["nonfinite_batches"])
+        self.skipped_batches = SkippedBatches(tuple(state["skipped"]), state["rollbacks"]).merge(self.skipped_batches)
 
     def check(self, step: int, loss: Tensor, norm: Tensor, wait: bool) -> None:
         """Called once a step by every process; raises the same RollBack, or ExitError, on all of them."""
@@ -172,26 +171,28 @@ class AnomalyGuard:
             os.fsync(file.fileno())
 
 
-def check_replicas(accelerator: "Accelerator", parameters: Mapping[str, Tensor], step: int) -> None:
+def check_replicas(processes: Distributed, parameters: Mapping[str, Tensor], step: int) -> None:
     """Raise the same ExitError(INTEGRITY) on all processes where their weights, which are copies, differ in a bit.
 
     Compared are the sums of the weights' bits as integers: one flipped bit always changes its tensor's.
     """
-    if accelerator.num_processes == 1:
+    if processes.world == 1:
         return
     local_sums = torch.stack([_bits(value).sum(dtype=torch.int64) for value in parameters.values()])
-    sums: Any = accelerator.gather(local_sums[None])
+    gathered = [torch.empty_like(local_sums) for _ in range(processes.world)]
+    dist.all_gather(gathered, local_sums)
+    sums = torch.stack(gathered)
     if bool((sums == sums[0]).all()):
         return
     columns = [Counter(column) for column in zip(*sums.tolist(), strict=True)]
     majority = torch.tensor([counts.most_common(1)[0][0] for counts in columns])  # where all are alone the first's
     differs = sums.cpu() != majority
     ranks, tensors = (differs.any(dim=dim).nonzero().flatten().tolist() for dim in (1, 0))
-    hosts = all_gather(accelerator, socket.gethostname())
+    hosts = processes.all_gather(socket.gethostname())
     locations = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
     name = list(parameters)[tensors[0]]
     text = f"step {step}: the weights of {locations} differ from the others' in {len(tensors)} tensors, first in {name}"
-    if accelerator.num_processes == 2:
+    if processes.world == 2:
         text += " (of two either may be wrong)"
     hint = "a bit flipped in memory or on the way: test that machine; the same command goes on from the last checkpoint"
     raise ExitError(ExitCode.INTEGRITY, f"{text}; {hint}", shared=True)
@@ -229,20 +230,25 @@ class BadDataGuard:
     """
 
     def __init__(
-        self, accelerator: "Accelerator", faults: Faults, folder: Path, epoch_samples: int, max_bad_samples: int | None
+        self, processes: Distributed, faults: Faults, folder: Path, epoch_samples: int, max_bad_samples: int | None
     ):
         self.faults, self.epoch_samples, self.max_bad_samples = (
             faults,
             epoch_samples,
             tolerated_faults(epoch_samples, max_bad_samples),
         )
-        self.path = folder / f"bad_samples-{accelerator.process_index}.jsonl"
+        self.path = folder / f"bad_samples-{processes.rank}.jsonl"
         self.num_bad, self.num_bad_in_epoch, self._epoch, self._num_printed = 0, 0, 0, 0
-        self._all_reduce = AsyncAllReduce(accelerator)
+        self._all_reduce = AsyncAllReduce(processes)
 
-    def resume(self, samples_seen: int, num_bad_in_epoch: int, num_bad: int = 0) -> None:
-        """Go on from a stream position: `num_bad_in_epoch` samples were met in its epoch, `num_bad` before it."""
-        self._epoch, self.num_bad, self.num_bad_in_epoch = samples_seen // self.epoch_samples, num_bad, num_bad_in_epoch
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps, the same on every process."""
+        return {"epoch": self._epoch, "num_bad_in_epoch": self.num_bad_in_epoch, "num_bad": self.num_bad}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a checkpoint."""
+        self._epoch, self.num_bad = state["epoch"], state["num_bad"]
+        self.num_bad_in_epoch = state["num_bad_in_epoch"]
 
     def check(self, samples_seen: int, wait: bool) -> None:
         """Called once a step by every process, after `samples_seen` samples; all raise the same ExitError."""

@@ -6,40 +6,30 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssl_vit import fault_injection
-from ssl_vit.distributed import run_on_all, run_on_main
+from ssl_vit.distributed import Distributed
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.files import remove_temp_files, sha256, sync_folder, write_bytes
-from ssl_vit.model import Model
-from ssl_vit.train.anomalies import NO_SKIPS, SkippedBatches
+from ssl_vit.model import Tensors
 from ssl_vit.train.logger import find_best_row, read_row, truncate_metrics
-from ssl_vit.train.metrics import StepMetrics
 from ssl_vit.train.run_folder import Run
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 MANIFEST = "MANIFEST.json"
-VERSION = 2
-MAX_JSON_BYTES = 1 << 20  # bytes of a manifest, and of state.json
+VERSION = 3
+MAX_JSON_BYTES = 1 << 20  # bytes of a manifest, and of train.json
 LIBRARIES = ("torch", "accelerate", "safetensors")
 SLOW_SECONDS, SLOW_BYTES_PER_SECOND = 2.0, 50e6  # seconds, and bytes a second: a slower save than both is worth a word
 MAX_SAVE_SECONDS = 25.0  # seconds that a save may take after a signal: launchers kill after 30
-AVERAGE_PREFIX = "average."  # begins the names of Polyak averages in a checkpoint's state
-Tensors = dict[str, Tensor]
-"""By name: `encoder.norm.weight` of a model, `encoder.norm.weight/exp_avg` of an optimizer."""
 
 
 def publish(target: Path, write: Callable[[Path], object], **metadata: Any) -> None:
@@ -209,30 +199,27 @@ def _describe_last(parent: Path) -> str:
 def save(
     parent: Path,
     step: int,
+    state: dict[str, dict[str, Any]],
     keep: int,
-    model: Tensors,
-    optimizer: Tensors,
-    state: dict[str, Any],
     world: int = 1,
     protected_step: int | None = None,
 ) -> Path:
-    """Publish `step-NNNNNNNN` with the weights, the optimizer's state, tensors and values of `state`; then prune.
+    """Publish `step-NNNNNNNN`, then delete all but the newest `keep` checkpoints and that of `protected_step`.
 
-    The checkpoint of the step `protected_step` is left.
-
-    Raises ExitError(DISK) where the disk does not take it; what was there before stays.
+    Each part of `state` is a file: NAME.safetensors if it holds tensors, NAME.json if it holds plain values. Raises
+    ExitError(DISK) if the disk does not take it; what was there before stays.
     """
     start = time.monotonic()
     target = parent / f"step-{step:08d}"
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    values = {name: value for name, value in state.items() if name not in tensors}
-    size = sum(value.nbytes for content in (model, optimizer, tensors) for value in content.values())
+    size = sum(v.nbytes for part in state.values() for v in part.values() if isinstance(v, Tensor))
 
     def write(folder: Path) -> None:
-        for name, content in (("model", model), ("optimizer", optimizer), ("state", tensors)):
-            save_file({key: value.contiguous() for key, value in content.items()}, folder / f"{name}.safetensors")
+        for name, part in state.items():
+            if all(isinstance(value, Tensor) for value in part.values()):
+                save_file({key: value.contiguous() for key, value in part.items()}, folder / f"{name}.safetensors")
+            else:
+                (folder / f"{name}.json").write_text(json.dumps(part, indent=1))
             fault_injection.fault_point("save.mid", step) if name == "model" else None
-        (folder / "state.json").write_text(json.dumps(values, indent=1))
 
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -258,24 +245,17 @@ def _warn_if_slow(target: Path, size: int, seconds: float) -> None:
         print(f"slow disk: {target} took {seconds:.1f} s, {size / seconds / 1e6:.2f} MB/s.{warning}", flush=True)
 
 
-def load(folder: Path) -> tuple[Tensors, Tensors, dict[str, Any]]:
-    """A checkpoint's weights, optimizer state, and `state`; tensors on the CPU. Raises ExitError(INTEGRITY)."""
-    optimizer, tensors = (_read_tensors(folder / f"{name}.safetensors") for name in ("optimizer", "state"))
-    return load_weights(folder), optimizer, _read_json(folder / "state.json") | tensors
-
-
-def load_weights(folder: Path) -> Tensors:
-    """A checkpoint's weights alone, on the CPU."""
-    return _read_tensors(folder / "model.safetensors")
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """The parts of a checkpoint by name, tensors on the CPU; raises ExitError(INTEGRITY) if one cannot be read."""
+    readers = {".safetensors": read_tensors, ".json": _read_json}
+    paths = (path for path in sorted(folder.iterdir()) if path.name != MANIFEST)
+    return {path.stem: readers[path.suffix](path) for path in paths}
 
 
 def trained_weights(folder: Path) -> Tensors:
-    """What a checkpoint's training gave: the average of the weights where it kept one, else the weights."""
-    state = _read_tensors(folder / "state.safetensors")
-    averages = {
-        name.removeprefix(AVERAGE_PREFIX): value for name, value in state.items() if name.startswith(AVERAGE_PREFIX)
-    }
-    return averages or load_weights(folder)
+    """The weights to evaluate and export: their moving average if the run kept one, else the weights."""
+    average = folder / "ema.safetensors"
+    return read_tensors(average if average.exists() else folder / "model.safetensors")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -287,38 +267,18 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ExitError(ExitCode.INTEGRITY, f"{path}: not a file of values: {type(error).__name__}: {error}") from error
 
 
-def _read_tensors(path: Path) -> Tensors:
+def read_tensors(path: Path) -> Tensors:
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ExitError(ExitCode.INTEGRITY, f"{path}: not a file of tensors: {error}") from error
 
 
-def collect_on_main(accelerator: "Accelerator", tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
-    """The tensors, on the main process's CPU; the others take part and keep none."""
-    is_main = accelerator.is_main_process
-    return {name: value.cpu() for name, value in tensors if is_main}
+def resume(run: Run, processes: Distributed, keep: int, data: str, best_metric: str | None = None) -> dict[str, Any]:
+    """Set the run's step to that of its newest checkpoint and return the checkpoint's parts, or {} if there is none.
 
-
-@dataclass
-class State:
-    """What a checkpoint says beside weights and moments, or what a run begins with."""
-
-    window: StepMetrics
-    pending_log: bool = False
-    bad_samples: Sequence[int] = (0, 0)  # of the epoch, of the run
-    left_out: SkippedBatches = NO_SKIPS
-    losses: Sequence[float] = ()
-    skipped: Sequence[int] = ()
-    average: Tensors = field(default_factory=dict)
-
-
-def resume(
-    run: Run, accelerator: "Accelerator", keep: int, model: Model, data: str, best_metric: str | None = None
-) -> tuple[Tensors, State]:
-    """Put the newest checkpoint's weights in place, and its step into the run; returns moments, and all else it says.
-
-    Where there is none they are empty, and the step is 0. If one process cannot read it, all raise the same ExitError.
+    `train.pending_log` says whether the step's row of metrics is still to be written. If one process cannot read the
+    checkpoint, all raise the same ExitError; MISMATCH if it was trained on data of another digest than `data`.
     """
 
     def select_checkpoint() -> tuple[Path | None, bool]:
@@ -329,28 +289,18 @@ def resume(
         clean_up(run.checkpoints, keep, row["step"] if row else None)
         return folder, read_row(run.folder, step) is not None
 
-    folder, row_exists = run_on_main(accelerator, select_checkpoint)
+    folder, row_exists = processes.run_on_main(select_checkpoint)
     fault_injection.fault_point("resume.chosen")
+    run.step = 0
     if folder is None:
-        run.step = 0
-        return {}, State(StepMetrics())
-    weights, moments, state = run_on_all(accelerator, lambda: load(folder))
-    if state["data"] != data:
+        return {}
+    saved = processes.run_on_all(lambda: load(folder))
+    train = saved["train"]
+    if train["data"] != data:
         text = f"run={run.folder}: was started on other data than data.train holds now"
         raise ExitError(ExitCode.MISMATCH, text, shared=True)
-    model.load_state_dict(weights)
-    run.step = state["step"]
+    run.step = train["step"]
     fault_injection.fault_point("resume.loaded", run.step)
-    pending_log = state["owed"] and not row_exists
-    sums = {name.removeprefix("window."): value for name, value in state.items() if name.startswith("window.")}
-    already_logged = state["owed"] and not pending_log
-    is_main = accelerator.is_main_process  # of sums over all, one process keeps them
-    local_sums = (
-        {} if already_logged else {name: value if is_main else torch.zeros_like(value) for name, value in sums.items()}
-    )
-    metrics = StepMetrics({name: value.to(accelerator.device) for name, value in local_sums.items()})
-    skipped_batches = SkippedBatches(tuple(state["left_out"]), state["rollbacks"])
-    averages = {name: value for name, value in state.items() if name.startswith(AVERAGE_PREFIX)}
-    return moments, State(
-        metrics, pending_log, state["bad_samples"], skipped_batches, state["losses"], state["skipped"], averages
-    )
+    if train["pending_log"] and row_exists:
+        train["pending_log"], saved["metrics"] = False, {}
+    return saved

@@ -8,21 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
-from ssl_vit.train.checkpoint import AVERAGE_PREFIX, Tensors
+from ssl_vit.model import Tensors
 from ssl_vit.train.engine import Engine, full_tensor, local_shard
 
 
 class Ema:
     """The average of an engine's parameters, cut over the processes as they are."""
 
-    def __init__(self, engine: Engine, decay: float, state: Tensors):
-        self.decay, self._reshard = decay, engine.reshard
+    def __init__(self, engine: Engine, decay: float):
+        self.decay, self._engine = decay, engine
         self._weights = {name: p.detach() for name, p in engine.parameters.items()}
         self._averages = {name: p.clone() for name, p in self._weights.items()}
-        for name, average in self._averages.items() if state else ():
-            average.copy_(local_shard(state[AVERAGE_PREFIX + name], average))
 
     @torch.no_grad()
     def update(self, num_updates: int) -> None:
@@ -31,10 +28,14 @@ class Ema:
         for name, average in self._averages.items():
             average.lerp_(self._weights[name], 1 - decay)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """For a checkpoint: every average, whole, one after the other; called by all processes together."""
+    def state_dict(self) -> Tensors:
+        """Every average, whole, on the main process's CPU; called by all processes together."""
+        return self._engine.collect_on_main((name, full_tensor(average)) for name, average in self._averages.items())
+
+    def load_state_dict(self, state: Tensors) -> None:
+        """Go on from the averages of a checkpoint."""
         for name, average in self._averages.items():
-            yield AVERAGE_PREFIX + name, full_tensor(average)
+            average.copy_(local_shard(state[name], average))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -51,4 +52,4 @@ class Ema:
             weight = self._weights[name].clone()
             self._weights[name].copy_(average)
             average.copy_(weight)
-        self._reshard()
+        self._engine.reshard()

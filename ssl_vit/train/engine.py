@@ -5,14 +5,14 @@ so a checkpoint of one engine and world size is a checkpoint of all, and an expo
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ssl_vit.train.checkpoint import Tensors
+from ssl_vit.model import Tensors
 from ssl_vit.train.metrics import local_tensor, squared_norms
 from ssl_vit.train.optim import Optim
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def prepare_engine(accelerator: "Accelerator", model: nn.Module, optim: Optim, state: Tensors) -> "Engine":
-    """The engine that was launched, around a whole model; `state` is its optimizer's, empty at the start of a run."""
+def prepare_engine(accelerator: "Accelerator", model: nn.Module, optim: Optim) -> "Engine":
+    """Wrap a model in the engine that was launched, with an optimizer before its first step."""
     from accelerate.utils import DistributedType
 
     engine_class = Zero if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
-    return engine_class(accelerator, model, optim, state)
+    return engine_class(accelerator, model, optim)
 
 
 class Engine:
     """One process, DDP or FSDP2: torch's optimizer on parameters that are whole, or a DTensor's share."""
 
-    def __init__(self, accelerator: "Accelerator", model: nn.Module, optim: Optim, state: Tensors):
+    def __init__(self, accelerator: "Accelerator", model: nn.Module, optim: Optim):
         self.optimizer, self.state_keys = optim.build(model), optim.state
         self.model: Any
         self.model, self._prepared_optimizer = accelerator.prepare(model, self.optimizer)
         # as they are now: FSDP2 puts gathered ones into the modules from a forward pass to its backward pass
         self.parameters = dict(model.named_parameters())
         self.trainable = {name: p for name, p in self.parameters.items() if p.requires_grad}
-        self._fused = self._can_fuse()
-        self._restore(state)
+        self._fused, self._is_main = self._can_fuse(), accelerator.is_main_process
+        self._init_optimizer_state()
 
     def step(self, clip: float | None) -> Tensor:
         """After the backward passes: clip, update, forget the gradients; returns their global norm before clipping.
@@ -102,16 +102,27 @@ class Engine:
             if hasattr(module, "reshard"):
                 module.reshard()
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter, whole, one after the other; called by all processes together."""
-        for name, parameter in self.parameters.items():
-            yield name, self._full_parameter(parameter)
+    def state_dict(self) -> dict[str, Tensors]:
+        """`model` and `optimizer`: every tensor, whole, on the main process's CPU; nothing on the others.
 
-    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the optimizer's state, whole, by parameter; called by all processes together."""
+        Called by all processes together. An optimizer's tensor is named PARAMETER/KEY.
+        """
+        weights = ((name, self._full_parameter(p)) for name, p in self.parameters.items())
+        moments = (
+            (f"{name}/{key}", self._full_state(p, key)) for name, p in self.trainable.items() for key in self.state_keys
+        )
+        return {"model": self.collect_on_main(weights), "optimizer": self.collect_on_main(moments)}
+
+    def load_state_dict(self, state: dict[str, Tensors]) -> None:
+        """Fill the optimizer's state; the weights go into a model before it is wrapped."""
         for name, parameter in self.trainable.items():
             for key in self.state_keys:
-                yield f"{name}/{key}", self._full_state(parameter, key)
+                entry = self.optimizer.state[parameter][key]
+                entry.copy_(local_shard(state["optimizer"][f"{name}/{key}"], entry))
+
+    def collect_on_main(self, tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
+        """The tensors on the main process's CPU; the other processes take part in gathering them and keep none."""
+        return {name: value.cpu() for name, value in tensors if self._is_main}
 
     def _can_fuse(self) -> bool:
         """torch has no fused SGD for DTensors: there the plain one steps, and the norm is waited for."""
@@ -128,12 +139,10 @@ class Engine:
     def _full_state(self, parameter: nn.Parameter, key: str) -> Tensor:
         return full_tensor(self.optimizer.state[parameter][key])
 
-    def _restore(self, state: Tensors) -> None:
-        """Fill the optimizer's state, with zeros where `state` has none; rates and decays are the recipe's."""
-        for name, parameter in self.trainable.items():
-            entry = self.optimizer.state[parameter] = initial_state(parameter, self.state_keys)
-            for key in self.state_keys if state else ():
-                entry[key].copy_(local_shard(state[f"{name}/{key}"], entry[key]))
+    def _init_optimizer_state(self) -> None:
+        """Zeros, which torch's optimizers would make at their first step; rates and decays are the recipe's."""
+        for parameter in self.trainable.values():
+            self.optimizer.state[parameter] = initial_state(parameter, self.state_keys)
 
 
 class Zero(Engine):
@@ -203,20 +212,24 @@ class Zero(Engine):
             return self.optimizer.state[self._flat_partitions()[0]][key].clone()
         return safe_get_full_optimizer_state(parameter, key)
 
-    def _restore(self, state: Tensors) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state  # type: ignore
-
-        step = next((value for name, value in state.items() if name.endswith("/step")), torch.zeros(()))
+    def _init_optimizer_state(self) -> None:
         for partition in self._flat_partitions():
-            entry = self.optimizer.state[partition] = initial_state(partition, self.state_keys)
-            if "step" in entry:
-                entry["step"].copy_(step)
+            self.optimizer.state[partition] = initial_state(partition, self.state_keys)
         if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 find the parts by this
             self._zero._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self.trainable.items() if state else ():
+
+    def load_state_dict(self, state: dict[str, Tensors]) -> None:
+        """Fill the optimizer's state; one step count serves all parameters."""
+        from deepspeed.utils import safe_set_full_optimizer_state  # type: ignore
+
+        moments = state["optimizer"]
+        step = next((value for name, value in moments.items() if name.endswith("/step")), torch.zeros(()))
+        for partition in self._flat_partitions() if "step" in self.state_keys else ():
+            self.optimizer.state[partition]["step"].copy_(step)
+        for name, parameter in self.trainable.items():
             for key in self.state_keys:
                 if key != "step":
-                    safe_set_full_optimizer_state(parameter, state[f"{name}/{key}"].to(parameter.device), key)
+                    safe_set_full_optimizer_state(parameter, moments[f"{name}/{key}"].to(parameter.device), key)
 
 
 def _local_partition(parameter: Any, rank: int) -> Tensor:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_vit import fault_injection
 from ssl_vit.data.loader import ProcessShard, TrainingStream
 from ssl_vit.data.webdataset_stream import SequentialStream
-from ssl_vit.distributed import Heartbeat, StopSignal, all_reduce_sum, no_heartbeat, run_on_all, run_on_main
+from ssl_vit.distributed import Distributed, StopSignal
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.model import Batch, Evaluator, Model
 from ssl_vit.rng import hash_key
@@ -29,7 +29,7 @@ from ssl_vit.train.anomalies import (
     check_replicas,
     first_nondeterministic,
 )
-from ssl_vit.train.checkpoint import collect_on_main, resume
+from ssl_vit.train.checkpoint import resume
 from ssl_vit.train.config import TrainConfig, process_shard, should_evaluate, should_log, should_visualize
 from ssl_vit.train.ema import Ema
 from ssl_vit.train.engine import Engine, prepare_engine
@@ -68,119 +68,187 @@ class TrainingTask:
     flops_per_image: int = 0  # of training, an image
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainState:
-    """A training in its process: what the functions of the loop share."""
+    """One training in its process: what the functions of the loop share."""
 
     run: Run
-    accelerator: "Accelerator"
     config: TrainConfig
     task: TrainingTask
-    heartbeat: Heartbeat
-    stop: Stop
+    accelerator: "Accelerator"
+    processes: Distributed
     engine: Engine
-    tracker: Tracker
-    bad_data: BadDataGuard
-    anomalies: AnomalyGuard
-    metrics: StepMetrics
-    pending_log: bool  # the row of this step, with its evaluation where one is due, is still to be written
-    saved_step: int  # the step of the newest checkpoint
     ema: Ema | None
-    peak_flops: PeakFlops
+    metrics: StepMetrics
+    anomalies: AnomalyGuard
+    bad_data: BadDataGuard
+    tracker: Tracker
     profile: Profile | None
-    save_deferred: bool = False  # a checkpoint waits until it is clear whether the run goes back
+    stop: Stop
+    peak_flops: PeakFlops
+    pending_log: bool  # the step's row of metrics, with its evaluation if one is due, is still to be written
+    saved_step: int  # of the newest checkpoint
+    save_deferred: bool = False  # a checkpoint waits until it is clear whether the run rolls back
+    start_step: int = field(init=False)
+    start_time: float = field(default_factory=time.monotonic)
 
-    def best_step(self) -> int | None:
-        """The step of the best evaluation so far, of those that are kept."""
-        if self.config.best is None:
-            return None
-        row = run_on_main(self.accelerator, lambda: find_best_row(self.run.folder, self.config.best), self.heartbeat)
-        return row["step"] if row else None
+    def __post_init__(self) -> None:
+        self.start_step = self.step
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done so far."""
+        return self.run.step
+
+    @property
+    def batch_index(self) -> int:
+        """The next batch, by its number in the stream."""
+        return self.anomalies.skipped_batches.batch(self.step)
 
     @property
     def samples_seen(self) -> int:
-        """Samples of the stream that are behind this step."""
-        return self.anomalies.skipped_batches.batch(self.run.step) * self.config.batch
+        """Samples of the stream up to this step."""
+        return self.batch_index * self.config.batch
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds to the end of the run, at the pace of this start."""
+        steps = max(1, self.step - self.start_step)
+        return (time.monotonic() - self.start_time) / steps * (self.config.steps - self.step)
+
+    def best_step(self) -> int | None:
+        """The step of the best evaluation so far, if the best checkpoint is kept."""
+        if self.config.best is None:
+            return None
+        row = self.processes.run_on_main(lambda: find_best_row(self.run.folder, self.config.best))
+        return row["step"] if row else None
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """The parts of a checkpoint; all processes call it, and rank 0 gets the tensors."""
+        train = {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "seed": self.config.seed,
+            "data": self.task.stream.identity,
+            "pending_log": self.pending_log,
+            "anomalies": self.anomalies.state_dict(),
+            "bad_data": self.bad_data.state_dict(),
+        }
+        ema = {"ema": self.ema.state_dict()} if self.ema is not None else {}
+        metrics = self.metrics.state_dict(self.processes)
+        return {**self.engine.state_dict(), **ema, "metrics": metrics, "train": train}
+
+    def close(self) -> None:
+        """Restore the signal handlers, end the trackers, write the profile."""
+        self.stop.close()
+        self.tracker.close()
+        if self.profile is not None:
+            self.profile.close()
 
 
 def fit(
     run: Run,
     accelerator: "Accelerator",
+    processes: Distributed,
     config: TrainConfig,
     task: TrainingTask,
-    heartbeat: Heartbeat = no_heartbeat,
     stop: Stop | None = None,
     skipped_batches: SkippedBatches = NO_SKIPS,
 ) -> dict[str, Any]:
-    """Train to `config.steps`, going on from the newest checkpoint of the run; returns the last row of metrics.
+    """Train to `config.steps` from the newest checkpoint of the run; returns the last row of metrics.
 
-    Raises RollBack if it is to be called again with a new model and what that says to leave out. ExitError: PREEMPTED
-    after a signal, with a checkpoint on disk; DATA where the numbers cannot be cured; INTEGRITY where processes differ.
+    Raises RollBack to be called again with a new model and the batches to skip; ExitError: PREEMPTED after a signal,
+    with a checkpoint on disk; DATA if training diverges; INTEGRITY if processes differ.
     """
-    shard = process_shard(config, accelerator.process_index, accelerator.num_processes)
-    moments, state = resume(run, accelerator, config.keep, task.model, task.stream.identity, config.best)
-    if run.step >= config.steps and not state.pending_log:
+    saved = resume(run, processes, config.keep, task.stream.identity, config.best)
+    if run.step >= config.steps and not saved["train"]["pending_log"]:
         return read_row(run.folder, run.step) or {}
-    is_rollback = skipped_batches.rollbacks > 0  # a roll-back's start, in a process that has told of itself
-    skipped_batches = state.left_out.merge(skipped_batches)
+    is_rollback = skipped_batches.rollbacks > 0  # the same process has printed its summary before
+    state, batches = start(run, accelerator, processes, config, task, stop, skipped_batches, saved)
+    del saved
+    if run.step and not is_rollback:
+        state.tracker.print_message(f"goes on from step {run.step:,} of {config.steps:,}")
+    row: dict[str, Any] = {}
+    try:
+        while state.step < config.steps or state.pending_log:
+            if not state.pending_log:
+                train_step(state, batches)
+                if state.step == state.start_step + 1 and not is_rollback:
+                    state.tracker.print_message(first_step_summary(state.peak_flops, config))
+            if state.pending_log:
+                row = log_step(state)
+                keep_best(state, row)
+    finally:
+        state.close()
+    return row
+
+
+def start(
+    run: Run,
+    accelerator: "Accelerator",
+    processes: Distributed,
+    config: TrainConfig,
+    task: TrainingTask,
+    stop: Stop | None,
+    skipped_batches: SkippedBatches,
+    saved: dict[str, Any],
+) -> tuple[TrainState, Iterator[Batch]]:
+    """Everything up to the first step: the model prepared and wrapped, what a checkpoint saved put back, batches."""
+    is_rollback, device, stream = skipped_batches.rollbacks > 0, processes.device, task.stream
+    half = uses_bf16(config.precision)
     if config.ema_decay is not None and shards_parameters(accelerator):
         raise ExitError(
             ExitCode.USAGE, "average: not under ZeRO-3, which cuts each weight; take zero2 or fsdp2", shared=True
         )
-    model = task.model.to(accelerator.device)
-    half = uses_bf16(config.precision)
-    pin_attention(config.attention, model, accelerator.device, half, shard.micro_batch)
-    peak_flops = PeakFlops.for_device(accelerator.device, half)
+    anomalies = AnomalyGuard(processes, run.folder, stream.names, config.on_loss_spike, skipped_batches)
+    bad_data = BadDataGuard(processes, stream.faults, run.folder, stream.epoch_samples, stream.config.max_bad_samples)
+    metrics = StepMetrics()
+    if saved:
+        task.model.load_state_dict(saved["model"])
+        anomalies.load_state_dict(saved["train"]["anomalies"])
+        bad_data.load_state_dict(saved["train"]["bad_data"])
+        metrics.load_state_dict(saved["metrics"], processes)
+
+    model, shard = task.model.to(device), process_shard(config, processes.rank, processes.world)
+    pin_attention(config.attention, model, device, half, shard.micro_batch)
+    peak_flops = PeakFlops.for_device(device, half)
     prepare_model(model, accelerator, config.precision, config.compile, config.activation_checkpointing)
     if config.on_save_error == "stop":
         copies = 1 + optim.num_moments(task.optim) + (config.ema_decay is not None)
-        size = 4 * sum(p.numel() for p in task.model.parameters()) * copies
-        run_on_main(accelerator, lambda: checkpoint.check_space(run.checkpoints, size))
-    batches = batches_from(task, config, skipped_batches, run.step, shard, accelerator.device)
+        size = 4 * sum(p.numel() for p in model.parameters()) * copies
+        processes.run_on_main(lambda: checkpoint.check_space(run.checkpoints, size))
+    batches = batches_from(task, config, anomalies.skipped_batches, run.step, shard, device)
     if config.verify_step:
-        batches = check_determinism(accelerator, task.model, batches, config.seed)
-    engine = prepare_engine(accelerator, task.model, task.optim, moments)
-    if half and accelerator.device.type == "cpu":
-        batches = compare_with_fp32(accelerator, engine, task.model, batches)
-    ema = Ema(engine, config.ema_decay, state.average) if config.ema_decay is not None else None
-    del moments
-    engine.model.register_forward_pre_hook(lambda *_: heartbeat(f"step {run.step + 1}"))  # of an evaluation too
+        batches = check_determinism(processes, model, batches, config.seed)
+    engine = prepare_engine(accelerator, model, task.optim)
+    if saved:
+        engine.load_state_dict(saved)
+    if half and device.type == "cpu":
+        batches = compare_with_fp32(processes, engine, model, batches)
+    ema = Ema(engine, config.ema_decay) if config.ema_decay is not None else None
+    if ema is not None and saved:
+        ema.load_state_dict(saved["ema"])
+    engine.model.register_forward_pre_hook(lambda *_: processes.heartbeat(f"step {run.step + 1}"))  # evaluation too
     health = HealthMonitor(task.optim.warmup_steps)
-    tracker = Tracker(accelerator, run.folder, run.step, config.steps, config.quiet, health)
-    stream = task.stream
-    bad_data = BadDataGuard(accelerator, stream.faults, run.folder, stream.epoch_samples, stream.config.max_bad_samples)
-    anomalies = AnomalyGuard(
-        accelerator, run.folder, stream.names, config.on_loss_spike, skipped_batches, state.losses, state.skipped
+    state = TrainState(
+        run=run,
+        config=config,
+        task=task,
+        accelerator=accelerator,
+        processes=processes,
+        engine=engine,
+        ema=ema,
+        metrics=metrics,
+        anomalies=anomalies,
+        bad_data=bad_data,
+        tracker=Tracker(accelerator, run.folder, run.step, config.steps, config.quiet, health),
+        profile=Profile(run.folder / "profile") if config.profile and processes.is_main and not is_rollback else None,
+        stop=stop or StopSignal(processes),
+        peak_flops=peak_flops,
+        pending_log=bool(saved) and saved["train"]["pending_log"],
+        saved_step=run.step,
     )
-    stop = stop or StopSignal(accelerator)
-    fields = run, accelerator, config, task, heartbeat, stop, engine, tracker, bad_data, anomalies, state.window
-    profile = (
-        Profile(run.folder / "profile") if config.profile and accelerator.is_main_process and not is_rollback else None
-    )
-    train_state = TrainState(
-        *fields, pending_log=state.pending_log, saved_step=run.step, ema=ema, peak_flops=peak_flops, profile=profile
-    )
-    bad_data.resume(train_state.samples_seen, *state.bad_samples)
-    if run.step and not is_rollback:
-        tracker.print_message(f"goes on from step {run.step:,} of {config.steps:,}")
-    row: dict[str, Any] = {}
-    start_time, start_step = time.monotonic(), run.step
-    try:
-        while run.step < config.steps or train_state.pending_log:
-            if not train_state.pending_log:
-                train_step(train_state, batches)
-                if run.step == start_step + 1 and not is_rollback:
-                    tracker.print_message(first_step_summary(peak_flops, config))
-            if train_state.pending_log:
-                num_steps = max(1, run.step - start_step)
-                row = log_step(train_state, (time.monotonic() - start_time) / num_steps * (config.steps - run.step))
-                keep_best(train_state, row)
-    finally:
-        stop.close()
-        tracker.close()
-        if profile is not None:
-            profile.close()
-    return row
+    return state, batches
 
 
 def first_step_summary(peak_flops: PeakFlops, config: TrainConfig) -> str:
@@ -210,7 +278,7 @@ def batches_from(
             yield batch
 
 
-def check_determinism(accelerator: "Accelerator", model: Model, batches: Iterator[Batch], seed: int) -> Iterator[Batch]:
+def check_determinism(processes: Distributed, model: Model, batches: Iterator[Batch], seed: int) -> Iterator[Batch]:
     """The same batches, after two passes over the first gave the same bits on every process."""
     batch = next(batches)
 
@@ -221,19 +289,16 @@ def check_determinism(accelerator: "Accelerator", model: Model, batches: Iterato
                 ExitCode.INTEGRITY, f"verify_step: {mismatch} differs between two passes over one batch: {cause}"
             )
 
-    run_on_all(accelerator, check_passes)
-    if accelerator.is_main_process:
+    processes.run_on_all(check_passes)
+    if processes.is_main:
         print("verify_step: two passes over one batch gave the same bits", flush=True)
     return chain([batch], batches)
 
 
 def train_step(state: TrainState, batches: Iterator[Batch]) -> None:
-    """One step, and what is due after it; raises ExitError(PREEMPTED) where the run is to stop, with a checkpoint."""
-    run, config, task, engine = state.run, state.config, state.task, state.engine
-    set_lr(engine.optimizer.param_groups, task.optim.lr_at(run.step, config.steps))
-    batch_index = state.anomalies.skipped_batches.batch(run.step)
-    args = state.accelerator, config, task, engine, batches, state.metrics, run.step, state.heartbeat, batch_index
-    loss, norm = optimizer_step(*args, log_metrics=should_log(config, run.step + 1))
+    """One step and what is due after it; raises ExitError(PREEMPTED) with a checkpoint if the run is to stop."""
+    run, config = state.run, state.config
+    loss, grad_norm = optimizer_step(state, batches)
     run.step += 1
     if state.ema is not None:
         state.ema.update(run.step)
@@ -241,27 +306,33 @@ def train_step(state: TrainState, batches: Iterator[Batch]) -> None:
     if state.profile is not None:
         state.profile.advance()
     fault_injection.fault_point("update", run.step)
-    final = run.step == config.steps
+    is_last = run.step == config.steps
     state.pending_log = should_log(config, run.step)
     stopping = state.stop.stop_requested()
-    save_due = stopping or final or run.step % config.save_every == 0 or state.save_deferred
-    state.bad_data.check(state.samples_seen, wait=state.pending_log or save_due)
-    try:
-        state.anomalies.check(run.step, loss, norm, wait=state.pending_log or save_due)
-    except (RollBack, ExitError):
-        if engine.replicated:  # numbers that are bad on one process alone may not be the data's
-            check_replicas(state.accelerator, engine.parameters, run.step)
-        raise
-    if engine.replicated and (save_due or run.step % config.replica_check_every == 0):
-        check_replicas(state.accelerator, engine.parameters, run.step)
-    state.save_deferred = save_due and bool(state.anomalies.nonfinite_batches) and not (stopping or final)
+    save_due = stopping or is_last or run.step % config.save_every == 0 or state.save_deferred
+    check_step(state, loss, grad_norm, save_due)
+    state.save_deferred = save_due and bool(state.anomalies.nonfinite_batches) and not (stopping or is_last)
     if save_due and not state.save_deferred:
-        save(state, required=stopping or final)
+        save(state, required=stopping or is_last)
         stopping = state.stop.stop_requested(now=True)  # a signal that came while it saved asks for no second one
-    if task.visualized is not None and should_visualize(config, run.step):
-        visualize(state, task.visualized)  # after it saved: a run that is to stop may not have the time
+    if state.task.visualized is not None and should_visualize(config, run.step):
+        visualize(state, state.task.visualized)  # after it saved: a run that is to stop may not have the time
     if stopping:
         raise preemption_error(state)
+
+
+def check_step(state: TrainState, loss: Tensor, grad_norm: Tensor, save_due: bool) -> None:
+    """Raise RollBack or ExitError on all processes for bad data, a diverging loss, or replicas that differ."""
+    wait, replicated = state.pending_log or save_due, state.engine.replicated
+    state.bad_data.check(state.samples_seen, wait)
+    try:
+        state.anomalies.check(state.step, loss, grad_norm, wait)
+    except (RollBack, ExitError):
+        if replicated:  # numbers that are bad on one process alone may not be the data's
+            check_replicas(state.processes, state.engine.parameters, state.step)
+        raise
+    if replicated and (save_due or state.step % state.config.replica_check_every == 0):
+        check_replicas(state.processes, state.engine.parameters, state.step)
 
 
 def keep_best(state: TrainState, row: dict[str, Any]) -> None:
@@ -284,15 +355,15 @@ def preemption_error(state: TrainState) -> ExitError:
     return ExitError(ExitCode.PREEMPTED, text, shared=True)
 
 
-def log_step(state: TrainState, seconds_left: float) -> dict[str, Any]:
-    """The row of metrics of this step, with its evaluation where one is due; `seconds_left` are seconds to the end."""
+def log_step(state: TrainState) -> dict[str, Any]:
+    """Write and return the step's row of metrics, with its evaluation if one is due."""
     run, config, task = state.run, state.config, state.task
     row: dict[str, Any] = {
         "step": run.step,
         "samples_seen": state.samples_seen,
         "lr": task.optim.lr_at(run.step - 1, config.steps),
     }
-    row |= state.metrics.report(state.accelerator, task.model.head.report, task.flops_per_image, state.peak_flops)
+    row |= state.metrics.report(state.processes, task.model.head.report, task.flops_per_image, state.peak_flops)
     row["bad_samples"] = state.bad_data.num_bad
     try:
         row |= evaluate(state) if should_evaluate(config, run.step) else {}
@@ -301,59 +372,48 @@ def log_step(state: TrainState, seconds_left: float) -> dict[str, Any]:
             save(state, required=True)
         raise preemption_error(state) from None
     fault_injection.fault_point("row", run.step)
-    run_on_main(
-        state.accelerator, lambda: state.tracker.log_row(row, state.metrics.label_counts, seconds_left), state.heartbeat
-    )
+    label_counts, seconds_left = state.metrics.label_counts, state.seconds_left
+    state.processes.run_on_main(lambda: state.tracker.log_row(row, label_counts, seconds_left))
     state.metrics, state.pending_log = StepMetrics(), False
     return row
 
 
-def optimizer_step(
-    accelerator: "Accelerator",
-    config: TrainConfig,
-    task: TrainingTask,
-    engine: Engine,
-    batches: Iterator[Batch],
-    metrics: StepMetrics,
-    step: int,
-    heartbeat: Heartbeat = no_heartbeat,
-    batch_index: int = 0,
-    log_metrics: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """One optimizer step over the micro batches of the stream's batch `batch_index`; `log_metrics`: a row follows it.
+def optimizer_step(state: TrainState, batches: Iterator[Batch]) -> tuple[Tensor, Tensor]:
+    """One optimizer step: learning rate, accumulated gradients, clipping, update.
 
-    Returns this process's mean loss, and the global gradient norm.
+    Returns this process's mean loss and the global gradient norm, both on the device.
     """
-    losses, norm, phase = [], torch.zeros(()), metrics.clock.phase
-    task.model.head.log_metrics = log_metrics
+    accelerator, engine, metrics, optim = state.accelerator, state.engine, state.metrics, state.task.optim
+    step, phase, log_metrics = state.step, metrics.clock.phase, should_log(state.config, state.step + 1)
+    losses, norm = [], torch.zeros(())
+    set_lr(engine.optimizer.param_groups, optim.lr_at(step, state.config.steps))
     fault_injection.fault_point("batch", step + 1)
     for micro in range(accelerator.gradient_accumulation_steps):
-        heartbeat(f"the data of step {step + 1}")
+        state.processes.heartbeat(f"the data of step {step + 1}")
         fetch_start = time.monotonic()
         with phase("data"):
             batch = next(batches)
         metrics.data_wait += time.monotonic() - fetch_start
         metrics.num_images += len(batch["image"])
-        torch.manual_seed(hash_key(config.seed, "dropout", step, micro, accelerator.process_index))
+        torch.manual_seed(hash_key(state.config.seed, "dropout", step, micro, state.processes.rank))
         with accelerator.accumulate(engine.model):
             with phase("forward"):
-                output = engine.model(batch)
-            loss = fault_injection.fault_point("loss", batch_index + 1, output.loss)
+                output = engine.model(batch, log_metrics=log_metrics)
+            loss = fault_injection.fault_point("loss", state.batch_index + 1, output.loss)
             with phase("backward"):
                 accelerator.backward(loss)
-            losses.append(loss.detach())
-            metrics.add({**output.sums, "_weight": output.weight, "_digest": batch["seed"].sum()})
-            if accelerator.sync_gradients:
-                fault_injection.fault_point("weights", step + 1, engine.parameters)
-                with phase("update"):
-                    if log_metrics:
-                        metrics.add({f"_gradient/{layer}": value for layer, value in engine.gradient_squares().items()})
-                    norm = engine.step(task.optim.clip)
-                if log_metrics:
-                    metrics.add({f"_weight/{layer}": value for layer, value in engine.weight_squares().items()})
-                is_finite = norm.isfinite()
-                finite_norm = torch.where(is_finite, norm, torch.zeros_like(norm))
-                metrics.add({"_norm": finite_norm, "_skipped": (~is_finite).float(), "_updates": torch.ones_like(norm)})
+        losses.append(loss.detach())
+        metrics.add({**output.sums, "_weight": output.weight, "_digest": batch["seed"].sum()})
+    fault_injection.fault_point("weights", step + 1, engine.parameters)
+    with phase("update"):
+        if log_metrics:
+            metrics.add({f"_gradient/{layer}": value for layer, value in engine.gradient_squares().items()})
+        norm = engine.step(optim.clip)
+    if log_metrics:
+        metrics.add({f"_weight/{layer}": value for layer, value in engine.weight_squares().items()})
+    is_finite = norm.isfinite()
+    finite_norm = torch.where(is_finite, norm, torch.zeros_like(norm))
+    metrics.add({"_norm": finite_norm, "_skipped": (~is_finite).float(), "_updates": torch.ones_like(norm)})
     return torch.stack(losses).mean(), norm
 
 
@@ -389,48 +449,26 @@ def visualize(state: TrainState, images: Batch) -> None:
     """The picture of the fixed images; all processes take part."""
     with eval_mode(state):
         picture = state.engine.model(images, visualize=True)
-    log_picture = partial(state.tracker.log_picture, "reconstruction", picture, state.run.step, state.run.folder)
-    run_on_main(state.accelerator, log_picture, state.heartbeat)
+    log_picture = partial(state.tracker.log_picture, "reconstruction", picture, state.step, state.run.folder)
+    state.processes.run_on_main(log_picture)
 
 
-def save(train_state: TrainState, required: bool) -> None:
-    """Publish a checkpoint; the main process writes, all take part in gathering it and in its verdict.
+def save(state: TrainState, required: bool) -> None:
+    """Publish a checkpoint; all processes take part in gathering it, and rank 0 writes.
 
-    Where the disk does not take it the run ends, or under on_save_error=continue goes on, unless it is `required`.
+    If the disk does not take it the run ends, or under on_save_error=continue goes on, unless it is `required`.
     """
-    with train_state.metrics.clock.phase("checkpoint"):
-        _save(train_state, required)
-
-
-def _save(train_state: TrainState, required: bool) -> None:
-    run, accelerator, step = train_state.run, train_state.accelerator, train_state.run.step
-    train_state.heartbeat(f"the checkpoint of step {step}")
+    step, processes, config = state.step, state.processes, state.config
+    processes.heartbeat(f"the checkpoint of step {step}")
     fault_injection.fault_point("save.begin", step)
-    state: dict[str, Any] = {
-        f"window.{name}": value for name, value in all_reduce_sum(accelerator, train_state.metrics.sums).items()
-    }
-    state |= {
-        "step": step,
-        "samples_seen": train_state.samples_seen,
-        "seed": train_state.config.seed,
-        "data": train_state.task.stream.identity,
-        "bad_samples": [train_state.bad_data.num_bad_in_epoch, train_state.bad_data.num_bad],
-        "owed": train_state.pending_log,
-        "rollbacks": train_state.anomalies.skipped_batches.rollbacks,
-        **train_state.anomalies.state,
-    }
-    model, optimizer = (
-        collect_on_main(accelerator, gather())
-        for gather in (train_state.engine.weights, train_state.engine.optimizer_state)
-    )
-    if train_state.ema is not None:
-        state |= collect_on_main(accelerator, train_state.ema.tensors())
-    args = train_state.config.keep, model, optimizer, state, accelerator.num_processes, train_state.best_step()
-    try:
-        run_on_main(accelerator, lambda: checkpoint.save(run.checkpoints, step, *args), train_state.heartbeat)
-        train_state.saved_step = step
-    except ExitError as error:
-        if required or error.code != ExitCode.DISK or train_state.config.on_save_error == "stop":
-            raise
-        if accelerator.is_main_process:
-            print(f"on_save_error=continue: {error}", flush=True)
+    with state.metrics.clock.phase("checkpoint"):
+        parts, best = state.state_dict(), state.best_step()
+        write = partial(checkpoint.save, state.run.checkpoints, step, parts, config.keep, processes.world, best)
+        try:
+            processes.run_on_main(write)
+            state.saved_step = step
+        except ExitError as error:
+            if required or error.code != ExitCode.DISK or config.on_save_error == "stop":
+                raise
+            if processes.is_main:
+                print(f"on_save_error=continue: {error}", flush=True)

@@ -6,21 +6,19 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.profiler import record_function
 
-from ssl_vit.distributed import all_reduce_sum
+from ssl_vit.distributed import Distributed
 from ssl_vit.encoders.layers import linear
+from ssl_vit.model import Sums
 from ssl_vit.rng import MASK64
 from ssl_vit.runtime import on_gpu, peak_and_total_memory
 from ssl_vit.train.hardware import spec_flops
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 def layer_name(name: str) -> str:
@@ -131,7 +129,7 @@ def measure_peak_flops(device: torch.device, half: bool) -> float:
     return 2 * side**3 / best
 
 
-HeadReport = Callable[[dict[str, Tensor], float], dict[str, float]]
+HeadReport = Callable[[Sums, float], dict[str, float]]
 """A head's: sums and the weight they were summed over -> numbers."""
 
 
@@ -142,15 +140,15 @@ class StepMetrics:
     clocks do not, so that speed is that of this process.
     """
 
-    def __init__(self, sums: dict[str, Tensor] | None = None):
-        self.sums: dict[str, Tensor] = sums or {}
+    def __init__(self) -> None:
+        self.sums: Sums = {}
         self.start_time = time.monotonic()
         self.clock = Clock()
         self.data_wait = 0.0
         self.num_images = 0
         self.label_counts: Tensor | None = None  # of all processes, when it was reported: how often each class was one
 
-    def add(self, sums: dict[str, Tensor]) -> None:
+    def add(self, sums: Sums) -> None:
         """Add sums, wherever they are; nothing is read from the device."""
         for name, value in sums.items():
             value = value.detach()
@@ -158,31 +156,40 @@ class StepMetrics:
                 value = value.double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
 
+    def state_dict(self, processes: Distributed) -> Sums:
+        """The sums over all processes, which call it together."""
+        return processes.all_reduce(self.sums)
+
+    def load_state_dict(self, sums: Sums, processes: Distributed) -> None:
+        """Go on from sums over all processes: rank 0 keeps them, the others zeros."""
+        local_sums = ((name, v if processes.is_main else torch.zeros_like(v)) for name, v in sums.items())
+        self.sums = {name: value.to(processes.device) for name, value in local_sums}
+
     def report(
-        self, accelerator: "Accelerator", head_report: HeadReport, flops_per_image: int, peak_flops: PeakFlops
+        self, processes: Distributed, head_report: HeadReport, flops_per_image: int, peak_flops: PeakFlops
     ) -> dict[str, Any]:
         """The row of metrics of these sums: what the head reports, then the loop's own.
 
         Time and memory are this process's.
         """
-        sums = all_reduce_sum(accelerator, self.sums)
+        sums = processes.all_reduce(self.sums)
         loop_sums = {name: sums.pop(name) for name in list(sums) if name.startswith("_")}
         self.label_counts = sums.get("histogram")
         seconds = time.monotonic() - self.start_time
         updates, skipped = float(loop_sums["_updates"]), float(loop_sums["_skipped"])
-        images_per_second = self.num_images * accelerator.num_processes / seconds
+        images_per_second = self.num_images * processes.world / seconds
         return {
             **head_report(sums, max(1.0, float(loop_sums["_weight"]))),
             "grad_norm": float(loop_sums["_norm"]) / max(1.0, updates - skipped),
             "images_per_second": round(images_per_second, 2),
             "tflops": round(images_per_second * flops_per_image / 1e12, 6),
-            **peak_flops.utilization(images_per_second * flops_per_image / accelerator.num_processes),
+            **peak_flops.utilization(images_per_second * flops_per_image / processes.world),
             "data_wait": round(self.data_wait / seconds, 4),
             **{f"time_{name}": round(fraction, 4) for name, fraction in self.clock.fractions().items()},
             "peak_memory_gib": round(peak_and_total_memory()[0] / 2**30, 3),
-            "skipped_updates": round(skipped / accelerator.num_processes),
+            "skipped_updates": round(skipped / processes.world),
             "samples_digest": f"{int(loop_sums['_digest']) & MASK64:016x}",  # of (epoch, sample) pairs in any order
-            "updates": round(updates / accelerator.num_processes),
+            "updates": round(updates / processes.world),
             **_norms_by_layer(loop_sums, "gradient"),
             **_norms_by_layer(loop_sums, "weight"),
         }

@@ -3,25 +3,21 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ssl_vit.distributed import all_reduce_sum, run_on_all
+from ssl_vit.distributed import Distributed
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.model import Batch, Model
 from ssl_vit.train.engine import Engine
 from ssl_vit.train.prepare import in_fp32
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 MAX_DIFFERENCE = 0.1  # relative L2 distance: rounding moves a ViT by 1 %, kernels that are wrong by more than 100 %
 
 
 def compare_with_fp32(
-    accelerator: "Accelerator", engine: Engine, model: Model, batches: Iterator[Batch]
+    processes: Distributed, engine: Engine, model: Model, batches: Iterator[Batch]
 ) -> Iterator[Batch]:
     """The same batches, after the first gave nearly the same tokens and gradients in bf16 as in fp32 on every process.
 
@@ -30,19 +26,19 @@ def compare_with_fp32(
     batch = next(batches)
 
     def check() -> None:
-        for name, difference in _relative_differences(accelerator, engine, model, batch).items():
+        for name, difference in _relative_differences(processes, engine, model, batch).items():
             if not difference <= MAX_DIFFERENCE:  # of NaN too
                 text = f"precision=bf16: {name} are {difference:.0%} off those of fp32 on this CPU"
                 raise ExitError(ExitCode.USAGE, f"{text} ({MAX_DIFFERENCE:.0%} would do): set precision=fp32")
 
     with torch.random.fork_rng(devices=[]):
         engine.model.eval()
-        run_on_all(accelerator, check)
+        processes.run_on_all(check)
         engine.model.train()
     return chain([batch], batches)
 
 
-def _relative_differences(accelerator: "Accelerator", engine: Engine, model: Model, batch: Batch) -> dict[str, float]:
+def _relative_differences(processes: Distributed, engine: Engine, model: Model, batch: Batch) -> dict[str, float]:
     """How far bf16 is from fp32: relative L2 over all elements, of what the encoder gives and of all gradients.
 
     Those of the loss, and those of a random mix of the tokens' channels, averaged over tokens and images: a head that
@@ -75,7 +71,7 @@ def _relative_differences(accelerator: "Accelerator", engine: Engine, model: Mod
             "exact": _square_sum(b.double() for b in fp32_values),
         }
         if engine.shards_gradients:
-            squares = all_reduce_sum(accelerator, squares)
+            squares = processes.all_reduce(squares)
         difference, reference = squares["difference"].item(), squares["exact"].item()
         differences[name] = (
             math.sqrt(difference / reference) if reference else math.inf * difference if difference else 0.0

@@ -8,19 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
 
 from ssl_vit import config
-from ssl_vit.distributed import all_gather, raise_first, run_on_all, run_on_main
+from ssl_vit.distributed import Distributed, raise_first
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.files import sha256
 from ssl_vit.runtime import on_gpu, world_size
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 PACKAGE = Path(__file__).parent.parent
 LIBRARIES = ("torch", "accelerate", "deepspeed", "numpy")
@@ -101,9 +98,9 @@ def wait_for_rendezvous(timeout: float) -> None:
             time.sleep(0.2)
 
 
-def check_processes_match(accelerator: "Accelerator", recipe: config.Config) -> None:
+def check_processes_match(processes: Distributed, recipe: config.Config) -> None:
     """Raise the same ExitError on all processes where code, libraries, recipe or GPU differ among them."""
-    raise_first(compare_processes(all_gather(accelerator, vars(ProcessInfo.of_this_process(recipe)))))
+    raise_first(compare_processes(processes.all_gather(vars(ProcessInfo.of_this_process(recipe)))))
 
 
 def compare_processes(infos: list[dict[str, Any]]) -> list[ExitError | None]:
@@ -135,9 +132,9 @@ def _find_mismatch(rank: int, first: dict[str, Any], info: dict[str, Any]) -> Ex
     return None
 
 
-def check_shared_folder(accelerator: "Accelerator", folder: Path) -> None:
+def check_shared_folder(processes: Distributed, folder: Path) -> None:
     """Raise the same ExitError on all processes where one does not see what the main process writes into a folder."""
-    if accelerator.num_processes == 1:
+    if processes.world == 1:
         return
 
     def create_token() -> str:
@@ -145,23 +142,23 @@ def check_shared_folder(accelerator: "Accelerator", folder: Path) -> None:
         (folder / name).touch()
         return name
 
-    token = folder / run_on_main(accelerator, create_token)
+    token = folder / processes.run_on_main(create_token)
     deadline = time.monotonic() + VISIBILITY_TIMEOUT
     while not (visible := token.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
         os.listdir(folder if folder.is_dir() else ".")  # has network file systems look again
-    location = f"rank {accelerator.process_index} on {socket.gethostname()}"
+    location = f"rank {processes.rank} on {socket.gethostname()}"
     text = (
         f"{location} does not see the run folder {folder} of rank 0: name one on a file system that all machines share"
     )
     try:
-        raise_first(all_gather(accelerator, None if visible else (ExitCode.CANNOT_CREATE, text)))
+        raise_first(processes.all_gather(None if visible else (ExitCode.CANNOT_CREATE, text)))
     finally:
-        if accelerator.is_main_process:
+        if processes.is_main:
             token.unlink()
 
 
-def on_each_machine(accelerator: "Accelerator", check: Callable[[], None]) -> None:
+def on_each_machine(processes: Distributed, check: Callable[[], None]) -> None:
     """Run a check once a machine, but not on the main process's, which has done it; all raise the first ExitError."""
-    runs_check = accelerator.is_local_main_process and not accelerator.is_main_process
-    run_on_all(accelerator, check if runs_check else lambda: None)
+    runs_check = processes.local_rank == 0 and not processes.is_main
+    processes.run_on_all(check if runs_check else lambda: None)

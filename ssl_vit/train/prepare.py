@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssl_vit.encoders.vit import Vit, VitEncoder
 from ssl_vit.errors import ExitCode, ExitError
-from ssl_vit.heads.masked_prediction import MaskedPredictionHead
 from ssl_vit.model import Model
 from ssl_vit.runtime import Precision, uses_bf16
 
@@ -111,15 +109,10 @@ def pin_attention(attention: Attention, model: Model, device: torch.device, half
     There only corrupted tokens ask. Raises ExitError(USAGE).
     """
     set_attention_kernel(attention if device.type == "cuda" else "auto")  # of others a CPU has none
-    encoder, head = model.encoder, model.head
-    is_plain_vit = isinstance(encoder, VitEncoder) and isinstance(encoder.config, Vit)
-    if device.type != "cuda" or not is_plain_vit or encoder.config.positions == "relative":
-        return
-    for num_queries in {
-        None,
-        sum(head.config.counts(encoder.grid)) if isinstance(head, MaskedPredictionHead) else None,
-    }:
-        check_gradients(attention, encoder.attention_shape, device, half, images, num_queries)
+    shape = model.encoder.attention_shape
+    if device.type == "cuda" and shape is not None:
+        for num_queries in {None, model.head.query_count}:
+            check_gradients(attention, shape, device, half, images, num_queries)
 
 
 def shards_parameters(accelerator: "Accelerator") -> bool:

@@ -18,15 +18,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from ssl_vit.distributed import all_gather, run_on_main
+from ssl_vit.distributed import Distributed
 from ssl_vit.errors import ExitCode, ExitError, SilentExit, exit_now
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 PULSE = 1.0  # seconds between two signs of life
 CONNECT_TIMEOUT = 60.0  # seconds to get a connection, which looks up names: 5 to 10 s where no name server answers
@@ -50,8 +47,8 @@ class Watchdog:
     one of them tells. A process that hangs is known by its silence, or by where it still is, after `timeout` seconds.
     """
 
-    def __init__(self, accelerator: "Accelerator", timeout: float, on_end: Callable[[ExitError], None]):
-        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+    def __init__(self, processes: Distributed, timeout: float, on_end: Callable[[ExitError], None]):
+        self.rank, self.world = processes.rank, processes.world
         self.timeout, self.on_end = timeout, on_end
         self._num_beats, self._phase, self._phase_start = 0, "the start", time.monotonic()
         self._num_pulses, self._ending, self._done = 0, False, threading.Event()
@@ -59,17 +56,18 @@ class Watchdog:
         self._end_lock = threading.Lock()  # of this process's threads, one ends it
         if self.world == 1:
             return
-        self._prefix = run_on_main(accelerator, lambda: f"watchdog-{secrets.token_hex(4)}")  # a restart begins anew
+        self._prefix = processes.run_on_main(lambda: f"watchdog-{secrets.token_hex(4)}")  # a restart begins anew
         # those to ask by are made now as well: a new connection may wait seconds for a name server
         self._store, self._query_store, self._listen_store = _connection(), _connection(), _connection()
         self._publish_status()
         hostname = socket.gethostname()
-        processes = all_gather(accelerator, (hostname, os.getpid(), process_start_time(os.getpid())))
+        peers = processes.all_gather((hostname, os.getpid(), process_start_time(os.getpid())))
         self._neighbors = {
             rank: (pid, start_time)
-            for rank, (host, pid, start_time) in enumerate(processes)
+            for rank, (host, pid, start_time) in enumerate(peers)
             if host == hostname and rank != self.rank
         }
+        processes.heartbeat = self.heartbeat
         for target in (self._publish_loop, self._watch_loop):  # who asks for others must not fall silent itself
             threading.Thread(target=target, daemon=True).start()
 

@@ -14,6 +14,7 @@ import torch
 from ssl_vit.data import manifest
 from ssl_vit.data.dataset import Data, SampleDataset
 from ssl_vit.data.loader import EvaluationStream, ProcessShard
+from ssl_vit.distributed import Distributed
 from ssl_vit.encoders import export
 from ssl_vit.encoders.vit import Vit, VitEncoder
 from ssl_vit.evaluate import features
@@ -92,10 +93,17 @@ def make_stream(shards: Path, batch: int = 4) -> EvaluationStream:
     return EvaluationStream(manifest.load(shards / "val"), DATA, batch)
 
 
+class Alone(Distributed):
+    """One process of several, which is sent nothing by the others."""
+
+    def all_reduce(self, sums: Sums) -> Sums:
+        return sums
+
+
 def extract_parts(encoder: VitEncoder, stream: EvaluationStream, rank: int = 0, world: int = 1) -> Iterator:
     """One process's parts; what it would be sent by the others stays 0."""
     share = ProcessShard(rank, world, stream.batch)
-    return features.extract_features(encoder, NAMES, stream, share, CPU, lambda sums: sums)
+    return features.extract_features(encoder, NAMES, stream, share, Alone(rank, world))
 
 
 def features_by_loop(encoder: VitEncoder, stream: EvaluationStream) -> tuple[dict[FeatureName, np.ndarray], list[int]]:
@@ -250,13 +258,15 @@ def test_accuracy_equals_a_plain_loop_over_the_split(shards: Path, world: int, b
 
     stream, all_sums = EvaluationStream(split, SQUARE, batch), []
 
-    def collect(sums: Sums) -> Sums:
-        all_sums.append(sums)
-        return {**sums, "_weight": torch.tensor(1)}  # what one process has alone is of no interest here
+    class Recorder(Distributed):
+        def all_reduce(self, sums: Sums) -> Sums:
+            all_sums.append(sums)
+            return {**sums, "_weight": torch.tensor(1)}  # what one process has alone is of no interest here
 
     with torch.no_grad():
         for rank in range(world):
-            list(HeadEvaluator(stream, ProcessShard(rank, world, batch), CPU, collect, model.head.report).run(model))
+            shard, processes = ProcessShard(rank, world, batch), Recorder(rank, world)
+            list(HeadEvaluator(stream, shard, processes, model.head.report).run(model))
     total = reduce(lambda a, b: {name: a[name] + b[name] for name in a}, all_sums)
     assert total["_weight"] == split.samples
     assert total["top1"] == num_correct

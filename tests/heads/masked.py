@@ -99,5 +99,5 @@ def expected_targets(kind: str, head: Any, image: Tensor) -> np.ndarray:
             flat = (flat - flat.mean(2, keepdims=True)) / np.sqrt(flat.var(2, keepdims=True) + 1e-6)
         return flat
     points = (flat if kind == "patches" else patches.reshape(*patches.shape[:3], -1).mean(3)) / 255
-    distance = ((points[:, :, None] - head.centers.double().numpy()) ** 2).sum(3)
+    distance = ((points[:, :, None] - head.target.centers.double().numpy()) ** 2).sum(3)
     return distance.argmin(2)[:, :, None]

@@ -51,8 +51,9 @@ def test_every_head_steps_and_reports(kind, tmp_path):
         torch.nn.init.normal_(parameter, std=0.1)
     batch = make_batch()
     assert torch.equal(model(batch, tokens=True), model.encoder(batch["image"]))
-    output = model(batch)
-    parts = [model({name: value[half] for name, value in batch.items()}) for half in (slice(0, 3), slice(3, 6))]
+    output = model(batch, log_metrics=True)
+    halves = ({name: value[half] for name, value in batch.items()} for half in (slice(0, 3), slice(3, 6)))
+    parts = [model(half, log_metrics=True) for half in halves]
     for name, value in output.sums.items():
         torch.testing.assert_close(sum(part.sums[name] for part in parts), value)
     torch.testing.assert_close((parts[0].loss + parts[1].loss) / 2, output.loss)
@@ -61,7 +62,7 @@ def test_every_head_steps_and_reports(kind, tmp_path):
     report = model.head.report(output.sums, float(output.weight))
     assert all(isinstance(value, float) and math.isfinite(value) for value in report.values())
     assert math.isclose(report["loss"], output.loss.item(), rel_tol=1e-5)
-    padded = model(batch | {"valid": torch.arange(6) < 3})
+    padded = model(batch | {"valid": torch.arange(6) < 3}, log_metrics=True)
     torch.testing.assert_close(padded.loss, parts[0].loss)
     assert padded.weight == parts[0].weight == 3
     for name, value in parts[0].sums.items():

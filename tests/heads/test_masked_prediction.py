@@ -75,11 +75,11 @@ def test_cells_of_a_patch_are_area_means_in_raster_order(tmp_path):
     image = color.repeat_interleave(2, 2).repeat_interleave(2, 3)
     levels = (color[0].numpy().astype(int) * 8 // 255).clip(max=7)
     flat_cells = np.tensordot([64, 8, 1], levels, 1).reshape(4, 2, 4).transpose(1, 0, 2).reshape(2, 16)
-    assert head.target(encoder, image)[0].tolist() == flat_cells.tolist()
+    assert head.target.targets(encoder, image)[0].tolist() == flat_cells.tolist()
     noise = image ^ torch.randint(0, 2, image.shape, dtype=torch.uint8)  # a cell is its mean, not one of its pixels
     tops = [(row, column) for row in range(0, 8, 2) for column in range(0, 8, 2)]
     by_mean = [[color_class(patch[:, r : r + 2, c : c + 2]) for r, c in tops] for patch in patches_of(noise, 8)[0]]
-    assert head.target(encoder, noise)[0].tolist() == by_mean
+    assert head.target.targets(encoder, noise)[0].tolist() == by_mean
     with pytest.raises(ValueError, match="6 is no multiple"):
         make_encoder_and_head("patch_colors", tmp_path, vit(depth=1, patch=6, image=12))
 
@@ -93,9 +93,9 @@ def test_predicting_the_pixels_costs_nothing(normalize, tmp_path):
     image = make_batch(3, side=32)["image"]
     image[0, :, :16, :16] = 77  # flat: nothing to divide by
     image[1, 0, 0, :2] = torch.tensor([0, 255])
-    target = head.target(encoder, image)
+    target = head.target.targets(encoder, image)
     assert target.shape == (3, 4, 768)
-    assert head.loss(target, target)[0].tolist() == [0, 0, 0]
+    assert head.target.loss(target, target).tolist() == [0, 0, 0]
     if normalize:
         assert target[0, 0].abs().max() < 1e-3
         normalized = target.flatten(0, 1)[1:].double()
@@ -103,7 +103,7 @@ def test_predicting_the_pixels_costs_nothing(normalize, tmp_path):
         assert (normalized.std(1, unbiased=False) - 1).abs().max() < 1e-5
     else:
         assert target.aminmax() == (-1, 1)
-    loss, _ = head.loss(target + 0.5, target)
+    loss = head.target.loss(target + 0.5, target)
     torch.testing.assert_close(loss, torch.full((3,), 0.25))
 
 
@@ -119,13 +119,13 @@ def test_target_loss_and_report_by_hand(kind, way, tmp_path):
     """Over all corrupted patches of valid images: the loss, accuracy, and label entropy and top label by numpy."""
     encoder, head = make_encoder_and_head(kind, tmp_path, **MASKINGS[way])
     batch = make_batch()
-    target, values = expected_targets(kind, head, batch["image"]), head.target(encoder, batch["image"]).numpy()
+    target, values = expected_targets(kind, head, batch["image"]), head.target.targets(encoder, batch["image"]).numpy()
     if kind in PIXELS:
         np.testing.assert_allclose(values, target, atol=2e-5)
     else:  # its first loss is that of a blind guess: C2.7, after averaging over cells; ln K of K clusters
         assert len(np.unique(target)) > 3  # they do not say the same of all
         np.testing.assert_array_equal(values, target)
-        output, uniform = head(encoder, batch), math.log(CLASSES[kind])
+        output, uniform = head(encoder, batch, log_metrics=True), math.log(CLASSES[kind])
         report = head.report(output.sums, float(output.weight))
         assert output.loss.item() == pytest.approx(uniform, abs=1e-5)
         assert report["loss"] == pytest.approx(uniform, abs=1e-5)
@@ -134,7 +134,7 @@ def test_target_loss_and_report_by_hand(kind, way, tmp_path):
     batch["valid"][3] = False
     plan = head.draw(batch["seed"])
     with torch.no_grad():
-        output = head(encoder, batch)
+        output = head(encoder, batch, log_metrics=True)
         predictions = encoder(batch["image"], edit=lambda patches: plan.apply(patches, head.mask_token))
         predictions = head.linear(predictions[:, 1:]).double().numpy()
     loss, correct, values = [], [], []
@@ -170,7 +170,7 @@ def test_overfits_one_batch(tmp_path):
     batch, loss = make_batch(8) | {"image": noise}, torch.tensor(0.0)
     for _ in range(150):
         optimizer.zero_grad()
-        loss = head(encoder, batch).loss
+        loss = head(encoder, batch, log_metrics=True).loss
         loss.backward()
         optimizer.step()
     assert loss < 0.1
@@ -205,7 +205,7 @@ def test_every_objective_learns_the_same_of_selected_tokens(kind: str, name: str
     nn.init.normal_(head.linear.weight, std=0.1)
     batch = make_batch()
     parameters = [*encoder.parameters(), *head.parameters()]
-    selected, full = head(encoder, batch), head(gather_all_tokens(encoder), batch)
+    selected, full = head(encoder, batch, log_metrics=True), head(gather_all_tokens(encoder), batch)
     gradients, expected_gradients = (
         torch.autograd.grad(output.loss, parameters, allow_unused=True) for output in (selected, full)
     )
@@ -261,8 +261,8 @@ def test_a_panel_shows_what_it_says(kind, way, tmp_path):
             expected = {
                 "mean_color": lambda t: label_colors(torch.tensor(t[0])).view(3, 1, 1).expand(3, 4, 4),
                 "patch_colors": lambda t: label_colors(torch.tensor(t)).view(4, 4, 3).permute(2, 0, 1),
-                "colors": lambda t: (255 * head.centers[t[0]]).round().view(3, 1, 1).expand(3, 4, 4),
-                "patches": lambda t: (255 * head.centers[t[0]]).round().view(3, 4, 4),
+                "colors": lambda t: (255 * head.target.centers[t[0]]).round().view(3, 1, 1).expand(3, 4, 4),
+                "patches": lambda t: (255 * head.target.centers[t[0]]).round().view(3, 4, 4),
             }.get(kind, lambda _, own=patches[0][b, i]: own)(target[b, i])
             assert torch.equal(patches[2][b, i], expected.to(torch.uint8)), (b, i)
     plan = head.draw(batch["seed"])
@@ -358,13 +358,13 @@ def test_copying_is_perfect_on_flat_images_and_reported_by_every_target(kind, tm
     batch = make_batch(4)
     flat_batch = {**batch, "image": batch["image"][:, :, :1, :1].expand_as(batch["image"]).contiguous()}
     for case_batch, perfect in ((flat_batch, True), (batch, False)):
-        output = head(encoder, case_batch)
+        output = head(encoder, case_batch, log_metrics=True)
         report = head.report(output.sums, float(output.weight))
         if "neighbor_accuracy" in report:
             assert (report["neighbor_accuracy"] == 1.0) == perfect
             assert report["neighbor_loss"] <= report["unigram_entropy"] + 1e-9
         else:
-            unnormalized = not head.normalize
+            unnormalized = not head.target.normalize
             assert report["neighbor_loss"] == pytest.approx(0, abs=1e-3) or not perfect
             assert report["neighbor_loss"] > 0.01 or perfect, unnormalized
 
@@ -377,7 +377,7 @@ def test_flat_patches_have_the_targets_of_flat_images(kind, tmp_path):
     targets = head.targets_of_flat_color(encoder, color)
     for index in range(16):
         image = color[:, :, index // 4, index % 4, None, None].expand(-1, -1, SIDE, SIDE).contiguous()
-        assert torch.equal(targets[:, index], head.target(encoder, image)[:, index]), index
+        assert torch.equal(targets[:, index], head.target.targets(encoder, image)[:, index]), index
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -387,11 +387,10 @@ def test_what_is_copied_is_compared_with_its_own_patches(kind, tmp_path):
     batch = make_batch(4)
     half = {**batch, "valid": torch.tensor([True, True, False, False])}
     first = {name: value[:2] for name, value in batch.items()}
-    expected = head(encoder, first)
+    expected = head(encoder, first, log_metrics=True)
     expected = head.report(expected.sums, 2.0)["neighbor_loss"]
-    output = head(encoder, half)
+    output = head(encoder, half, log_metrics=True)
     assert head.report(output.sums, 2.0)["neighbor_loss"] == pytest.approx(expected, rel=1e-5)
-    head.log_metrics = False
     unlogged = head(encoder, batch)
     assert output.sums.keys() - unlogged.sums.keys() == {"copied", "compared"}
     summed = {name: value + unlogged.sums.get(name, 0) for name, value in output.sums.items()}

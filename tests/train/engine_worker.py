@@ -24,20 +24,20 @@ from accelerate.state import AcceleratorState, GradientState
 from ssl_vit import config, recipes
 from ssl_vit.commands import pretrain
 from ssl_vit.errors import ExitError
-from ssl_vit.heads.mean_color import MeanColorHead
+from ssl_vit.heads.masked_prediction import MaskedPredictionHead
 from ssl_vit.model import Output
 from ssl_vit.runtime import select_engine
 from ssl_vit.train import launch
 from ssl_vit.train.launch import LaunchSettings
 from tests.train.engines import HALF_CHECKPOINT
 
-FORWARD = MeanColorHead.forward
+FORWARD = MaskedPredictionHead.forward
 calls: list[int] = []
 
 
-def nan_forward(self: Any, encoder: Any, batch: Any) -> Output:
+def nan_forward(self: Any, encoder: Any, batch: Any, log_metrics: bool = False) -> Output:
     """The head's forward, whose third loss in training is not a number on rank 1."""
-    output = FORWARD(self, encoder, batch)
+    output = FORWARD(self, encoder, batch, log_metrics)
     calls.append(self.training)
     bad = self.training and sum(calls) == 3 and dist.get_rank() == 1
     return output._replace(loss=output.loss * float("nan")) if bad else output
@@ -87,7 +87,7 @@ def main() -> None:
                 Path(job["to"]).write_text(json.dumps(results))
         else:
             select_engine(job["engine"], job["zero"])
-            MeanColorHead.forward = nan_forward if job["poisoned"] else FORWARD
+            MaskedPredictionHead.forward = nan_forward if job["poisoned"] else FORWARD
             calls.clear()
             pretrain.run(config.parse(recipes.Pretrain, job["words"]))
             AcceleratorState._reset_state(True)

@@ -53,10 +53,10 @@ def test_a_bad_step_is_skipped_by_all_ranks(stage: Stage, world: int, rank: int,
     run, fault = stage.run, f"{action}:point=loss:rank={rank}:step=5,{action}:point=loss:rank={rank}:step=8-9"
     stage.play(Scenario((0,) * world, fault, args=("steps=9", "save_every=1", "keep=99")))
     assert 5 not in tiny_runs.checkpoint_steps(run)  # it waits until it is clear whether the run goes back
-    before, after = (checkpoint.load(run / "checkpoints" / f"step-{step:08d}")[:2] for step in (7, 9))
-    for old, new in zip(before, after, strict=True):
-        assert old.keys() == new.keys()
-        assert all(torch.equal(old[name], new[name]) for name in old)
+    before, after = (checkpoint.load(run / "checkpoints" / f"step-{step:08d}") for step in (7, 9))
+    for part in ("model", "optimizer"):
+        assert before[part].keys() == after[part].keys()
+        assert all(torch.equal(before[part][name], value) for name, value in after[part].items())
     assert [row["skipped_updates"] for row in tiny_runs.metric_rows(run)] == [0, 1, 2]
     assert read_numerics(stage) == [(5, 4), (8, 7), (9, 8)]
     assert tiny_runs.lost_samples(run, stage.shards, 9) == 0
@@ -69,9 +69,9 @@ def run_without_bad_batches(stage: Stage, world: int) -> Path:
         clean_stage.stop("loss:step=15")
     else:
         clean_stage.play(Scenario((ExitCode.PREEMPTED,) * world, "term:point=save.mid:step=14"))
-    model, optimizer, state = checkpoint.load(tiny_runs.last_checkpoint(clean_stage.run))
-    state |= {"left_out": LEFT_OUT_BATCHES, "rollbacks": 1}
-    checkpoint.save(clean_stage.run / "checkpoints", 14, 3, model, optimizer, state, world)
+    parts = checkpoint.load(tiny_runs.last_checkpoint(clean_stage.run))
+    parts["train"]["anomalies"] |= {"skipped": LEFT_OUT_BATCHES, "rollbacks": 1}
+    checkpoint.save(clean_stage.run / "checkpoints", 14, parts, 3, world)
     clean_stage.finish(world)
     return clean_stage.run
 
@@ -142,7 +142,7 @@ def test_a_third_rollback_is_refused(stage: Stage, world: int):
     assert [batch for _, batch in read_numerics(stage)] == list(range(14, 23))
     assert tiny_runs.checkpoint_steps(stage.run) == [7, 14]
     assert all(
-        value.isfinite().all() for value in checkpoint.load_weights(tiny_runs.last_checkpoint(stage.run)).values()
+        value.isfinite().all() for value in checkpoint.trained_weights(tiny_runs.last_checkpoint(stage.run)).values()
     )
 
 
@@ -178,7 +178,7 @@ FLIPS = {
 def test_a_flipped_weight_is_found(scenario: Scenario, stage: Stage):
     """At the next comparison, or before the next checkpoint; of three ranks the one that differs is named."""
     outcome = stage.play(scenario)
-    assert next(iter(checkpoint.load_weights(tiny_runs.last_checkpoint(outcome.run)))).startswith("encoder.")
+    assert next(iter(checkpoint.trained_weights(tiny_runs.last_checkpoint(outcome.run)))).startswith("encoder.")
     if not scenario.resumed:
         assert tiny_runs.checkpoint_steps(stage.run) == [7]
         if "default" not in scenario.tier:

@@ -3,7 +3,6 @@
 import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from ssl_vit import config, errors, recipes
 from ssl_vit.data.dataset import MAX_CONSECUTIVE_FAULTS, Fault, Faults, tolerated_faults
 from ssl_vit.data.loader import TrainingStream
 from ssl_vit.data.manifest import Manifest
+from ssl_vit.distributed import Distributed
 from ssl_vit.train.anomalies import BadDataGuard
 from tests.conftest import TINY
 from tests.data.damage import flip_file_bits
@@ -22,8 +22,7 @@ from tests.tiny_runs import checkpoint_steps, metric_rows, read_exit
 
 
 def make_guard(folder: Path, epoch_samples: int = 1000, max_bad: int | None = None) -> tuple[BadDataGuard, Faults]:
-    accelerator: Any = SimpleNamespace(process_index=0, num_processes=1)
-    return BadDataGuard(accelerator, faults := Faults(), folder, epoch_samples, max_bad), faults
+    return BadDataGuard(Distributed(), faults := Faults(), folder, epoch_samples, max_bad), faults
 
 
 def make_fault(number: int, reason: str = "a.tar: it is damaged") -> Fault:
@@ -72,7 +71,7 @@ def test_a_hundred_in_a_row_stop_whatever_is_borne(tmp_path: Path):
 
 def test_an_epoch_begins_a_new_count_and_a_resumption_goes_on_with_the_old_one(tmp_path: Path):
     guard, faults = make_guard(tmp_path, epoch_samples=100)
-    guard.resume(250, num_bad=30, num_bad_in_epoch=8)
+    guard.load_state_dict({"epoch": 2, "num_bad": 30, "num_bad_in_epoch": 8})
     faults.record(4, [make_fault(1), make_fault(2)])
     guard.check(290, wait=False)
     assert (guard.num_bad, guard.num_bad_in_epoch) == (32, 10)

@@ -23,14 +23,16 @@ from tests.train.engines import reset_accelerate, rows
 from tests.train.test_loop import assert_refused, assert_same_run, finetune, pretrain, train_until_stopped
 
 
-def tensors(step: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The weights and the optimizer's state of some model."""
+def parts(step: int) -> dict[str, dict[str, Any]]:
+    """The parts of a checkpoint of some training."""
     torch.manual_seed(step)
-    return {"weight": torch.randn(2, 3)}, {"weight/exp_avg": torch.randn(2, 3), "weight/step": torch.tensor(step)}
+    model = {"weight": torch.randn(2, 3)}
+    optimizer = {"weight/exp_avg": torch.randn(2, 3), "weight/step": torch.tensor(step)}
+    return {"model": model, "optimizer": optimizer, "metrics": {"loss": torch.tensor(0.1)}, "train": {"step": step}}
 
 
 def save(parent: Path, step: int, keep: int = 9) -> Path:
-    return checkpoint.save(parent, step, keep, *tensors(step), {"step": step, "window.loss": torch.tensor(0.1)})
+    return checkpoint.save(parent, step, parts(step), keep)
 
 
 def names(parent: Path) -> list[str]:
@@ -94,8 +96,8 @@ def expected_average(values: list[float], factor: float) -> float:
 
 
 def make_ema(parameter: nn.Parameter, factor: float) -> Ema:
-    engine: Any = SimpleNamespace(parameters={"w": parameter}, reshard=lambda: None)
-    return Ema(engine, factor, {})
+    engine: Any = SimpleNamespace(parameters={"w": parameter}, reshard=lambda: None, collect_on_main=dict)
+    return Ema(engine, factor)
 
 
 @pytest.mark.parametrize("factor", [0.3, 0.9999])
@@ -119,7 +121,7 @@ def test_a_constant_is_its_own_average():
     ema = make_ema(parameter, 0.9999)
     for n in range(1, 200):
         ema.update(n)
-    assert torch.equal(dict(ema.tensors())["average.w"], parameter)
+    assert torch.equal(ema.state_dict()["w"], parameter)
 
 
 def load_checkpoint(run: Path, step: int, file: str) -> dict[str, torch.Tensor]:
@@ -134,7 +136,7 @@ def test_a_resumed_average_is_the_straight_one_and_is_what_is_judged_and_exporte
     assert_same_run(straight_run, stopped_run)
     name = "encoder.blocks.0.mlp.fc1.weight"
     exported = load_file(straight_run / "encoder" / "model.safetensors")[name.removeprefix("encoder.")]
-    assert torch.equal(exported, load_checkpoint(straight_run, 10, "state")[f"average.{name}"])
+    assert torch.equal(exported, load_checkpoint(straight_run, 10, "ema")[name])
     assert not torch.equal(exported, load_checkpoint(straight_run, 10, "model")[name])
     assert pretrain(shards, tmp_path / "plain") == 0
     averaged_row, plain_row = rows(straight_run)[-1], rows(tmp_path / "plain")[-1]

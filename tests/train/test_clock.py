@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ssl_vit import config, runtime
 from ssl_vit.commands import pretrain as command
+from ssl_vit.distributed import Distributed
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.recipes import Pretrain
 from ssl_vit.train import logger, loop, metrics, prepare
@@ -119,13 +120,13 @@ def test_a_mark_of_a_gpu_is_an_event_that_nobody_waits_for(monkeypatch: pytest.M
 def report_row(window: StepMetrics, peak_flops: PeakFlops, flops: int, processes: int = 1) -> dict[str, Any]:
     names = ("_updates", "_skipped", "_weight", "_norm", "_digest")
     window.sums = {name: torch.tensor(float(name == "_updates")) for name in names}
-    return window.report(SimpleNamespace(num_processes=processes), lambda sums, weight: {}, flops, peak_flops)  # type: ignore[arg-type]
+    return window.report(Distributed(world=processes), lambda sums, weight: {}, flops, peak_flops)
 
 
 @pytest.mark.parametrize("processes", [1, 4])
 def test_utilisation_by_hand(processes: int, monkeypatch: pytest.MonkeyPatch):
     """A process trains 100 images of 3 GFLOP in 2 s: 150 GFLOP/s, a quarter of 600 and a tenth of 1,500."""
-    monkeypatch.setattr("ssl_vit.train.metrics.all_reduce_sum", lambda _accelerator, sums: dict(sums))
+    monkeypatch.setattr(Distributed, "all_reduce", lambda _, sums: dict(sums))
     clock = FakeClock(at=10.0)
     monkeypatch.setattr(
         "ssl_vit.train.metrics.time", SimpleNamespace(monotonic=lambda: clock.at, perf_counter=time.perf_counter)

@@ -149,10 +149,7 @@ def test_averages_layer_decay_and_online_probes(alone, shards: Path, worked: Pat
         assert a == b
     assert "val_few_shot_2" in rows(single_run)[-1]
     single_state, averaged_state = (
-        load_file(run / LAST_CHECKPOINT / "state.safetensors") for run in (single_run, averaged_run)
-    )
-    single_state, averaged_state = (
-        {k: v for k, v in state.items() if k.startswith("average.")} for state in (single_state, averaged_state)
+        load_file(run / LAST_CHECKPOINT / "ema.safetensors") for run in (single_run, averaged_run)
     )
     assert len(single_state) == len(load_file(single_run / LAST_CHECKPOINT / "model.safetensors"))
     engines.assert_near(averaged_state, single_state, 2e-4)

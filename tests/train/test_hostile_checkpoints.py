@@ -26,7 +26,7 @@ from tests.train.scenarios import Scenario, Stage
 SEED = 7
 SECONDS, MB = 60, 1 << 20  # after which a test hangs
 OLD, NEW = "step-00000001", "step-00000002"
-FILES = ["model.safetensors", "optimizer.safetensors", "state.safetensors", "state.json", MANIFEST]
+FILES = ["model.safetensors", "optimizer.safetensors", "metrics.safetensors", "train.json", MANIFEST]
 
 
 @dataclass
@@ -53,7 +53,9 @@ def save(parent: Path, step: int) -> Path:
     torch.manual_seed(step)
     model = {"weight": torch.randn(4, 6), "bias": torch.randn(4)}
     optimizer = {"weight/exp_avg": torch.randn(4, 6)}
-    return checkpoint.save(parent, step, 2, model, optimizer, {"step": step, "window.loss": torch.tensor(0.1)})
+    metrics = {"loss": torch.tensor(0.1)}
+    parts = {"model": model, "optimizer": optimizer, "metrics": metrics, "train": {"step": step}}
+    return checkpoint.save(parent, step, parts, keep=2)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_a_file_that_is_not_as_it_was_written(origin: Path, tmp_path: Path, damage: str):
     """In every file of a checkpoint; without a wait at what never ends."""
     for name in FILES:
-        if damage == "another's" and name == "state.safetensors":
+        if damage == "another's" and name == "metrics.safetensors":
             continue  # the same in both
         parent = shutil.copytree(origin, tmp_path / name / "checkpoints")
         DAMAGES[damage](parent / NEW / name)
@@ -192,13 +194,13 @@ CHANGED_FILES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "null": lambda files: None,
     "a list": lambda files: list(files),
     "one less": lambda files: {name: files[name] for name in list(files)[1:]},
-    "a path up": lambda files: files | {f"../{OLD}/state.json": files["state.json"]},
-    "a path from the root": lambda files: files | {"/etc/passwd": files["state.json"]},
-    "no name": lambda files: files | {"": files["state.json"]},
-    "a point": lambda files: files | {".": files["state.json"]},
-    "a zero in a name": lambda files: files | {"state\0.json": files["state.json"]},
-    "a name of a megabyte": lambda files: files | {"x" * MB: files["state.json"]},
-    "itself": lambda files: files | {MANIFEST: files["state.json"]},
+    "a path up": lambda files: files | {f"../{OLD}/train.json": files["train.json"]},
+    "a path from the root": lambda files: files | {"/etc/passwd": files["train.json"]},
+    "no name": lambda files: files | {"": files["train.json"]},
+    "a point": lambda files: files | {".": files["train.json"]},
+    "a zero in a name": lambda files: files | {"state\0.json": files["train.json"]},
+    "a name of a megabyte": lambda files: files | {"x" * MB: files["train.json"]},
+    "itself": lambda files: files | {MANIFEST: files["train.json"]},
     "sizes below zero": lambda files: {name: entry | {"bytes": -1} for name, entry in files.items()},
     "sizes of an exabyte": lambda files: {name: entry | {"bytes": 1 << 60} for name, entry in files.items()},
     "sizes as text": lambda files: {name: entry | {"bytes": "9"} for name, entry in files.items()},
@@ -289,7 +291,7 @@ TENSORS: dict[str, bytes] = {
 VALID_VALUES = {"an empty one", "only a version", "a newer version, not sealed", "UTF-16"}  # are values
 HOSTILE = {f"{MANIFEST}, {name}": (MANIFEST, content) for name, content in TEXTS.items()}
 HOSTILE |= {f"tensors, {name}": ("model.safetensors", content) for name, content in TENSORS.items()}
-HOSTILE |= {f"values, {name}": ("state.json", content) for name, content in TEXTS.items() if name not in VALID_VALUES}
+HOSTILE |= {f"values, {name}": ("train.json", content) for name, content in TEXTS.items() if name not in VALID_VALUES}
 
 
 @contextmanager
@@ -326,7 +328,7 @@ def test_hostile_content(parent: Path, kind: str):
 def test_the_same_step_may_be_bad_again_and_again(parent: Path):
     """Each is put aside under a name of its own, and none is lost."""
     for count in (1, 2, 3):
-        os.truncate(parent / NEW / "state.json", 1)
+        os.truncate(parent / NEW / "train.json", 1)
         assert checkpoint.newest_valid(parent) == parent / OLD
         assert len(quarantined(parent)) == count
         save(parent, 2)
@@ -427,8 +429,8 @@ def test_a_training_goes_on_from_the_newest_that_is_whole(stopped: Stage, tmp_pa
     (extra / "x.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "canary")))
     data = (flipped / "optimizer.safetensors").read_bytes()
     (flipped / "optimizer.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    (linked / "state.json").unlink()
-    (linked / "state.json").symlink_to("../step-00000007/state.json")
+    (linked / "train.json").unlink()
+    (linked / "train.json").symlink_to("../step-00000007/train.json")
     start = stopped.start()  # the default tier's real process that meets hostile checkpoints
     assert start.wait() == [0], start.output()
     assert all(f"step-{step:08d}" in start.output() for step in (28, 21, 14))

@@ -40,16 +40,17 @@ CHANGING = "open|mkdir|write|copy_file|sendfile|alloc|trunc|sync|close|chmod|mma
 READING = "read|stat|seek|getdents"
 
 
-def make_state(step: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights, the optimizer's state and all else of some training."""
+def make_state(step: int) -> dict[str, dict[str, Any]]:
+    """The parts of the checkpoint of some training."""
     torch.manual_seed(step)
     model = {"weight": torch.randn(20, 30), "bias": torch.randn(20)}
     optimizer = {f"{name}/exp_avg": torch.randn_like(value) for name, value in model.items()}
-    return model, optimizer, {"step": step, "window.loss": torch.tensor(0.1 * step), "bad_samples": [0, 0]}
+    metrics = {"loss": torch.tensor(0.1 * step)}
+    return {"model": model, "optimizer": optimizer, "metrics": metrics, "train": {"step": step, "losses": [0.5]}}
 
 
 def save(parent: Path, step: int) -> None:
-    checkpoint.save(parent, step, KEEP, *make_state(step))
+    checkpoint.save(parent, step, make_state(step), KEEP)
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +68,15 @@ def names(parent: Path) -> list[str]:
 def assert_saved(folder: Path) -> int:
     """A checkpoint holds what was given to it, to the bit; returns its step."""
     assert checkpoint.find_corruption(folder) is None
-    *tensors, state = checkpoint.load(folder)
-    *expected_tensors, expected_state = make_state(state["step"])
-    assert folder.name == f"step-{state['step']:08d}"
-    assert {name: state[name] for name in expected_state} == expected_state
-    for actual, expected in zip(tensors, expected_tensors, strict=True):
-        assert actual.keys() == expected.keys()
-        assert all(torch.equal(actual[name], expected[name]) for name in actual)
-    return state["step"]
+    state = checkpoint.load(folder)
+    expected = make_state(step := state["train"]["step"])
+    assert folder.name == f"step-{step:08d}"
+    assert state.keys() == expected.keys()
+    assert state.pop("train") == expected.pop("train")
+    for name, tensors in state.items():
+        assert tensors.keys() == expected[name].keys()
+        assert all(torch.equal(tensors[key], value) for key, value in expected[name].items())
+    return step
 
 
 def assert_recovers(parent: Path) -> int:

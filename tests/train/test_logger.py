@@ -213,10 +213,10 @@ def test_tensorboard_of_a_killed_run_has_each_step_once(shards: Path, tmp_path: 
     overrides = ["steps=8", "log_every=1", "visualize_every=2", "save_every=3"]
     original = loop.optimizer_step
 
-    def fail_at_step_5(*args: Any, **kwargs: Any) -> Any:
-        if args[6] == 5:
+    def fail_at_step_5(state: Any, batches: Any) -> Any:
+        if state.step == 5:
             raise RuntimeError("killed")
-        return original(*args, **kwargs)
+        return original(state, batches)
 
     monkeypatch.setattr(
         "ssl_vit.train.metrics.HealthMonitor.check_row", lambda _, row: ["alas"] * (row["step"] in (2, 5))

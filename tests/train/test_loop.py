@@ -7,7 +7,6 @@ import re
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -184,12 +183,11 @@ def test_folders_of_images_are_converted_first_and_splits_are_taken_apart(square
 
 def test_one_signal_stops_and_a_later_one_ends_at_once(monkeypatch: pytest.MonkeyPatch):
     """Slurm sends TERM twice within milliseconds where it preempts without grace."""
-    accelerator: Any = SimpleNamespace(num_processes=1)
     clock, exit_codes = [100.0], []
     monkeypatch.setattr(distributed.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(distributed.os, "_exit", exit_codes.append)
     before = signal.getsignal(signal.SIGTERM)
-    stop = distributed.StopSignal(accelerator)
+    stop = distributed.StopSignal(distributed.Distributed())
     try:
         assert not stop.stop_requested()
         os.kill(os.getpid(), signal.SIGTERM)

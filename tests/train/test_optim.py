@@ -74,7 +74,7 @@ def test_gradients_are_clipped_jointly(norm, clip, scale):
 
     model = make_encoder()
     before = [p.detach().clone() for p in model.parameters()]
-    engine = prepare_engine(Accelerator(cpu=True), model, Sgd(lr=1.0, momentum=0.0), {})
+    engine = prepare_engine(Accelerator(cpu=True), model, Sgd(lr=1.0, momentum=0.0))
     random = torch.Generator().manual_seed(0)
     gradients = [torch.randn(p.shape, generator=random) * (i + 1) for i, p in enumerate(model.parameters())]
     total_norm = torch.cat([g.flatten() for g in gradients]).norm()

@@ -326,7 +326,7 @@ def test_signals_at_random_times(stage: Stage, world: int, number: signal.Signal
         assert (start.orphans, durations[-1] < MAX_EXIT_TIME[number]) == ([], True), message
         if tiny_runs.checkpoint_steps(run):
             assert checkpoint.find_corruption(tiny_runs.last_checkpoint(run)) is None
-            last_step = max(last_step, json.loads((tiny_runs.last_checkpoint(run) / "state.json").read_text())["step"])
+            last_step = max(last_step, json.loads((tiny_runs.last_checkpoint(run) / "train.json").read_text())["step"])
     stage.finish(world, *overrides)
     stage.assert_same_run(tiny_runs.run_straight(stage.shards, world, stage.folder / "straight", *overrides))
     times = f"median {statistics.median(durations):.2f} s, longest {max(durations):.2f} s"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ssl_vit.distributed import Distributed
 from ssl_vit.errors import ExitCode
 from ssl_vit.train import watchdog
 from ssl_vit.train.watchdog import Watchdog
@@ -125,8 +126,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_watchdog(world: int, missing: str) -> Watchdog:
     """A watchdog that asks nobody."""
-    stub: Any = SimpleNamespace(process_index=0, num_processes=1)
-    dog: Any = Watchdog(stub, 600, lambda end: None)
+    dog: Any = Watchdog(Distributed(), 600, lambda end: None)
     dog.world, dog._describe_missing, dog._find_failure = world, lambda: missing, lambda: None
     dog.heartbeat("step 7")
     return dog

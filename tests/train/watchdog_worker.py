@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from ssl_vit.distributed import Distributed
 from ssl_vit.errors import ExitError, exit_now
 from ssl_vit.train import watchdog
 from ssl_vit.train.watchdog import Watchdog
@@ -155,14 +155,12 @@ def run_rank(rank: int, scenario: Scenario, listener: socket.socket, folder: Pat
         store = TCPStore(HOST, port)
     group_timeout = timedelta(seconds=2 * TIME_LIMIT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=scenario.ranks, timeout=group_timeout)
-    stub: Any = SimpleNamespace(process_index=rank, num_processes=scenario.ranks, is_main_process=rank == 0)
-    stub.wait_for_everyone = dist.barrier
     watchdog.PULSE = scenario.pulse
 
     def write_verdict(end: ExitError) -> None:
         (folder / f"told-{rank}.json").write_text(json.dumps({"code": end.code, "message": end.message}))
 
-    dog = Watchdog(stub, scenario.timeout, write_verdict)
+    dog = Watchdog(Distributed(rank, scenario.ranks), scenario.timeout, write_verdict)
     if scenario.on_other_machines:
         dog._neighbors.clear()
     scenario.behavior(dog, rank == scenario.victim)

@@ -8,12 +8,14 @@ from importlib.util import find_spec
 from itertools import repeat
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssl_vit import recipes
+from ssl_vit.distributed import Distributed
 from ssl_vit.encoders import layers
 from ssl_vit.encoders import layers as encoder_layers
 from ssl_vit.encoders.export import export_tensors, to_hugging_face_names
@@ -39,10 +41,22 @@ def ssl_vit_step(recipe: recipes.Recipe, model: Model, batch: Batch, output: Pat
     prepare_model(
         model.to(accelerator.device), accelerator, recipe.precision, recipe.compile, recipe.activation_checkpointing
     )
-    engine = prepare_engine(accelerator, model, recipe.optim, {})
-    task = TrainingTask(model, stream=None, optim=recipe.optim)  # type: ignore[arg-type]  # a step asks no stream
-    batches: Iterator[Batch] = repeat(batch)
-    return lambda: optimizer_step(accelerator, single_recipe, task, engine, batches, StepMetrics(), 0)
+    state, batches = bare_state(accelerator, single_recipe, model), repeat(batch)
+    return lambda: optimizer_step(state, batches)
+
+
+def bare_state(accelerator: Any, config: Any, model: Model) -> Any:
+    """What an optimizer step needs of a TrainState, for a model that is prepared."""
+    return SimpleNamespace(
+        config=config,
+        task=TrainingTask(model, stream=None, optim=config.optim),  # type: ignore[arg-type]  # a step reads no stream
+        accelerator=accelerator,
+        processes=Distributed.from_accelerator(accelerator),
+        engine=prepare_engine(accelerator, model, config.optim),
+        metrics=StepMetrics(),
+        step=0,
+        batch_index=0,
+    )
 
 
 def rivals(recipe: recipes.Recipe, model: Model, batch: Batch, compiled: bool = False) -> Rivals:

@@ -22,10 +22,10 @@ from ssl_vit import recipes, runtime
 from ssl_vit.commands import setup
 from ssl_vit.errors import ExitCode, ExitError
 from ssl_vit.model import Batch, Model
-from ssl_vit.train import engine, launch
-from ssl_vit.train.loop import TrainingTask, optimizer_step
-from ssl_vit.train.metrics import StepMetrics
+from ssl_vit.train import launch
+from ssl_vit.train.loop import optimizer_step
 from ssl_vit.train.prepare import prepare_model
+from tools.benchmarks.baselines import bare_state
 from tools.benchmarks.timing import Rounds, Row, format_spread, random_batch
 
 WARM_UP = 3  # steps
@@ -98,10 +98,8 @@ def run_turn(name: Any, options: Options) -> tuple[float, float, float]:
 
 def ssl_vit_step(accelerator: Any, options: Options, model: Model, batch: Batch) -> Callable[[], object]:
     """The loop's own step, by the engine that was chosen."""
-    prepared = engine.prepare_engine(accelerator, model, options.optim, {})
-    task = TrainingTask(model, stream=None, optim=options.optim)  # type: ignore[arg-type]  # a step asks no stream
-    window, batches = StepMetrics(), repeat(batch)
-    return lambda: optimizer_step(accelerator, options, task, prepared, batches, window, 0)
+    state, batches = bare_state(accelerator, options, model), repeat(batch)
+    return lambda: optimizer_step(state, batches)
 
 
 def ddp_step(model: Model, batch: Batch, options: Options) -> Callable[[], None]:

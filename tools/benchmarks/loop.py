@@ -27,6 +27,7 @@ from ssl_vit import recipes
 from ssl_vit.commands import setup
 from ssl_vit.convert.make_shards import MakeShards, convert_images
 from ssl_vit.data.dataset import Faults
+from ssl_vit.distributed import Distributed
 from ssl_vit.model import Batch, Model
 from ssl_vit.train.launch import start_accelerator
 from ssl_vit.train.loop import TrainingTask, fit
@@ -142,6 +143,7 @@ def time_training(recipe: recipes.Recipe, model: Model, stream: Any, folder: Pat
         fit(
             run,
             accelerator,
+            Distributed.from_accelerator(accelerator),
             recipe,
             TrainingTask(copy.deepcopy(model), stream, recipe.optim, flops_per_image=setup.flops_per_image(model)),
         )

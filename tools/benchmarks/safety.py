@@ -24,10 +24,10 @@ from ssl_vit.train.watchdog import Watchdog
 PARTS: dict[str, tuple[Any, str]] = {
     "checkpoints": (loop, "save"),
     "comparing the processes' weights": (loop, "check_replicas"),
-    "agreeing on signals": (StopSignal, "agreed"),
+    "agreeing on signals": (StopSignal, "stop_requested"),
     "judging loss and gradient norm": (AnomalyGuard, "check"),
     "counting bad samples": (BadDataGuard, "check"),
-    "the watchdog's beats": (Watchdog, "beat"),
+    "the watchdog's heartbeats": (Watchdog, "heartbeat"),
 }
 
 

@@ -30,6 +30,7 @@ from ssl_vit.convert.make_shards import MakeShards, convert_images
 from ssl_vit.data import manifest
 from ssl_vit.data.loader import ProcessShard, TrainingStream
 from ssl_vit.data.manifest import Manifest
+from ssl_vit.distributed import Distributed
 from ssl_vit.encoders.vit import Transformer
 from ssl_vit.errors import ExitCode, ExitError, is_out_of_memory
 from ssl_vit.files import sha256
@@ -440,7 +441,9 @@ def record_memory(options: "Options", directory: Path) -> MemoryTrace:
     task = TrainingTask(
         model, setup.make_stream(shards, options), options.optim, flops_per_image=setup.flops_per_image(model)
     )
-    fit(run, accelerator, options, task, beat)
+    processes = Distributed.from_accelerator(accelerator)
+    processes.heartbeat = beat
+    fit(run, accelerator, processes, options, task)
     accelerator.free_memory()
     return trace
 
