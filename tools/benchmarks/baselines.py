@@ -54,7 +54,7 @@ def bare_state(accelerator: Any, config: Any, model: Model) -> Any:
         processes=Distributed.from_accelerator(accelerator),
         engine=prepare_engine(accelerator, model, config.optim),
         metrics=StepMetrics(),
-        step=0,
+        step=config.optim.warmup_steps,  # the learning rate is at its peak
         batch_index=0,
     )
 
